@@ -1,0 +1,104 @@
+"""What is trained: how long the sequences, how large the batch, in which dtypes, with which optimizer."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from meshwright import InputError
+from meshwright.profiler.record import record
+
+
+class DType(StrEnum):
+    """Number formats, named as torch names them."""
+
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT8 = "float8"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one number."""
+        return {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}[self.value]
+
+
+class Optimizer(StrEnum):
+    """Optimizers, by the number of states they keep for each parameter."""
+
+    ADAMW = "adamw"
+    SGD = "sgd"
+
+    @property
+    def num_states(self) -> int:
+        """Tensors of a parameter's shape kept between steps (AdamW: both moments; SGD without momentum: none)."""
+        return {"adamw": 2, "sgd": 0}[self.value]
+
+
+class Phase(StrEnum):
+    """What the machines do with the model."""
+
+    TRAIN = "train"
+
+
+@record
+class DTypeRecipe:
+    """The dtype of every kind of tensor that a training step keeps.
+
+    ``master`` is the separate copy of the weights that the optimizer updates, ``None`` where the weights
+    themselves are updated. ``grads`` is the dtype gradients are accumulated and reduced in.
+    """
+
+    compute: DType = DType.BFLOAT16
+    params: DType = DType.BFLOAT16
+    grads: DType = DType.FLOAT32
+    master: DType | None = DType.FLOAT32
+    optimizer: DType = DType.FLOAT32
+
+
+RECIPES: dict[str, DTypeRecipe] = {
+    # bf16 compute; fp32 gradients, master weights and states: 2 + 4 + 4 + 8 = 18 bytes a parameter
+    "bf16": DTypeRecipe(),
+    # everything in bf16, states too: 2 + 2 + 4 = 8 bytes a parameter
+    "bf16-pure": DTypeRecipe(grads=DType.BFLOAT16, master=None, optimizer=DType.BFLOAT16),
+    # everything in fp32: 4 + 4 + 8 = 16 bytes a parameter
+    "fp32": DTypeRecipe(
+        compute=DType.FLOAT32, params=DType.FLOAT32, grads=DType.FLOAT32, master=None, optimizer=DType.FLOAT32
+    ),
+    # everything in fp64: 8 + 8 + 16 = 32 bytes a parameter (the equality tests)
+    "fp64": DTypeRecipe(
+        compute=DType.FLOAT64, params=DType.FLOAT64, grads=DType.FLOAT64, master=None, optimizer=DType.FLOAT64
+    ),
+}
+
+
+@record
+class Workload:
+    """One optimizer step: ``global_batch_size`` sequences of ``seq_len`` tokens.
+
+    Raises ``InputError`` when a size is below 1.
+    """
+
+    seq_len: int
+    global_batch_size: int
+    recipe: DTypeRecipe = DTypeRecipe()
+    optimizer: Optimizer = Optimizer.ADAMW
+    phase: Phase = Phase.TRAIN
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "global_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimizer step."""
+        return self.seq_len * self.global_batch_size
+
+
+def recipe_named(name: str) -> DTypeRecipe:
+    """The dtype recipe of that name. Raises ``InputError`` naming the known ones."""
+    try:
+        return RECIPES[name]
+    except KeyError:
+        raise InputError(f"unknown dtype recipe {name!r}: expected one of {', '.join(RECIPES)}") from None

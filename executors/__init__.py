@@ -1,0 +1,1 @@
+"""Action: a plan applied to a torch model, run, checked and measured."""

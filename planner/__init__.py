@@ -1,0 +1,1 @@
+"""Choice: every legal way to split a model, scored; the best one, why, and how sure."""

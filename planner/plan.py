@@ -1,0 +1,127 @@
+"""The plan: what to run, what it should cost, how it was chosen. The artifact that executors apply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from meshwright import InputError
+from meshwright.cost_models.placement import Placement
+from meshwright.cost_models.step import CostBreakdown, Estimate, MemoryBreakdown
+from meshwright.cost_models.strategy import ParallelConfig, Reason, Recompute, even_stages
+from meshwright.cost_models.workload import Workload
+from meshwright.profiler import artifact
+from meshwright.profiler.environment import Environment
+from meshwright.profiler.model import ModelSpec
+from meshwright.profiler.record import record
+
+PLAN_SCHEMA_VERSION = 1
+
+
+@record
+class StagePlan:
+    """One piece of the model: decoder layers ``first_layer <= i < last_layer`` on pipeline rank ``pp_rank``.
+
+    The first stage also holds the embedding, the last one the final norm and the head.
+    """
+
+    pp_rank: int
+    chunk: int
+    first_layer: int
+    last_layer: int
+    recompute: tuple[Recompute, ...]  # of each layer
+    device: str
+
+
+@record
+class RejectedCount:
+    """How many configs were rejected for one reason."""
+
+    reason: Reason
+    count: int
+
+
+@record
+class SearchReport:
+    """How the plan was found: what was scored, why the rest was rejected, and what came next."""
+
+    method: str
+    num_scored: int
+    num_feasible: int
+    rejected: tuple[RejectedCount, ...]
+    runners_up: tuple[Estimate, ...]
+    pareto: tuple[Estimate, ...]  # no other feasible config is both faster and smaller
+    optimality_gap: float  # 0 when everything legal was scored by the same model
+    seconds: float
+
+
+@record
+class Plan:
+    """How to split ``model`` for ``workload`` on the cluster with ``cluster_digest``, for ``framework`` to run.
+
+    Raises ``InputError`` when stages do not cover the model's layers in order, or do not match the config.
+    """
+
+    artifact: Literal["plan"] = "plan"
+    schema_version: int = PLAN_SCHEMA_VERSION
+    framework: str
+    model: ModelSpec
+    workload: Workload
+    cluster_name: str
+    cluster_digest: str
+    environment: Environment | None  # the profile's, to warn when a run differs
+    config: ParallelConfig
+    placement: Placement
+    stages: tuple[StagePlan, ...]
+    micro_batches_per_data_rank: tuple[int, ...]
+    cost: CostBreakdown | None  # None in a plan written by hand, without a prediction
+    memory: MemoryBreakdown | None
+    search: SearchReport | None
+    assumptions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        edges = [0, *(stage.last_layer for stage in self.stages)]
+        if [stage.first_layer for stage in self.stages] != edges[:-1] or edges[-1] != self.model.num_layers:
+            raise InputError(f"stages must cover layers 0 to {self.model.num_layers} in order, found edges {edges}")
+        if len(self.stages) != self.config.num_stages:
+            raise InputError(f"pp*vpp is {self.config.num_stages}, found {len(self.stages)} stages")
+        if any(len(stage.recompute) != stage.last_layer - stage.first_layer for stage in self.stages):
+            raise InputError("each stage must name the recompute choice of each of its layers")
+        if len(self.micro_batches_per_data_rank) != self.config.dp:
+            raise InputError(f"micro_batches_per_data_rank must have dp={self.config.dp} entries")
+        sequences = sum(self.micro_batches_per_data_rank) * self.config.micro_batch_size
+        if sequences != self.workload.global_batch_size:
+            raise InputError(f"micro-batches hold {sequences} sequences, not {self.workload.global_batch_size}")
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of what is run; how it was found and what was predicted do not belong to it."""
+        return artifact.digest(self, without=("cost", "memory", "search", "assumptions", "environment", "cluster_name"))
+
+
+def default_stages(model: ModelSpec, config: ParallelConfig, device: str) -> tuple[StagePlan, ...]:
+    """Stages of the default partition (``even_stages``): stage ``s`` is chunk ``s // pp`` of rank ``s % pp``."""
+    stages, first = [], 0
+    for stage, size in enumerate(even_stages(model.num_layers, config.num_stages)):
+        stages.append(
+            StagePlan(
+                pp_rank=stage % config.pp,
+                chunk=stage // config.pp,
+                first_layer=first,
+                last_layer=first + size,
+                recompute=(config.recompute,) * size,
+                device=device,
+            )
+        )
+        first += size
+    return tuple(stages)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan; raises ``InputError`` as ``artifact.load`` does."""
+    return artifact.load(Plan, path, artifact="plan", schema_version=PLAN_SCHEMA_VERSION)
+
+
+def save_plan(plan: Plan, path: str | Path) -> None:
+    """Write a plan as JSON."""
+    artifact.save(plan, path)

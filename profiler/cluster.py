@@ -1,0 +1,234 @@
+"""What the machines are: devices, links, collectives and kernels, measured or from datasheets.
+
+A ``ClusterProfile`` is homogeneous in its rules and not in its figures: every rate says where it comes from
+(``Source``), raw samples stand beside fits, and a profile without a measurement has none instead of a guess.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from meshwright import InputError
+from meshwright.profiler import artifact
+from meshwright.profiler.environment import Environment
+from meshwright.profiler.record import record
+
+CLUSTER_SCHEMA_VERSION = 1
+
+
+class Provenance(StrEnum):
+    """How a figure is known."""
+
+    MEASURED = "measured"
+    DATASHEET = "datasheet"
+    ASSUMED = "assumed"
+
+
+@record
+class Source:
+    """Where a figure comes from: ``reference`` is a document, a table, or the command that measured it."""
+
+    provenance: Provenance
+    reference: str
+
+
+@record
+class Efficiency:
+    """The share of a device's peak that an operator reaches, as a curve over its shape.
+
+    ``share(m, n, k) = max_share * m/(m + half_m) * n/(n + half_n) * k/(k + half_k)``: saturating in each size, 1/2 of
+    the limit at the half size. Seconds are ``overhead_s + FLOPs / (share * peak_flops_per_s)``. For attention
+    ``m`` is query tokens, ``n`` heads times sequences, ``k`` key tokens; of a grouped matmul, tokens an expert.
+    ``residual`` is the median absolute relative error of the fit over its samples (0 for a datasheet figure).
+    """
+
+    op: Literal["matmul", "attention_forward", "attention_backward", "grouped_matmul"]
+    dtype: str
+    peak_flops_per_s: float
+    max_share: float
+    half_m: float = 0.0
+    half_n: float = 0.0
+    half_k: float = 0.0
+    overhead_s: float = 0.0
+    residual: float = 0.0
+    source: Source
+
+
+@record
+class KernelSample:
+    """One timed operator: sizes as ``Efficiency`` names them, median seconds, spread (p90 - p10) / median."""
+
+    op: str
+    dtype: str
+    m: int
+    n: int
+    k: int
+    batch: int = 1  # matmuls or sequences times heads done by one call
+    flops: float
+    num_bytes: float
+    seconds: float
+    spread: float
+
+
+@record
+class Device:
+    """One kind of device. ``memory_bytes`` is what it has, ``reserved_bytes`` what context and others hold of it.
+
+    ``launch_s`` is the host's cost of one eager operator when the device waits for the host.
+    ``communication_slowdown`` is time of compute while a collective runs over its time alone, minus 1.
+    """
+
+    kind: str
+    memory_bytes: int
+    reserved_bytes: int
+    memory_bytes_per_s: float
+    launch_s: float
+    communication_slowdown: float
+    efficiencies: tuple[Efficiency, ...]
+    samples: tuple[KernelSample, ...] = ()
+    source: Source  # of memory, bandwidth and launch
+
+    def efficiency(self, op: str, dtype: str) -> Efficiency:
+        """The curve of an operator in a dtype. Raises ``InputError`` saying what is known and how to measure it."""
+        for efficiency in self.efficiencies:
+            if efficiency.op == op and efficiency.dtype == dtype:
+                return efficiency
+        known = ", ".join(sorted({f"{e.op} {e.dtype}" for e in self.efficiencies})) or "none"
+        raise InputError(
+            f"no {dtype} rate for {op} is known of device {self.kind!r} (known: {known}); "
+            f"measure it with: meshwright profile --dtype {dtype}"
+        )
+
+
+@record
+class NodeGroup:
+    """Equal nodes: ``num_nodes`` hosts, each with ``devices_per_node`` devices of one kind."""
+
+    device: str  # Device.kind
+    num_nodes: int
+    devices_per_node: int
+    hosts: tuple[str, ...] = ()  # names, when measured; empty for a preset
+
+
+@record
+class LinkTier:
+    """Links between devices that share a domain of ``group_size`` devices but no smaller one.
+
+    ``bytes_per_s`` is one pair, one direction, alone; ``contended_bytes_per_s`` the share of each device when all
+    devices of a node talk across this tier at once. ``latency_s`` is that of a small message, one way.
+    """
+
+    name: str  # "node" (inside one), "cluster" (across), or a domain's own name
+    group_size: int  # devices in one domain of this tier
+    latency_s: float
+    bytes_per_s: float
+    contended_bytes_per_s: float
+    source: Source
+
+
+@record
+class LinkMatrix:
+    """Measured pairs: ``[rank][rank]``, symmetric in meaning but not in figures; the diagonal is 0.
+
+    ``contended_bytes_per_s`` is the second pass, all devices of a node talking at once; empty where not measured.
+    """
+
+    latency_s: tuple[tuple[float, ...], ...]
+    bytes_per_s: tuple[tuple[float, ...], ...]
+    contended_bytes_per_s: tuple[tuple[float, ...], ...] = ()
+
+
+CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"]
+
+
+@record
+class CollectiveCurve:
+    """Seconds of one collective over sizes, measured with every group of the shape running at the same time.
+
+    The shape is ``num_ranks`` ranks, ``ranks_per_node`` of them on each node. ``message_bytes`` is the whole tensor:
+    the buffer of all_reduce and broadcast, the *output* of all_gather, the *input* of reduce_scatter and of all_to_all
+    on one rank. Between sizes interpolate linearly; above the largest extend the last slope.
+    ``seconds`` is monotone in bytes (running maximum of the medians); ``spread`` is (p90 - p10) / median.
+    """
+
+    op: CollectiveOp
+    num_ranks: int
+    ranks_per_node: int
+    message_bytes: tuple[float, ...]
+    seconds: tuple[float, ...]
+    spread: tuple[float, ...]
+    source: Source
+
+    def __post_init__(self) -> None:
+        if not len(self.message_bytes) == len(self.seconds) == len(self.spread) or not self.message_bytes:
+            raise InputError("message_bytes, seconds and spread of a collective curve must have one length, at least 1")
+        if list(self.message_bytes) != sorted(set(self.message_bytes)):
+            raise InputError("message_bytes of a collective curve must increase")
+
+
+@record
+class ClusterProfile:
+    """A cluster: devices, nodes, links by tier (innermost first, the last one holds all devices), and measured curves.
+
+    Raises ``InputError`` when node groups name unknown devices or the tiers do not nest up to the whole cluster.
+    """
+
+    artifact: Literal["cluster"] = "cluster"
+    schema_version: int = CLUSTER_SCHEMA_VERSION
+    name: str
+    devices: tuple[Device, ...]
+    node_groups: tuple[NodeGroup, ...]
+    tiers: tuple[LinkTier, ...]
+    collectives: tuple[CollectiveCurve, ...] = ()
+    link_matrix: LinkMatrix | None = None
+    environment: Environment | None = None  # of the measurement; None for a preset
+    measured_at: str | None = None  # ISO 8601, UTC
+    notes: tuple[str, ...] = ()  # outliers, what could not be measured and why, a rank that died
+
+    def __post_init__(self) -> None:
+        kinds = {device.kind for device in self.devices}
+        for group in self.node_groups:
+            if group.device not in kinds:
+                raise InputError(f"node group names device {group.device!r}, devices are {', '.join(sorted(kinds))}")
+            if group.num_nodes < 1 or group.devices_per_node < 1:
+                raise InputError("num_nodes and devices_per_node must be at least 1")
+        sizes = [tier.group_size for tier in self.tiers]
+        if sizes != sorted(set(sizes)) or any(size < 1 for size in sizes):
+            raise InputError(f"link tiers must grow from the innermost outward, found group sizes {sizes}")
+        if not self.node_groups or (self.num_devices > 1 and (not sizes or sizes[-1] < self.num_devices)):
+            raise InputError(f"the last link tier must hold all {self.num_devices} devices, found group sizes {sizes}")
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in the whole cluster: the largest world size."""
+        return sum(group.num_nodes * group.devices_per_node for group in self.node_groups)
+
+    @property
+    def num_nodes(self) -> int:
+        """Hosts in the whole cluster."""
+        return sum(group.num_nodes for group in self.node_groups)
+
+    @property
+    def devices_per_node(self) -> int:
+        """Devices on the smallest node: what a tensor-parallel group can count on."""
+        return min(group.devices_per_node for group in self.node_groups)
+
+    @property
+    def device(self) -> Device:
+        """The device kind of the first node group (clusters of one kind; unequal ones have several groups)."""
+        return next(device for device in self.devices if device.kind == self.node_groups[0].device)
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of the figures; name, date, environment and notes do not belong to it."""
+        return artifact.digest(self, without=("name", "measured_at", "environment", "notes"))
+
+
+def load_cluster(source: str | Path) -> ClusterProfile:
+    """A cluster from a file, or from a preset: ``"h100-sxm:16"`` is 16 nodes of the preset ``h100-sxm``.
+
+    Raises ``InputError`` for an unknown preset (with the nearest names) or a bad file.
+    """
+    return artifact.load(ClusterProfile, source, artifact="cluster", schema_version=CLUSTER_SCHEMA_VERSION)

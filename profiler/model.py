@@ -1,0 +1,302 @@
+"""What a model is: its layers with their sizes, from which parameters follow exactly.
+
+A ``ModelSpec`` is a run of blocks: one embedding block, decoder blocks (equal neighbours folded by ``repeat``), one
+head block. A block is what a pipeline can cut between; the layers in it are what tensor parallelism cuts through.
+Everything here is a count or a size: FLOPs, seconds and saved bytes are predictions and live in ``cost_models``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from meshwright import InputError
+from meshwright.profiler import artifact
+from meshwright.profiler.record import record
+
+MODEL_SCHEMA_VERSION = 1
+
+
+class AttentionKind(StrEnum):
+    """How queries, keys and values are made."""
+
+    MHA = "mha"  # as many key/value heads as query heads
+    GQA = "gqa"  # fewer key/value heads than query heads (one: multi-query)
+    MLA = "mla"  # keys and values from a shared low-rank latent (DeepSeek-V2, arXiv 2405.04434)
+
+
+class NormKind(StrEnum):
+    """Normalisations: RMSNorm has a weight, LayerNorm a weight and a bias."""
+
+    RMS = "rms"
+    LAYER = "layer"
+
+
+@record
+class EmbeddingLayer:
+    """Token table ``[vocab_size, hidden]`` and, where positions are learned, ``[num_positions, hidden]``."""
+
+    kind: Literal["embedding"] = "embedding"
+    vocab_size: int
+    hidden: int
+    num_positions: int = 0
+
+    @property
+    def params(self) -> int:
+        """Parameters: ``(vocab_size + num_positions) * hidden``."""
+        return (self.vocab_size + self.num_positions) * self.hidden
+
+
+@record
+class AttentionLayer:
+    """Self-attention with its projections; ``window`` above 0 is a sliding window, in tokens.
+
+    MLA sizes: queries through ``q_lora_rank`` (0: straight from hidden), keys and values through ``kv_lora_rank``, plus
+    ``rope_head_dim`` rotary dimensions (a shared key of that width); ``head_dim`` is then the part without rotation.
+    ``qk_norm_params`` counts the weights of per-head or whole-width norms on queries and keys; ``extra_params`` what
+    else the layer holds (attention sinks, latent norms).
+    """
+
+    kind: Literal["attention"] = "attention"
+    attention_kind: AttentionKind
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    rope_head_dim: int = 0
+    window: int = 0
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm_params: int = 0
+    extra_params: int = 0
+    rotary: bool = True
+    causal: bool = True
+
+    @property
+    def matmuls(self) -> tuple[tuple[int, int], ...]:
+        """``(inputs, outputs)`` of each projection's weight, in the order they run."""
+        query_width = self.num_heads * (self.head_dim + self.rope_head_dim)
+        value_width = self.num_heads * self.value_head_dim
+        if self.attention_kind is not AttentionKind.MLA:
+            kv_width = self.num_kv_heads * (self.head_dim + self.value_head_dim)
+            return ((self.hidden, query_width + kv_width), (value_width, self.hidden))
+        queries: tuple[tuple[int, int], ...] = ((self.hidden, query_width),)
+        if self.q_lora_rank:
+            queries = ((self.hidden, self.q_lora_rank), (self.q_lora_rank, query_width))
+        latent = (self.hidden, self.kv_lora_rank + self.rope_head_dim)
+        expand = (self.kv_lora_rank, self.num_heads * (self.head_dim + self.value_head_dim))
+        return (*queries, latent, expand, (value_width, self.hidden))
+
+    @property
+    def params(self) -> int:
+        """Parameters: the projections, their biases, the norms on queries and keys, and the rest."""
+        weights = sum(inputs * outputs for inputs, outputs in self.matmuls)
+        qkv_bias = self.matmuls[0][1] if self.qkv_bias else 0
+        return weights + qkv_bias + (self.hidden if self.out_bias else 0) + self.qk_norm_params + self.extra_params
+
+
+@record
+class MlpLayer:
+    """A dense feed-forward layer: gated has three matrices (gate, up, down), else two (up, down)."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden: int
+    ffn_size: int
+    gated: bool = True
+    bias: bool = False
+
+    @property
+    def params(self) -> int:
+        """Parameters: ``(3 if gated else 2) * hidden * ffn_size`` and the biases."""
+        ways_in = 2 if self.gated else 1
+        biases = ways_in * self.ffn_size + self.hidden if self.bias else 0
+        return (ways_in + 1) * self.hidden * self.ffn_size + biases
+
+
+@record
+class MoeLayer:
+    """Routed experts, of which each token takes ``top_k``, and shared experts that every token takes.
+
+    ``shared_ffn_size`` is the total width of the shared experts (0: none). ``extra_params`` counts router biases,
+    expert biases and the gate on the shared expert.
+    """
+
+    kind: Literal["moe"] = "moe"
+    hidden: int
+    num_experts: int
+    top_k: int
+    expert_ffn_size: int
+    shared_ffn_size: int = 0
+    gated: bool = True
+    extra_params: int = 0
+
+    @property
+    def expert_params(self) -> int:
+        """Parameters of all routed experts' matrices (biases are in ``extra_params``)."""
+        return self.num_experts * (3 if self.gated else 2) * self.hidden * self.expert_ffn_size
+
+    @property
+    def params(self) -> int:
+        """Parameters: routed experts, router, shared experts and the rest."""
+        shared = (3 if self.gated else 2) * self.hidden * self.shared_ffn_size
+        return self.expert_params + self.num_experts * self.hidden + shared + self.extra_params
+
+
+@record
+class NormLayer:
+    """RMSNorm (a weight) or LayerNorm (a weight and a bias, or ``affine`` false: neither) over ``hidden``."""
+
+    kind: Literal["norm"] = "norm"
+    norm_kind: NormKind
+    hidden: int
+    affine: bool = True
+
+    @property
+    def params(self) -> int:
+        """Parameters: ``hidden`` for RMSNorm, twice that for LayerNorm."""
+        return self.hidden * (1 if self.norm_kind is NormKind.RMS else 2) * self.affine
+
+
+@record
+class HeadLayer:
+    """The projection to the vocabulary; ``tied`` shares the embedding's weight and holds no parameters but a bias."""
+
+    kind: Literal["head"] = "head"
+    hidden: int
+    vocab_size: int
+    tied: bool = False
+    bias: bool = False
+
+    @property
+    def params(self) -> int:
+        """Parameters of its own: ``vocab_size * hidden`` unless tied, and the bias."""
+        return (0 if self.tied else self.vocab_size * self.hidden) + (self.vocab_size if self.bias else 0)
+
+
+LayerSpec = EmbeddingLayer | AttentionLayer | MlpLayer | MoeLayer | NormLayer | HeadLayer
+
+
+class BlockKind(StrEnum):
+    """Where a block stands: before, among or after the decoder layers."""
+
+    EMBEDDING = "embedding"
+    DECODER = "decoder"
+    HEAD = "head"
+
+
+@record
+class Block:
+    """Layers that stay together on one pipeline stage, ``repeat`` times in a row."""
+
+    kind: BlockKind
+    layers: tuple[LayerSpec, ...]
+    repeat: int = 1
+
+    @property
+    def params(self) -> int:
+        """Parameters of one repetition."""
+        return sum(layer.params for layer in self.layers)
+
+
+@record
+class ModelSpec:
+    """A whole model: blocks from embedding to head, with convenience views of the sizes that rules ask for.
+
+    Raises ``InputError`` when the blocks are not one embedding, decoder blocks, one head.
+    """
+
+    artifact: Literal["model"] = "model"
+    schema_version: int = MODEL_SCHEMA_VERSION
+    name: str
+    architecture: str  # the Hugging Face model_type, or the module's class name
+    max_seq_len: int
+    blocks: tuple[Block, ...]
+
+    def __post_init__(self) -> None:
+        kinds = [block.kind for block in self.blocks]
+        middle = kinds[1:-1]
+        ends_right = len(kinds) >= 3 and kinds[0] is BlockKind.EMBEDDING and kinds[-1] is BlockKind.HEAD
+        if not ends_right or any(kind is not BlockKind.DECODER for kind in middle):
+            raise InputError("blocks must be one embedding block, decoder blocks, then one head block")
+        if any(block.repeat < 1 for block in self.blocks) or self.blocks[0].repeat * self.blocks[-1].repeat != 1:
+            raise InputError("repeat must be at least 1, and 1 for the embedding and the head block")
+
+    @property
+    def params(self) -> int:
+        """Parameters of the whole model; a tied embedding counts once."""
+        return sum(block.params * block.repeat for block in self.blocks)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return sum(block.repeat for block in self.blocks[1:-1])
+
+    @property
+    def decoder_blocks(self) -> tuple[Block, ...]:
+        """Decoder blocks, equal neighbours still folded."""
+        return self.blocks[1:-1]
+
+    def layers(self) -> Iterator[LayerSpec]:
+        """Every layer of one repetition of each block, in order."""
+        return (layer for block in self.blocks for layer in block.layers)
+
+    @property
+    def embedding(self) -> EmbeddingLayer:
+        """The token table."""
+        return next(layer for layer in self.layers() if isinstance(layer, EmbeddingLayer))
+
+    @property
+    def head(self) -> HeadLayer:
+        """The projection to the vocabulary."""
+        return next(layer for layer in self.layers() if isinstance(layer, HeadLayer))
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.head.hidden
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+        return self.head.vocab_size
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and embedding share one weight."""
+        return self.head.tied
+
+    @property
+    def attention(self) -> AttentionLayer:
+        """The first attention layer (heads do not differ between layers of the supported models)."""
+        return next(layer for layer in self.layers() if isinstance(layer, AttentionLayer))
+
+    @property
+    def moe(self) -> MoeLayer | None:
+        """The first layer of experts, if there is one."""
+        return next((layer for layer in self.layers() if isinstance(layer, MoeLayer)), None)
+
+    @property
+    def ffn_size(self) -> int:
+        """The width that tp must divide: greatest common divisor of all dense and shared widths; 0 without any."""
+        widths = [layer.ffn_size for layer in self.layers() if isinstance(layer, MlpLayer)]
+        widths += [layer.shared_ffn_size for layer in self.layers() if isinstance(layer, MoeLayer)]
+        return math.gcd(*widths)
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of the structure; the name does not belong to it."""
+        return artifact.digest(self, without=("name",))
+
+
+def load_model(source: str | Path | Any) -> ModelSpec:
+    """A ``ModelSpec`` from a preset name, a Hugging Face ``config.json`` (file, folder, object) or a saved spec.
+
+    Raises ``InputError`` for an unknown name (with the nearest ones) or a file that is not a model.
+    """
+    raise InputError(f"unknown model {source!r}")

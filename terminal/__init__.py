@@ -1,0 +1,1 @@
+"""Words: how records are shown to a person at a terminal: tables, heat maps, progress. Only ``cli`` imports it."""
