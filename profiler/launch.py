@@ -162,12 +162,11 @@ def _child(
         if backend:
             import torch
             import torch.distributed as dist
-            from torch.distributed.distributed_c10d import FileStore
 
             torch.set_num_threads(len(cores) if cores else 1)
             dist.init_process_group(
                 backend,
-                store=FileStore(store, num_ranks),
+                store=dist.FileStore(store, num_ranks),  # pyright: ignore[reportPrivateImportUsage]
                 rank=rank,
                 world_size=num_ranks,
                 timeout=timedelta(seconds=timeout_s),
