@@ -6,12 +6,14 @@ A ``ClusterProfile`` is homogeneous in its rules and not in its figures: every r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
 from meshwright import InputError
 from meshwright.profiler import artifact
+from meshwright.profiler.cluster_presets import find_preset
 from meshwright.profiler.environment import Environment
 from meshwright.profiler.record import record
 
@@ -32,6 +34,14 @@ class Source:
 
     provenance: Provenance
     reference: str
+
+
+@record
+class FigureSource:
+    """The source of a single field, where it differs from that of the record it stands in."""
+
+    field: str
+    source: Source
 
 
 @record
@@ -88,7 +98,9 @@ class Device:
     communication_slowdown: float
     efficiencies: tuple[Efficiency, ...]
     samples: tuple[KernelSample, ...] = ()
+    peak_memory_bytes_per_s: float | None = None  # the datasheet's; memory_bytes_per_s is what a large copy reaches
     source: Source  # of memory, bandwidth and launch
+    figure_sources: tuple[FigureSource, ...] = ()
 
     def efficiency(self, op: str, dtype: str) -> Efficiency:
         """The curve of an operator in a dtype. Raises ``InputError`` saying what is known and how to measure it."""
@@ -125,7 +137,9 @@ class LinkTier:
     latency_s: float
     bytes_per_s: float
     contended_bytes_per_s: float
+    peak_bytes_per_s: float | None = None  # the datasheet's; bytes_per_s is what a large message reaches
     source: Source
+    figure_sources: tuple[FigureSource, ...] = ()
 
 
 @record
@@ -220,6 +234,32 @@ class ClusterProfile:
         """The device kind of the first node group (clusters of one kind; unequal ones have several groups)."""
         return next(device for device in self.devices if device.kind == self.node_groups[0].device)
 
+    def with_nodes(self, num_nodes: int) -> ClusterProfile:
+        """The same cluster with ``num_nodes`` equal nodes: a preset, or a measured one planned for at another size.
+
+        The outermost tier keeps its rates, as in a network without oversubscription. What was measured on particular
+        ranks (link matrix, collectives across nodes) is not carried over.
+        Raises ``InputError`` for unequal nodes, or where a single node says nothing of the network.
+        """
+        if len(self.node_groups) != 1:
+            raise InputError(f"{self.name} has unequal nodes: cannot tell which kind to add or remove")
+        group = self.node_groups[0]
+        if num_nodes == group.num_nodes:
+            return self
+        size = group.devices_per_node
+        if num_nodes > 1 and group.num_nodes == 1:
+            raise InputError(f"{self.name} is a single node: nothing is known of a network for {num_nodes} nodes")
+        tiers = tuple(tier for tier in self.tiers if tier.group_size <= size)
+        if num_nodes > 1:
+            tiers += (replace(self.tiers[-1], group_size=num_nodes * size),)
+        return replace(
+            self,
+            node_groups=(replace(group, num_nodes=num_nodes, hosts=()),),
+            tiers=tiers,
+            collectives=tuple(curve for curve in self.collectives if curve.num_ranks == curve.ranks_per_node),
+            link_matrix=None,
+        )
+
     @property
     def digest(self) -> str:
         """Fingerprint of the figures; name, date, environment and notes do not belong to it."""
@@ -229,6 +269,12 @@ class ClusterProfile:
 def load_cluster(source: str | Path) -> ClusterProfile:
     """A cluster from a file, or from a preset: ``"h100-sxm:16"`` is 16 nodes of the preset ``h100-sxm``.
 
+    A name without a folder and without ``.json`` that is no file here is taken for a preset's.
     Raises ``InputError`` for an unknown preset (with the nearest names) or a bad file.
     """
-    return artifact.load(ClusterProfile, source, artifact="cluster", schema_version=CLUSTER_SCHEMA_VERSION)
+    path = Path(source)
+    if not isinstance(source, str) or path.name != source or path.suffix == ".json" or path.is_file():
+        return artifact.load(ClusterProfile, path, artifact="cluster", schema_version=CLUSTER_SCHEMA_VERSION)
+    path, num_nodes = find_preset(source)
+    preset = artifact.load(ClusterProfile, path, artifact="cluster", schema_version=CLUSTER_SCHEMA_VERSION)
+    return replace(preset.with_nodes(num_nodes), name=source)
