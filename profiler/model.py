@@ -35,6 +35,17 @@ class NormKind(StrEnum):
     LAYER = "layer"
 
 
+MAX_SIZE = 10**9  # no dimension of a real model comes near; products then stay far inside 64 bits per layer
+
+
+def _check_sizes(layer: object, *, positive: tuple[str, ...], not_negative: tuple[str, ...] = ()) -> None:
+    for names, least in ((positive, 1), (not_negative, 0)):
+        for name in names:
+            value = getattr(layer, name)
+            if not least <= value <= MAX_SIZE:
+                raise InputError(f"{type(layer).__name__}.{name} must be {least} to {MAX_SIZE}, found {value}")
+
+
 @record
 class EmbeddingLayer:
     """Token table ``[vocab_size, hidden]`` and, where positions are learned, ``[num_positions, hidden]``."""
@@ -43,6 +54,9 @@ class EmbeddingLayer:
     vocab_size: int
     hidden: int
     num_positions: int = 0
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, positive=("vocab_size", "hidden"), not_negative=("num_positions",))
 
     @property
     def params(self) -> int:
@@ -78,6 +92,18 @@ class AttentionLayer:
     rotary: bool = True
     causal: bool = True
 
+    def __post_init__(self) -> None:
+        ranks = ("q_lora_rank", "kv_lora_rank", "rope_head_dim", "window", "qk_norm_params", "extra_params")
+        positive = ("hidden", "num_heads", "num_kv_heads", "head_dim", "value_head_dim")
+        _check_sizes(self, positive=positive, not_negative=ranks)
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+        is_mla = self.attention_kind is AttentionKind.MLA
+        if is_mla != (self.kv_lora_rank > 0) or (not is_mla and (self.q_lora_rank or self.rope_head_dim)):
+            raise InputError(
+                f"attention_kind={self.attention_kind.value} and kv_lora_rank={self.kv_lora_rank} disagree"
+            )
+
     @property
     def matmuls(self) -> tuple[tuple[int, int], ...]:
         """``(inputs, outputs)`` of each projection's weight, in the order they run."""
@@ -95,10 +121,16 @@ class AttentionLayer:
 
     @property
     def params(self) -> int:
-        """Parameters: the projections, their biases, the norms on queries and keys, and the rest."""
+        """Parameters: the projections, their biases, the norms on queries and keys, and the rest.
+
+        With MLA the bias belongs to the two projections down to a latent: ``q_lora_rank + kv_lora_rank +
+        rope_head_dim`` (file ``modeling_deepseek_v3.py`` of transformers).
+        """
         weights = sum(inputs * outputs for inputs, outputs in self.matmuls)
-        qkv_bias = self.matmuls[0][1] if self.qkv_bias else 0
-        return weights + qkv_bias + (self.hidden if self.out_bias else 0) + self.qk_norm_params + self.extra_params
+        latent = self.q_lora_rank + self.kv_lora_rank + self.rope_head_dim
+        qkv_width = latent if self.attention_kind is AttentionKind.MLA else self.matmuls[0][1]
+        biases = (qkv_width if self.qkv_bias else 0) + (self.hidden if self.out_bias else 0)
+        return weights + biases + self.qk_norm_params + self.extra_params
 
 
 @record
@@ -110,6 +142,10 @@ class MlpLayer:
     ffn_size: int
     gated: bool = True
     bias: bool = False
+    activation: str = "silu"  # the word of Hugging Face's ``hidden_act``
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, positive=("hidden", "ffn_size"))
 
     @property
     def params(self) -> int:
@@ -135,6 +171,13 @@ class MoeLayer:
     shared_ffn_size: int = 0
     gated: bool = True
     extra_params: int = 0
+    activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        positive = ("hidden", "num_experts", "top_k", "expert_ffn_size")
+        _check_sizes(self, positive=positive, not_negative=("shared_ffn_size", "extra_params"))
+        if self.top_k > self.num_experts:
+            raise InputError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
 
     @property
     def expert_params(self) -> int:
@@ -157,6 +200,9 @@ class NormLayer:
     hidden: int
     affine: bool = True
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, positive=("hidden",))
+
     @property
     def params(self) -> int:
         """Parameters: ``hidden`` for RMSNorm, twice that for LayerNorm."""
@@ -172,6 +218,9 @@ class HeadLayer:
     vocab_size: int
     tied: bool = False
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, positive=("hidden", "vocab_size"))
 
     @property
     def params(self) -> int:
@@ -217,6 +266,7 @@ class ModelSpec:
     architecture: str  # the Hugging Face model_type, or the module's class name
     max_seq_len: int
     blocks: tuple[Block, ...]
+    notes: tuple[str, ...] = ()  # what a reader must know: parts left out, departures from a paper
 
     def __post_init__(self) -> None:
         kinds = [block.kind for block in self.blocks]
@@ -226,6 +276,25 @@ class ModelSpec:
             raise InputError("blocks must be one embedding block, decoder blocks, then one head block")
         if any(block.repeat < 1 for block in self.blocks) or self.blocks[0].repeat * self.blocks[-1].repeat != 1:
             raise InputError("repeat must be at least 1, and 1 for the embedding and the head block")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        layers = tuple(self.layers())
+        for part, count in ((EmbeddingLayer, 1), (HeadLayer, 1), (AttentionLayer, 0)):
+            found = sum(isinstance(layer, part) for layer in layers)
+            if found < 1 or (count and found != count):
+                raise InputError(f"a model needs {'one' if count else 'at least one'} {part.__name__}, found {found}")
+        widths = sorted({layer.hidden for layer in layers})
+        if len(widths) > 1:
+            raise InputError(
+                f"layers differ in hidden ({', '.join(map(str, widths))}): one residual width is supported"
+            )
+        if self.embedding.vocab_size != self.head.vocab_size and self.tied:
+            raise InputError(
+                f"tied, but the embedding has {self.embedding.vocab_size} rows and the head {self.head.vocab_size}"
+            )
+        if self.max_seq_len < 1:
+            raise InputError(f"max_seq_len must be at least 1, found {self.max_seq_len}")
 
     @property
     def params(self) -> int:
@@ -290,13 +359,26 @@ class ModelSpec:
 
     @property
     def digest(self) -> str:
-        """Fingerprint of the structure; the name does not belong to it."""
-        return artifact.digest(self, without=("name",))
+        """Fingerprint of the structure; name and notes do not belong to it."""
+        return artifact.digest(self, without=("name", "notes"))
 
 
 def load_model(source: str | Path | Any) -> ModelSpec:
-    """A ``ModelSpec`` from a preset name, a Hugging Face ``config.json`` (file, folder, object) or a saved spec.
+    """A ``ModelSpec`` from a preset name, a Hugging Face config, or a saved spec.
 
-    Raises ``InputError`` for an unknown name (with the nearest ones) or a file that is not a model.
+    ``source`` is one of: a preset's name (``llama3-8b``) or hub name (``Qwen/Qwen3-8B``); a path to a ``config.json``,
+    to a folder that holds one, or to a saved spec (``"artifact": "model"``); a dict of a config's fields, or a config
+    object (anything with ``to_dict``). A preset's name comes before a folder of that name: write ``./llama3-8b`` for
+    the folder. Neither torch nor transformers is imported.
+
+    Raises ``InputError`` for an unknown name (with the nearest ones), an architecture that is not supported (with
+    those that are), or a field that is missing or wrong (with what was expected).
     """
-    raise InputError(f"unknown model {source!r}")
+    from meshwright.profiler.model_source import read_model
+
+    return read_model(source)
+
+
+def save_model(model: ModelSpec, path: str | Path) -> None:
+    """Write a spec as JSON for ``load_model``; raises ``InputError`` when it cannot be written."""
+    artifact.save(model, path)
