@@ -244,6 +244,22 @@ class ConfigBatch:
         """Every config as a record, in order."""
         return (self.config(index) for index in range(len(self)))
 
+    def distinct(self, *names: str) -> tuple[ConfigBatch, IntArray]:
+        """One config for each different combination of the fields ``names``, and where each config finds its own.
+
+        A cost that depends on few fields is worked out once for each combination and spread with the second array.
+        """
+        key, num_keys = np.zeros(len(self), dtype=np.int64), 1
+        for name in names:
+            column = getattr(self, name).astype(np.int64)
+            span = int(column.max(initial=0)) + 1
+            if num_keys * span >= 2**62:  # number the combinations anew before they overflow
+                _, key = np.unique(key, return_inverse=True)
+                num_keys = len(self)
+            key, num_keys = key * span + column, num_keys * span
+        _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+        return self.take(first), inverse
+
     @staticmethod
     def concatenate(batches: Iterable[ConfigBatch]) -> ConfigBatch:
         """One batch after another."""
@@ -292,7 +308,7 @@ def legal(batch: ConfigBatch, model: ModelSpec, workload: Workload) -> NDArray[n
         folded_without_sp = (batch.tp > 1) & (batch.etp != batch.tp) & ~batch.sequence_parallel
         indivisible = (moe.num_experts % batch.ep != 0) | (moe.expert_ffn_size % batch.etp != 0)
         rules.append((Reason.EXPERTS, indivisible | shares_experts | folded_without_sp))
-    ring_indivisible = (batch.cp_ring > 1) & (workload.seq_len % (2 * batch.cp) != 0)
+    ring_indivisible = (batch.cp_ring > 1) & attention.causal & (workload.seq_len % (2 * batch.cp) != 0)
     sp_indivisible = batch.sequence_parallel & ((batch.tp == 1) | (seq_shard % batch.tp != 0))
     rules += [
         (Reason.SEQUENCE, ring_indivisible | (workload.seq_len % batch.cp != 0) | sp_indivisible),

@@ -1,15 +1,18 @@
 """The JSON edge: how artifacts (cluster, plan, measurement ...) are written, read, digested and described.
 
 An artifact is a record with the fields ``artifact`` (its kind, a fixed word) and ``schema_version`` (an integer).
-pydantic is imported here, and only when a file is read or written.
+Writing and digesting walk the records themselves; pydantic, slow to import, is needed only to check what is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,20 +35,42 @@ def _adapter(record_type: Any) -> TypeAdapter[Any]:
 
 
 def to_json(value: Any, *, indent: int | None = 2) -> str:
-    """JSON text of a record (SI units, tuples as arrays, enums as their words)."""
-    return _adapter(type(value)).dump_json(value, indent=indent).decode()
+    """JSON text of a record (SI units, tuples as arrays, enums as their words).
+
+    Raises ``ValueError`` for a NaN or an infinity: JSON has neither, and no record should hold one.
+    """
+    return json.dumps(_tree(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def digest(value: Any, *, without: tuple[str, ...] = ()) -> str:
     """A short fingerprint of a record's content, equal on every machine: ``sha256:`` and 16 hex digits.
 
-    ``without`` names top-level fields that do not belong to the identity (a date, a name).
+    ``without`` names top-level fields that do not belong to the identity (a date, a name). A whole number counts the
+    same as an int and as a float, so that a record and its copy read back from a file agree.
     """
-    tree = json.loads(_adapter(type(value)).dump_json(value))
+    tree = _tree(value)
     for name in without:
         tree.pop(name, None)
-    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()
-    return "sha256:" + hashlib.sha256(canonical).hexdigest()[:16]
+    canonical = json.dumps(_whole_numbers_as_int(tree), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _tree(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: _tree(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_tree(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    return value
+
+
+def _whole_numbers_as_int(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {name: _whole_numbers_as_int(item) for name, item in tree.items()}
+    if isinstance(tree, list):
+        return [_whole_numbers_as_int(item) for item in tree]
+    return int(tree) if isinstance(tree, float) and tree.is_integer() else tree
 
 
 def save(value: Any, path: str | Path) -> None:
@@ -79,6 +104,8 @@ def load(record_type: type[T], path: str | Path, *, artifact: str, schema_versio
         text = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:  # a name that no file can have
+        raise InputError(f"cannot read {str(path)!r}: {error}") from None
     return loads(record_type, text, artifact=artifact, schema_version=schema_version, where=str(path))
 
 
@@ -86,17 +113,14 @@ def loads(record_type: type[T], text: str | bytes, *, artifact: str, schema_vers
     """Read an artifact from JSON text; ``where`` names its origin in error messages. Raises as ``load`` does."""
     from pydantic import ValidationError
 
-    try:
-        tree = json.loads(text)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise InputError(f"{where} is not valid JSON: {error}") from None
+    tree = _parse(text, where)
     if not isinstance(tree, dict):
         raise InputError(f"{where}: expected a JSON object holding a {artifact}, found {_short(tree)}")
     if tree.get("artifact") != artifact:
         found = _short(tree["artifact"]) if "artifact" in tree else "no field 'artifact'"
         raise InputError(f'{where} is not a {artifact} file: expected "artifact": "{artifact}", found {found}')
     version = tree.get("schema_version")
-    if version != schema_version or isinstance(version, bool):
+    if version != schema_version or type(version) is not int:
         raise InputError(
             f"{where}: schema_version is {_short(version)}, this meshwright reads {schema_version}; "
             f"make the {artifact} again with this version, or use the version that wrote it"
@@ -109,6 +133,45 @@ def loads(record_type: type[T], text: str | bytes, *, artifact: str, schema_vers
         shown = "; ".join(_problem(problem) for problem in problems[:MAX_PROBLEMS_SHOWN])
         more = f"; and {len(problems) - MAX_PROBLEMS_SHOWN} more" if len(problems) > MAX_PROBLEMS_SHOWN else ""
         raise InputError(f"{where}: {shown}{more}") from None
+
+
+def _parse(text: str | bytes, where: str) -> Any:
+    """JSON as the standard has it: no NaN, no field twice (the last would win in silence), integers of 64 bits."""
+    if not text.strip():
+        raise InputError(f"{where} is empty")
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        return json.loads(
+            decoded, object_pairs_hook=_object, parse_int=_int64, parse_float=_finite, parse_constant=_finite
+        )
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not a text file: byte {error.start} is not UTF-8") from None
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply to be read") from None
+    except ValueError as error:
+        raise InputError(f"{where} is not valid JSON: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {_short(twice)} stands twice in one object")
+    return tree
+
+
+def _int64(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"integer {digits[:20]}{'...' if len(digits) > 20 else ''} has more than 64 bits")
+    return int(digits)
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:20]} is not a finite number")
+    return value
 
 
 def json_schema(record_type: type[Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from meshwright import InputError
@@ -10,7 +11,8 @@ KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 KB, MB, GB, TB = 10**3, 10**6, 10**9, 10**12
 
 _BYTES = {"b": 1, "kb": KB, "mb": MB, "gb": GB, "tb": TB, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB}
-_BITS = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9, "tbit": 10**12}
+_PREFIXES = {"": 1, "k": KB, "M": MB, "G": GB, "T": TB, "Ki": KIB, "Mi": MIB, "Gi": GIB, "Ti": TIB}
+_RATE = re.compile(r"(?P<prefix>|[kKmMgGtT]i?)(?P<thing>bits?|b|B)(?:/s|ps)\Z")
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "min": 60.0, "h": 3600.0}
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([A-Za-zµ/]*)\s*\Z")
 
@@ -19,7 +21,10 @@ def _split(text: str, kind: str, units: str) -> tuple[float, str]:
     match = _QUANTITY.match(text)
     if not match:
         raise InputError(f"cannot read {text!r} as {kind}: expected a number and one of {units}")
-    return float(match[1]), match[2]
+    number = float(match[1])
+    if not math.isfinite(number):
+        raise InputError(f"{text!r} is too large for {kind}")
+    return number, match[2]
 
 
 def parse_bytes(text: str) -> int:
@@ -39,16 +44,20 @@ def parse_seconds(text: str) -> float:
 
 
 def parse_bytes_per_s(text: str) -> float:
-    """Bytes a second of ``"200Mbit/s"`` (2.5e7), ``"25 GB/s"`` or ``"1e9"``. Raises ``InputError``."""
+    """Bytes a second of ``"200Mbit/s"`` (2.5e7), ``"25 GB/s"`` or ``"1e9"``. Raises ``InputError``.
+
+    A small b is bits, a large B bytes, as the field writes them: ``"400Gbps"`` is 5e10.
+    """
     number, unit = _split(text, "a rate", "bit/s kbit/s Mbit/s Gbit/s B/s KB/s MB/s GB/s")
     if not unit:
         return number
-    base = unit.lower().removesuffix("/s").removesuffix("ps")
-    if base in _BITS:
-        return number * _BITS[base] / 8
-    if base in _BYTES and unit.lower() != base:
-        return number * _BYTES[base]
-    raise InputError(f"unknown unit {unit!r} in {text!r}: expected bit/s kbit/s Mbit/s Gbit/s B/s KB/s MB/s or GB/s")
+    match = _RATE.match(unit)
+    if not match:
+        expected = "bit/s kbit/s Mbit/s Gbit/s B/s KB/s MB/s or GB/s"
+        raise InputError(f"unknown unit {unit!r} in {text!r}: expected one of {expected}")
+    letter, binary = match["prefix"][:1], match["prefix"][1:]
+    scale = _PREFIXES[(letter.upper() if letter not in ("k", "K") or binary else "k") + binary]
+    return number * scale / (1 if match["thing"] == "B" else 8)
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -80,6 +89,8 @@ def format_count(count: float) -> str:
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
-    scale, unit = next(((scale, unit) for scale, unit in units if abs(value) >= scale), units[-1])
-    number = value / scale
-    return f"{number:.0f} {unit}" if abs(number) >= 100 or value == 0 else f"{number:.3g} {unit}"
+    rounded = float(f"{value:.3g}")  # so that 999.9 KB becomes 1.00 MB
+    scale, unit = next(((scale, unit) for scale, unit in units if abs(rounded) >= scale), units[-1])
+    number = rounded / scale if abs(rounded) < 1000 * scale else value / scale
+    whole = abs(number) >= 100 or value == 0 or (unit != "s" and scale == 1 and float(number).is_integer())
+    return f"{number:.0f} {unit}" if whole else f"{number:#.3g} {unit}"
