@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from meshwright import InputError
-from meshwright.profiler.model import MAX_SIZE
+from meshwright.profiler.layers import MAX_SIZE
 
 MAX_LAYERS = 100_000
 
 
 class Fields:
-    """A config's fields by canonical name, with the other names a model type gives them (``n_embd`` for ``hidden_size``).
+    """A config's fields, each under one or two names (``aliases``: ``n_embd`` for ``hidden_size``).
 
     ``where`` names the config in messages. Every getter takes the value that transformers' own config class fills in
     when the field is absent, and raises ``InputError`` when the field is there and wrong.
@@ -35,7 +35,7 @@ class Fields:
             problem = "missing" if not self._is_there(name) else f"expected {_range(least, most)}, found null"
             raise self.error(name, problem)
         if type(value) is not int or not least <= value <= most:
-            raise self.error(name, f"expected {_range(least, most)}, found {_short(value)}")
+            raise self.error(name, f"expected {_range(least, most)}, found {shorten(value)}")
         return value
 
     def optional_size(self, name: str, default: int | None) -> int | None:
@@ -48,14 +48,14 @@ class Fields:
         """True or false."""
         value = self._get(name, default)
         if type(value) is not bool:
-            raise self.error(name, f"expected true or false, found {_short(value)}")
+            raise self.error(name, f"expected true or false, found {shorten(value)}")
         return value
 
     def word(self, name: str, default: str) -> str:
         """A word."""
         value = self._get(name, default)
         if not isinstance(value, str) or not value:
-            raise self.error(name, f"expected a word, found {_short(value)}")
+            raise self.error(name, f"expected a word, found {shorten(value)}")
         return value
 
     def items(self, name: str, kind: type) -> list[Any] | None:
@@ -64,7 +64,7 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, list | tuple) or any(type(item) is not kind for item in value):
-            raise self.error(name, f"expected a list of {kind.__name__}, found {_short(value)}")
+            raise self.error(name, f"expected a list of {kind.__name__}, found {shorten(value)}")
         return list(value)
 
     def num_layers(self, default: int) -> int:
@@ -98,7 +98,7 @@ class Fields:
         alias = self._aliases.get(name, name)
         there = [key for key in dict.fromkeys((name, alias)) if key in self._config]
         if len(there) == 2 and self._config[there[0]] != self._config[there[1]]:
-            values = " and ".join(f"{key}={_short(self._config[key])}" for key in there)
+            values = " and ".join(f"{key}={shorten(self._config[key])}" for key in there)
             raise self.error(name, f"two names of one field disagree: {values}")
         return self._config[there[0]] if there else default
 
@@ -107,7 +107,8 @@ def _range(least: int, most: int) -> str:
     return f"an integer from {least} to {most}"
 
 
-def _short(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """A value as JSON, cut to what fits into a sentence."""
     try:
         text = json.dumps(value, default=str)
     except (ValueError, RecursionError, TypeError):

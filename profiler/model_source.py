@@ -26,7 +26,9 @@ def read_model(source: str | Path | Any) -> ModelSpec:
         return _read_fields(source, name="", where="config")
     to_dict = getattr(source, "to_dict", None)
     if callable(to_dict) and not isinstance(source, type):
-        return _read_fields(to_dict(), name="", where=type(source).__name__)
+        fields: Any = to_dict()
+        if isinstance(fields, Mapping):
+            return _read_fields(fields, name="", where=type(source).__name__)
     raise InputError(
         f"cannot read a model from {type(source).__name__}: expected a preset's name, a path, a config or its fields"
     )
@@ -71,7 +73,7 @@ def _read_path(path: Path) -> ModelSpec:
 def _read_fields(fields: Mapping[str, Any], *, name: str, where: str) -> ModelSpec:
     given = fields.get("_name_or_path")
     if not name:
-        name = given if isinstance(given, str) and given else str(fields.get("model_type", "model"))
+        name = given if isinstance(given, str) and given else str(fields.get("model_type"))
     return spec_from_config(fields, name=name, where=where)
 
 

@@ -1,0 +1,197 @@
+"""Hugging Face's Llama family: llama, mistral, mixtral, qwen2, qwen3 and the Qwen mixtures of experts.
+
+RMSNorm before each half of a layer, rotary positions, gated feed-forward; they differ in biases, norms on queries and
+keys, windows, experts, and in the defaults of their config classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from meshwright.profiler.hf_fields import Fields
+from meshwright.profiler.hf_parts import Parts, check_divides, head_layer, top_k
+from meshwright.profiler.layers import (
+    AttentionKind,
+    AttentionLayer,
+    EmbeddingLayer,
+    LayerSpec,
+    MlpLayer,
+    MoeLayer,
+    NormKind,
+    NormLayer,
+)
+from meshwright.profiler.record import record
+
+
+@record
+class LlamaLike:
+    """Defaults of one member of the family: RMSNorm, rotary positions, gated feed-forward."""
+
+    vocab_size: int
+    hidden: int
+    ffn_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None  # None: as many as heads
+    kv_heads_nullable: bool = True
+    head_dim: int | None = None
+    max_seq_len: int = 32768
+    qkv_bias: bool = False
+    hidden_must_divide: bool = False  # the config class refuses hidden sizes that the heads do not divide
+    qk_norm: bool = False
+
+
+LLAMA_LIKE = {
+    "llama": LlamaLike(
+        vocab_size=32000, hidden=4096, ffn_size=11008, num_layers=32, num_heads=32, max_seq_len=2048,
+        hidden_must_divide=True,
+    ),
+    "mistral": LlamaLike(
+        vocab_size=32000, hidden=4096, ffn_size=14336, num_layers=32, num_heads=32, num_kv_heads=8, max_seq_len=131072
+    ),
+    "mixtral": LlamaLike(
+        vocab_size=32000, hidden=4096, ffn_size=14336, num_layers=32, num_heads=32, num_kv_heads=8, max_seq_len=131072
+    ),
+    "qwen2": LlamaLike(
+        vocab_size=151936, hidden=4096, ffn_size=22016, num_layers=32, num_heads=32, num_kv_heads=32, qkv_bias=True
+    ),
+    "qwen3": LlamaLike(
+        vocab_size=151936, hidden=4096, ffn_size=22016, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
+        qk_norm=True,
+    ),
+    "qwen2_moe": LlamaLike(
+        vocab_size=151936, hidden=2048, ffn_size=5632, num_layers=24, num_heads=16, num_kv_heads=16,
+        kv_heads_nullable=False, qkv_bias=True,
+    ),
+    "qwen3_moe": LlamaLike(
+        vocab_size=151936, hidden=2048, ffn_size=6144, num_layers=24, num_heads=32, num_kv_heads=4,
+        kv_heads_nullable=False, qk_norm=True,
+    ),
+}  # fmt: skip
+
+
+def llama_like(fields: Fields, model_type: str) -> Parts:
+    """The parts of a config of any member of the family."""
+    family = LLAMA_LIKE[model_type]
+    hidden = fields.size("hidden_size", family.hidden)
+    num_layers = fields.num_layers(family.num_layers)
+    attention = _llama_attention(fields, model_type, family, hidden)
+    norm = NormLayer(norm_kind=NormKind.RMS, hidden=hidden)
+    feed_forward = FEED_FORWARD.get(model_type, _dense)(fields, family, hidden, num_layers)
+    windows = _windows(fields, model_type, num_layers)
+    layers = tuple((norm, attention(window), norm, mlp) for window, mlp in zip(windows, feed_forward, strict=True))
+    return Parts(
+        embedding=EmbeddingLayer(vocab_size=fields.size("vocab_size", family.vocab_size), hidden=hidden),
+        layers=layers,
+        final=(norm, head_layer(fields, hidden, family.vocab_size, tied=False)),
+        max_seq_len=fields.size("max_position_embeddings", family.max_seq_len),
+    )
+
+
+def _llama_attention(
+    fields: Fields, model_type: str, family: LlamaLike, hidden: int
+) -> Callable[[int], AttentionLayer]:
+    num_heads = fields.size("num_attention_heads", family.num_heads)
+    num_kv_heads = fields.kv_heads(num_heads, family.num_kv_heads, nullable=family.kv_heads_nullable)
+    if family.hidden_must_divide:
+        check_divides(fields, hidden, num_heads)
+    head_dim = fields.head_dim(hidden, num_heads, family.head_dim)
+    has_flag = model_type in ("llama", "qwen3", "qwen3_moe")
+    out_bias = has_flag and fields.flag("attention_bias", False)
+    qkv_bias = out_bias if has_flag else family.qkv_bias
+    if model_type == "qwen2_moe":
+        qkv_bias = fields.flag("qkv_bias", True)
+    made: dict[int, AttentionLayer] = {}
+
+    def attention(window: int) -> AttentionLayer:
+        if window not in made:
+            made[window] = AttentionLayer(
+                attention_kind=AttentionKind.MHA if num_kv_heads == num_heads else AttentionKind.GQA,
+                hidden=hidden,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                value_head_dim=head_dim,
+                window=window,
+                qkv_bias=qkv_bias,
+                out_bias=out_bias,
+                qk_norm_params=2 * head_dim if family.qk_norm else 0,
+            )
+        return made[window]
+
+    return attention
+
+
+def _windows(fields: Fields, model_type: str, num_layers: int) -> list[int]:
+    """The sliding window of each layer, 0 where attention reaches back to the start."""
+    if model_type == "llama":
+        return [0] * num_layers
+    if model_type in ("mistral", "mixtral"):
+        window = fields.optional_size("sliding_window", 4096 if model_type == "mistral" else None)
+        return [window or 0] * num_layers
+    if not fields.flag("use_sliding_window", False):
+        return [0] * num_layers
+    window = fields.optional_size("sliding_window", 4096) or 0
+    if model_type == "qwen3_moe":
+        return [window] * num_layers
+    kinds = fields.items("layer_types", str)
+    if kinds is None:
+        from_layer = fields.size("max_window_layers", 28, least=0)
+        if model_type == "qwen2_moe":
+            return [window if layer % 2 == 0 and layer < from_layer else 0 for layer in range(num_layers)]
+        return [window if layer >= from_layer else 0 for layer in range(num_layers)]
+    if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        expected = f'{num_layers} (num_hidden_layers) times "full_attention" or "sliding_attention"'
+        raise fields.error("layer_types", f"expected {expected}, found {len(kinds)}: {', '.join(sorted(set(kinds)))}")
+    return [window if kind == "sliding_attention" else 0 for kind in kinds]
+
+
+def _dense(fields: Fields, family: LlamaLike, hidden: int, num_layers: int) -> list[LayerSpec]:
+    mlp = MlpLayer(
+        hidden=hidden,
+        ffn_size=fields.size("intermediate_size", family.ffn_size),
+        bias=family is LLAMA_LIKE["llama"] and fields.flag("mlp_bias", False),
+        activation=fields.word("hidden_act", "silu"),
+    )
+    return [mlp] * num_layers
+
+
+def _mixtral(fields: Fields, family: LlamaLike, hidden: int, num_layers: int) -> list[LayerSpec]:
+    num_experts = fields.size("num_local_experts", 8)
+    moe = MoeLayer(
+        hidden=hidden,
+        num_experts=num_experts,
+        top_k=top_k(fields, num_experts, 2),
+        expert_ffn_size=fields.size("intermediate_size", family.ffn_size),
+        activation=fields.word("hidden_act", "silu"),
+    )
+    return [moe] * num_layers
+
+
+def _qwen_moe(fields: Fields, family: LlamaLike, hidden: int, num_layers: int) -> list[LayerSpec]:
+    """Experts in every ``decoder_sparse_step``-th layer not in ``mlp_only_layers``; qwen2_moe adds a gated shared one."""
+    dense = _dense(fields, family, hidden, num_layers)[0]
+    is_qwen2 = family is LLAMA_LIKE["qwen2_moe"]
+    num_experts = fields.size("num_experts", 60 if is_qwen2 else 128, least=0)
+    step = fields.size("decoder_sparse_step", 1)
+    only_dense = set(fields.items("mlp_only_layers", int) or ())
+    if num_experts == 0:
+        return [dense] * num_layers
+    shared = fields.size("shared_expert_intermediate_size", 5632, least=0) if is_qwen2 else 0
+    moe = MoeLayer(
+        hidden=hidden,
+        num_experts=num_experts,
+        top_k=top_k(fields, num_experts, 4 if is_qwen2 else 8),
+        expert_ffn_size=fields.size("moe_intermediate_size", 1408 if is_qwen2 else 768),
+        shared_ffn_size=shared,
+        extra_params=hidden if is_qwen2 else 0,  # the gate on the shared expert
+        activation=fields.word("hidden_act", "silu"),
+    )
+    return [moe if layer not in only_dense and (layer + 1) % step == 0 else dense for layer in range(num_layers)]
+
+
+FEED_FORWARD: dict[str, Callable[[Fields, LlamaLike, int, int], list[LayerSpec]]] = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen_moe,
+    "qwen3_moe": _qwen_moe,
+}

@@ -1,0 +1,43 @@
+"""What every builder of a Hugging Face architecture returns, and the pieces they share."""
+
+from __future__ import annotations
+
+from meshwright.profiler.hf_fields import Fields
+from meshwright.profiler.layers import EmbeddingLayer, HeadLayer, LayerSpec
+from meshwright.profiler.record import record
+
+Layers = tuple[LayerSpec, ...]
+
+
+@record
+class Parts:
+    """What a builder finds: the two ends and, layer by layer, what is between."""
+
+    embedding: EmbeddingLayer
+    layers: tuple[Layers, ...]
+    final: Layers  # the final norm, if any, and the head
+    max_seq_len: int
+    notes: tuple[str, ...] = ()
+
+
+def head_layer(fields: Fields, hidden: int, vocab_size: int, *, tied: bool) -> HeadLayer:
+    """The head; ``tied`` and ``vocab_size`` are the model type's defaults."""
+    return HeadLayer(
+        hidden=hidden,
+        vocab_size=fields.size("vocab_size", vocab_size),
+        tied=fields.flag("tie_word_embeddings", tied),
+    )
+
+
+def top_k(fields: Fields, num_experts: int, default: int | None) -> int:
+    """``num_experts_per_tok``, at most ``num_experts``."""
+    chosen = fields.size("num_experts_per_tok", default)
+    if chosen > num_experts:
+        raise fields.error("num_experts_per_tok", f"{chosen} is more than the {num_experts} experts")
+    return chosen
+
+
+def check_divides(fields: Fields, hidden: int, num_heads: int) -> None:
+    """Refuse heads that do not divide the hidden size, as the config class or the module does."""
+    if hidden % num_heads:
+        raise fields.error("num_attention_heads", f"{num_heads} does not divide hidden_size={hidden}")
