@@ -6,9 +6,52 @@ NOT_IN_FRAMEWORK and counted.
 
 from __future__ import annotations
 
+import numpy as np
+
 from meshwright import InputError
-from meshwright.cost_models.strategy import BoolArray, ConfigBatch, Recompute, Schedule
+from meshwright.cost_models.strategy import (
+    RECOMPUTES,
+    SCHEDULES,
+    BoolArray,
+    ConfigBatch,
+    IntArray,
+    Recompute,
+    Schedule,
+)
+from meshwright.cost_models.workload import Workload
+from meshwright.profiler.model import ModelSpec
 from meshwright.profiler.record import record
+
+
+@record
+class PointwiseCost:
+    """Kernels that a memory-bound operator launches, and how often it passes over its tensor, in one direction each.
+
+    A pass is one read or one write of the whole tensor in the compute dtype; a ``float32_pass`` the same in float32.
+    """
+
+    forward_kernels: float
+    forward_passes: float
+    backward_kernels: float
+    backward_passes: float
+    forward_float32_passes: float = 0.0
+    backward_float32_passes: float = 0.0
+
+
+@record
+class Pointwise:
+    """The memory-bound rest of a model as a target runs it. Each names the tensor its passes are counted on."""
+
+    norm: PointwiseCost  # the residual stream
+    rotary: PointwiseCost  # queries and keys together
+    activation: PointwiseCost  # the widest tensor of a feed-forward layer that is not gated
+    gated_activation: PointwiseCost  # gate, and up of the same size
+    residual: PointwiseCost  # the residual stream
+    copy: PointwiseCost  # the attention output, made contiguous
+    embedding: PointwiseCost  # the rows looked up
+    loss: PointwiseCost  # the logits
+    routing: PointwiseCost  # the rows of tokens that experts take
+    optimizer_kernels: float  # launches of one optimizer step, the whole model at once
 
 
 @record
@@ -16,7 +59,8 @@ class Framework:
     """Traits of a target, each a fact about its code.
 
     ``overlap_*`` is the share of that communication which the target starts early enough to hide behind compute,
-    0 (exposed) to 1; what is hidden still cannot exceed the compute it hides behind.
+    0 (exposed) to 1, on devices that run collectives beside compute; what is hidden still cannot exceed the compute
+    it hides behind, and a device without streams of its own (a CPU) hides nothing.
     """
 
     name: str
@@ -27,11 +71,47 @@ class Framework:
     expert_parallel: bool
     partial_sharding: bool  # dp_shard below dp * cp (HSDP)
     vocab_parallel: bool  # splits embedding and head by vocabulary whenever tp > 1
+    tensor_parallel_moe: bool  # cuts attention of a model with experts by tp
+    fused_projections: bool  # queries, keys and values are one matmul, gate and up another
+    windowed_attention: bool  # attention kernels skip what a sliding window masks
+    regathers_sequence: bool  # with sp, saves the sharded input of a matmul and gathers it again in backward
     overlap_dp_reduce: float
     overlap_zero3_gather: float
     overlap_tp: float
     overlap_pp: float
+    pointwise: Pointwise
 
+
+# One ATen kernel after another, as Hugging Face's modules call them. Counted on transformers 5.23
+# models/llama/modeling_llama.py (LlamaRMSNorm: cast, square, mean, rsqrt, multiply, cast, multiply; rotary: negate,
+# concatenate, two products and a sum for queries and for keys; silu, multiply), backward as autograd derives it.
+# A model that calls torch's fused norm (functional.rms_norm, LayerNorm) passes 2 and 5 times instead of 11 and 16.
+EAGER_TORCH = Pointwise(
+    norm=PointwiseCost(
+        forward_kernels=8,
+        forward_passes=4,
+        forward_float32_passes=7,
+        backward_kernels=12,
+        backward_passes=6,
+        backward_float32_passes=10,
+    ),
+    rotary=PointwiseCost(forward_kernels=10, forward_passes=11, backward_kernels=12, backward_passes=12),
+    activation=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=1, backward_passes=3),
+    gated_activation=PointwiseCost(forward_kernels=2, forward_passes=5, backward_kernels=3, backward_passes=9),
+    residual=PointwiseCost(forward_kernels=1, forward_passes=3, backward_kernels=1, backward_passes=3),
+    copy=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=1, backward_passes=2),
+    embedding=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=2, backward_passes=2),
+    loss=PointwiseCost(
+        forward_kernels=8,
+        forward_passes=1,
+        forward_float32_passes=5,
+        backward_kernels=5,
+        backward_passes=1,
+        backward_float32_passes=4,
+    ),
+    routing=PointwiseCost(forward_kernels=12, forward_passes=4, backward_kernels=8, backward_passes=6),
+    optimizer_kernels=12.0,
+)
 
 MESHWRIGHT = Framework(
     name="meshwright",
@@ -42,10 +122,15 @@ MESHWRIGHT = Framework(
     expert_parallel=False,
     partial_sharding=False,
     vocab_parallel=True,
+    tensor_parallel_moe=False,
+    fused_projections=False,
+    windowed_attention=False,
+    regathers_sequence=False,
     overlap_dp_reduce=0.0,
     overlap_zero3_gather=0.0,
     overlap_tp=0.0,
     overlap_pp=0.0,
+    pointwise=EAGER_TORCH,
 )
 
 FRAMEWORKS: dict[str, Framework] = {"meshwright": MESHWRIGHT}
@@ -59,6 +144,51 @@ def framework_named(name: str) -> Framework:
         raise InputError(f"unknown framework {name!r}: expected one of {', '.join(FRAMEWORKS)}") from None
 
 
-def supported(batch: ConfigBatch, framework: Framework, num_microbatches: BoolArray) -> BoolArray:
-    """Mask of the configs that the target executes; shape ``[num_configs]``."""
-    raise NotImplementedError
+def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, workload: Workload) -> BoolArray:
+    """Whether the target executes each config; shape ``[num_configs]``.
+
+    Rules of torch 2.13 that a target built on it inherits (``torch/distributed/pipelining/schedules.py``): 1F1B
+    wants ``num_microbatches >= pp``; interleaved 1F1B runs ``max(1, num_microbatches // pp)`` rounds, which must divide
+    ``num_microbatches``. A batch that does not divide is left to ``strategy.legal``, which has a reason of its own.
+    """
+    data_ranks = batch.dp * batch.cp
+    shard = np.where(batch.zero_stage > 0, data_ranks, 1)
+    rules: list[BoolArray] = [
+        np.isin(batch.schedule, [SCHEDULES.index(schedule) for schedule in framework.schedules]),
+        np.isin(batch.zero_stage, framework.zero_stages),
+        np.isin(batch.recompute, [RECOMPUTES.index(recompute) for recompute in framework.recomputes]),
+        batch.vocab_parallel == ((batch.tp > 1) & framework.vocab_parallel),
+        _torch_runs(batch, num_microbatches(batch, workload)) | (_remainder(batch, workload) != 0),
+    ]
+    if not framework.context_parallel:
+        rules.append(batch.cp == 1)
+    if not framework.expert_parallel:
+        rules.append((batch.ep == 1) & (batch.etp == 1))
+    if not framework.partial_sharding:
+        rules.append(batch.dp_shard == shard)
+    if not framework.tensor_parallel_moe and model.moe is not None:
+        rules.append(batch.tp == 1)
+    return np.asarray(np.logical_and.reduce(rules), dtype=np.bool_)
+
+
+def num_microbatches(batch: ConfigBatch, workload: Workload) -> IntArray:
+    """Micro-batches of each data rank in a step; shape ``[num_configs]``, rounded down where the batch does not divide."""
+    return np.asarray(workload.global_batch_size // (batch.dp * batch.micro_batch_size), dtype=np.int64)
+
+
+def microbatches_per_round(batch: ConfigBatch, workload: Workload) -> IntArray:
+    """Micro-batches that torch's interleaved 1F1B runs through one chunk before it turns to the next."""
+    count = num_microbatches(batch, workload)
+    return np.asarray(count // np.maximum(count // batch.pp, 1), dtype=np.int64)
+
+
+def _remainder(batch: ConfigBatch, workload: Workload) -> IntArray:
+    return np.asarray(workload.global_batch_size % (batch.dp * batch.micro_batch_size), dtype=np.int64)
+
+
+def _torch_runs(batch: ConfigBatch, count: IntArray) -> BoolArray:
+    rounds = np.maximum(count // batch.pp, 1)
+    one_f_one_b = (batch.pp == 1) | (count >= batch.pp)
+    interleaved = count % rounds == 0
+    by_schedule = np.where(batch.is_schedule(Schedule.INTERLEAVED), interleaved, True)
+    return np.asarray(np.where(batch.is_schedule(Schedule.ONE_F_ONE_B), one_f_one_b, by_schedule), dtype=np.bool_)

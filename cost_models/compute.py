@@ -1,0 +1,266 @@
+"""FLOPs and bytes of a block on one rank -> seconds on a device, from efficiency curves at the shapes it really has.
+
+Each operator takes ``max(FLOPs / achievable rate, bytes / memory rate)`` (the roofline of Williams, Waterman and
+Patterson 2009, doi:10.1145/1498765.1498785, with a rate that depends on shape). A matmul ``[m, k] x [k, n]`` has
+``2 m n k`` FLOPs and reads or writes ``m k + k n + m n`` numbers; its gradients by input and by weight are matmuls
+``(m, k, n)`` and ``(k, n, m)`` of the same FLOPs.
+
+Causal attention is charged half of the full FLOPs, ``2 * pairs * (head_dim + value_head_dim)`` over the pairs of query
+and key that the mask keeps, as flash kernels skip the rest (Dao 2023, arXiv 2307.08691, section 3.1; the diagonal
+tiles, done whole, are left out: tile / seq_len of the total). Backward is 2.5 times forward: five matmuls for two.
+
+Left out: transposes, casts between operators that no layer owns, index arithmetic: a few percent of an eager step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost_models.framework import Framework, PointwiseCost
+from meshwright.cost_models.strategy import ConfigBatch, Recompute
+from meshwright.cost_models.workload import Workload
+from meshwright.profiler.cluster import Device
+from meshwright.profiler.model import (
+    AttentionKind,
+    AttentionLayer,
+    Block,
+    BlockKind,
+    EmbeddingLayer,
+    HeadLayer,
+    LayerSpec,
+    MlpLayer,
+    MoeLayer,
+    NormLayer,
+)
+
+FloatArray = NDArray[np.float64]
+FIELDS = ("tp", "cp", "micro_batch_size", "sequence_parallel", "recompute")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSeconds:
+    """Seconds of one block on one micro-batch of one rank, each of shape ``[num_configs]``.
+
+    Backward is apart by what it is for, the gradient of inputs or of weights. ``*_host`` is what waiting for the
+    host adds to the kernels: launches that a device does not hide behind the kernels before them.
+    """
+
+    forward: FloatArray
+    backward_input: FloatArray
+    backward_weight: FloatArray
+    recompute: FloatArray
+    forward_host: FloatArray
+    backward_host: FloatArray
+    recompute_host: FloatArray
+
+
+def launches_ahead(device: Device) -> bool:
+    """Whether the host runs ahead of the device, so that launches hide behind kernels: true of GPUs.
+
+    On a CPU, and on a virtual device, which is one, the next operator is called when the last has returned.
+    """
+    return not device.kind.startswith(("cpu", "virtual"))
+
+
+def block_seconds(
+    block: Block, workload: Workload, device: Device, framework: Framework, batch: ConfigBatch
+) -> BlockSeconds:
+    """Seconds of ``block`` for every config, worked out once for each different (tp, cp, micro batch, sp, recompute).
+
+    Raises ``InputError`` when the device has no rate for an operator of the block in the compute dtype.
+    """
+    few, inverse = batch.distinct(*FIELDS)
+    clock = _Clock(workload, device, framework, few)
+    for layer in block.layers:
+        clock.add(layer)
+        if isinstance(layer, AttentionLayer | MlpLayer | MoeLayer):
+            clock.pointwise(framework.pointwise.residual, clock.stream)
+    return clock.total(inverse, recomputes=block.kind is BlockKind.DECODER)
+
+
+def attended_pairs(seq_len: int, window: int, causal: bool, skips: bool) -> float:
+    """Pairs of query and key that attention works out for one head of one sequence.
+
+    Causal: ``s (s + 1) / 2``; a window of ``w`` keys keeps ``w s - w (w - 1) / 2`` of them. A target whose kernels
+    do not skip the window (``skips`` false) is given it as a mask and works out all ``s * s``.
+    """
+    s, w = seq_len, window
+    if 0 < w < s:
+        return w * s - w * (w - 1) / 2 if skips else float(s) * s
+    return s * (s + 1) / 2 if causal else float(s) * s
+
+
+class _Clock:
+    """Adds up the operators of a block: seconds of kernels and launches, forward and backward."""
+
+    def __init__(self, workload: Workload, device: Device, framework: Framework, batch: ConfigBatch) -> None:
+        self.workload, self.device, self.framework, self.batch = workload, device, framework, batch
+        self.dtype = workload.recipe.compute
+        self.size = float(self.dtype.num_bytes)
+        self.tp = batch.tp.astype(np.float64)
+        self.tokens = batch.micro_batch_size * (workload.seq_len / batch.cp)
+        self.stream_tokens = np.where(batch.sequence_parallel, self.tokens / self.tp, self.tokens)
+        zero = np.zeros(len(batch))
+        self.forward, self.by_input, self.by_weight, self.rest = zero.copy(), zero.copy(), zero.copy(), zero.copy()
+        self.forward_calls = self.backward_calls = self.rest_calls = 0.0
+        self.hidden = 0
+
+    @property
+    def stream(self) -> FloatArray:
+        """Numbers in the residual stream on one rank (cut by tp with sequence parallelism)."""
+        return np.asarray(self.stream_tokens * self.hidden)
+
+    def add(self, layer: LayerSpec) -> None:
+        """Add every operator of a layer."""
+        self.hidden = layer.hidden
+        if isinstance(layer, NormLayer):
+            self.pointwise(self.framework.pointwise.norm, self.stream)
+        elif isinstance(layer, AttentionLayer):
+            self._attention(layer)
+        elif isinstance(layer, MlpLayer):
+            self._mlp(layer.hidden, layer.ffn_size, layer.gated)
+        elif isinstance(layer, MoeLayer):
+            self._moe(layer)
+        elif isinstance(layer, EmbeddingLayer):
+            self.pointwise(self.framework.pointwise.embedding, self.tokens * layer.hidden)
+        elif isinstance(layer, HeadLayer):
+            logits = layer.vocab_size / np.where(self.batch.vocab_parallel, self.tp, 1.0)
+            self.matmul(self.tokens, logits, layer.hidden)
+            self.pointwise(self.framework.pointwise.loss, self.tokens * logits)
+
+    def matmul(self, m: Any, n: Any, k: Any) -> None:
+        """One projection, forward and both gradients."""
+        self.forward = self.forward + self._matmul(m, n, k)
+        self.by_input = self.by_input + self._matmul(m, k, n)
+        self.by_weight = self.by_weight + self._matmul(k, n, m)
+        self._launch(1, 2)
+
+    def pointwise(self, cost: PointwiseCost, elements: Any) -> None:
+        """A memory-bound operator over ``elements`` numbers."""
+        rate = self.device.memory_bytes_per_s
+        forward = elements * (cost.forward_passes * self.size + cost.forward_float32_passes * 4.0) / rate
+        self.forward = self.forward + forward
+        self.rest = self.rest + forward
+        self.by_input = (
+            self.by_input
+            + elements * (cost.backward_passes * self.size + cost.backward_float32_passes * 4.0) / rate
+        )
+        self.forward_calls += cost.forward_kernels
+        self.backward_calls += cost.backward_kernels
+        self.rest_calls += cost.forward_kernels
+
+    def _launch(self, forward: float, backward: float) -> None:
+        if launches_ahead(self.device):  # elsewhere the curve's overhead_s holds the call
+            self.forward_calls += forward
+            self.backward_calls += backward
+
+    def _matmul(self, m: Any, n: Any, k: Any) -> FloatArray:
+        num_bytes = self.size * (m * k + k * n + m * n)
+        return self._roofline("matmul", 2.0 * m * n * k, num_bytes, m, n, k)
+
+    def _roofline(self, op: str, flops: Any, num_bytes: Any, m: Any, n: Any, k: Any) -> FloatArray:
+        curve = self.device.efficiency(op, self.dtype.value)
+        share = curve.max_share * m / (m + curve.half_m) * n / (n + curve.half_n) * k / (k + curve.half_k)
+        busy = np.maximum(flops / (share * curve.peak_flops_per_s), num_bytes / self.device.memory_bytes_per_s)
+        return np.asarray(busy + curve.overhead_s, dtype=np.float64)
+
+    def _attention(self, layer: AttentionLayer) -> None:
+        heads, kv_heads = layer.num_heads / self.tp, np.maximum(layer.num_kv_heads / self.tp, 1.0)
+        query_dim, value_dim = layer.head_dim + layer.rope_head_dim, layer.value_head_dim
+        if layer.attention_kind is AttentionKind.MLA:
+            self._latent_projections(layer, heads)
+            kv_heads = heads
+        elif self.framework.fused_projections:
+            self.matmul(self.tokens, heads * query_dim + kv_heads * (query_dim + value_dim), layer.hidden)
+        else:
+            for width in (heads * query_dim, kv_heads * query_dim, kv_heads * value_dim):
+                self.matmul(self.tokens, width, layer.hidden)
+        if layer.rotary:
+            rotated = layer.rope_head_dim or query_dim
+            rotated_heads = heads + (1.0 if layer.rope_head_dim else kv_heads)
+            self.pointwise(self.framework.pointwise.rotary, self.tokens * rotated_heads * rotated)
+        self._core(layer, heads, kv_heads, query_dim, value_dim)
+        self.pointwise(self.framework.pointwise.copy, self.tokens * heads * value_dim)
+        self.matmul(self.tokens, layer.hidden, heads * value_dim)
+
+    def _latent_projections(self, layer: AttentionLayer, heads: FloatArray) -> None:
+        query_width = heads * (layer.head_dim + layer.rope_head_dim)
+        if layer.q_lora_rank:
+            self.matmul(self.tokens, layer.q_lora_rank, layer.hidden)
+        self.matmul(self.tokens, query_width, layer.q_lora_rank or layer.hidden)
+        self.matmul(self.tokens, layer.kv_lora_rank + layer.rope_head_dim, layer.hidden)
+        self.matmul(self.tokens, heads * (layer.head_dim + layer.value_head_dim), layer.kv_lora_rank)
+
+    def _core(self, layer: AttentionLayer, heads: Any, kv_heads: Any, query_dim: int, value_dim: int) -> None:
+        """Scores, softmax and values in one flash kernel, each rank with its share of the sequence's queries."""
+        seq_len = self.workload.seq_len
+        pairs = attended_pairs(seq_len, layer.window, layer.causal, self.framework.windowed_attention) / self.batch.cp
+        sequences = self.batch.micro_batch_size
+        flops = 2.0 * sequences * heads * pairs * (query_dim + value_dim)
+        num_bytes = self.size * self.tokens * (heads + kv_heads) * (query_dim + value_dim)
+        shape = (seq_len / self.batch.cp, heads * sequences, float(seq_len))
+        self.forward = self.forward + self._roofline("attention_forward", flops, num_bytes, *shape)
+        self.by_input = self.by_input + self._roofline("attention_backward", 2.5 * flops, 2.0 * num_bytes, *shape)
+        self._launch(1, 3)  # backward: the dot product of outputs and their gradients, the kernel, a conversion
+
+    def _mlp(self, hidden: int, ffn_size: int, gated: bool) -> None:
+        width = ffn_size / self.tp
+        if gated and self.framework.fused_projections:
+            self.matmul(self.tokens, 2.0 * width, hidden)
+        else:
+            for _ in range(2 if gated else 1):
+                self.matmul(self.tokens, width, hidden)
+        table = self.framework.pointwise
+        self.pointwise(table.gated_activation if gated else table.activation, self.tokens * width)
+        self.matmul(self.tokens, hidden, width)
+
+    def _moe(self, layer: MoeLayer) -> None:
+        """Router, shared experts and all routed experts as grouped matmuls over evenly spread tokens."""
+        table, rows = self.framework.pointwise, self.tokens * layer.top_k
+        self.matmul(self.tokens, float(layer.num_experts), layer.hidden)
+        self.pointwise(table.routing, rows * layer.hidden)
+        ways_in = 2 if layer.gated else 1
+        for _ in range(ways_in):
+            self._grouped(layer, rows, layer.expert_ffn_size, layer.hidden)
+        activation = table.gated_activation if layer.gated else table.activation
+        self.pointwise(activation, rows * layer.expert_ffn_size)
+        self._grouped(layer, rows, layer.hidden, layer.expert_ffn_size)
+        if layer.shared_ffn_size:
+            self._mlp(layer.hidden, layer.shared_ffn_size, layer.gated)
+
+    def _grouped(self, layer: MoeLayer, rows: Any, n: float, k: float) -> None:
+        busy = np.minimum(rows, layer.num_experts)  # experts that have any token
+        m = rows / busy
+        num_bytes = self.size * (rows * (n + k) + busy * n * k)
+        flops = 2.0 * rows * n * k
+        self.forward = self.forward + self._roofline("grouped_matmul", flops, num_bytes, m, n, k)
+        self.by_input = self.by_input + self._roofline("grouped_matmul", flops, num_bytes, m, k, n)
+        self.by_weight = self.by_weight + self._roofline("grouped_matmul", flops, num_bytes, k, n, m)
+        self._launch(1, 2)
+
+    def total(self, inverse: NDArray[np.int64], *, recomputes: bool) -> BlockSeconds:
+        """The sums, spread to every config; only decoder blocks are recomputed."""
+        full, selective = (
+            self.batch.is_recompute(choice) & recomputes for choice in (Recompute.FULL, Recompute.SELECTIVE)
+        )
+        recompute = np.where(full, self.forward, np.where(selective, self.rest, 0.0))
+        recompute_calls = np.where(full, self.forward_calls, np.where(selective, self.rest_calls, 0.0))
+        backward = self.by_input + self.by_weight
+        arrays = (
+            self.forward,
+            self.by_input,
+            self.by_weight,
+            recompute,
+            self._host(self.forward_calls, self.forward),
+            self._host(self.backward_calls, backward),
+            self._host(recompute_calls, recompute),
+        )
+        return BlockSeconds(*(np.broadcast_to(array, (len(self.batch),))[inverse] for array in arrays))
+
+    def _host(self, calls: Any, kernels: FloatArray) -> FloatArray:
+        launches = np.asarray(calls * self.device.launch_s, dtype=np.float64)
+        return np.maximum(launches - kernels, 0.0) if launches_ahead(self.device) else launches
