@@ -8,7 +8,7 @@
 * ``schedule, vpp``: without a pipeline ``1f1b`` and 1; else ``gpipe``, ``1f1b`` and ``zb-h1`` with 1 chunk a rank,
   ``zbv`` and ``dualpipev`` with 2, ``interleaved`` with 2 and every more while ``layers >= pp * vpp``;
 * ``micro_batch_size``: the divisors of ``global_batch_size / dp``; 1 where dp does not divide it (then illegal);
-* ``zero_stage, dp_shard``: ``0, 1``; and where ``dp * cp > 1``, stages 1 to 3 with every divisor of ``dp * cp`` above 1;
+* ``zero_stage, dp_shard``: ``0, 1``; where ``dp * cp > 1`` also stages 1 to 3, with every divisor of ``dp * cp`` above 1;
 * ``recompute``: each of its three values.
 
 **How they are enumerated.** No rule of ``strategy.legal`` that a candidate can break looks at the last four of these

@@ -1,0 +1,125 @@
+"""Score every legal config: the default way of choosing, and the oracle that any other way is compared with.
+
+Ranking: by step time; configs within 0.1 % of the fastest of them count as equal and go by free memory, then by
+simplicity (fewer axes in use, fewer chunks, lower ZeRO stage, less recompute), so that a difference far below what any
+model predicts does not buy a fuller device or a more complicated run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost_models.step import Estimate
+from meshwright.cost_models.strategy import BoolArray, ConfigBatch, IntArray
+
+FloatArray = NDArray[np.float64]
+
+TIE = 1e-3  # relative difference in step time below which two configs count as equally fast
+CHUNK = 2**16  # configs scored at once: bounds memory to some tens of MB
+
+
+class Scores(Protocol):
+    """What a scorer gives for a batch: arrays of shape ``[num_configs]`` (``cost_models.step.BatchEstimate``)."""
+
+    @property
+    def step_s(self) -> NDArray[Any]:
+        """Predicted seconds of a step."""
+        ...
+
+    @property
+    def peak_bytes(self) -> NDArray[Any]:
+        """Predicted peak of the fullest stage."""
+        ...
+
+    @property
+    def capacity_bytes(self) -> NDArray[Any]:
+        """Memory of that stage's device."""
+        ...
+
+    @property
+    def reserved_bytes(self) -> NDArray[Any]:
+        """What of it the model cannot have."""
+        ...
+
+    def estimate(self, index: int, batch: ConfigBatch) -> Estimate:
+        """The estimate of one config of the batch."""
+        ...
+
+
+Scorer = Callable[[ConfigBatch], Scores]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """All configs with their scores; ``order`` holds the positions of those that fit, fastest first, ties unbroken."""
+
+    batch: ConfigBatch
+    step_s: FloatArray
+    peak_bytes: FloatArray
+    usable_bytes: FloatArray  # capacity less reserved, less the margin
+    order: IntArray
+    scorer: Scorer
+
+    def best(self, count: int) -> IntArray:
+        """Positions of the ``count`` best configs, ties broken; fewer when fewer fit."""
+        sorted_s = self.step_s[self.order]
+        picked: list[IntArray] = []
+        start, wanted = 0, min(count, len(self.order))
+        while start < wanted:
+            end = int(np.searchsorted(sorted_s, sorted_s[start] * (1 + TIE), side="right"))
+            picked.append(self._by_headroom(self.order[start:end]))
+            start = end
+        return np.concatenate(picked)[:wanted] if picked else np.zeros(0, dtype=np.int64)
+
+    def pareto(self) -> IntArray:
+        """Positions of the configs that no other is both faster (or as fast) and smaller than, fastest first."""
+        order = self.order[np.lexsort((self.peak_bytes[self.order], self.step_s[self.order]))]
+        peaks = self.peak_bytes[order]
+        before = np.concatenate(([np.inf], np.minimum.accumulate(peaks)[:-1])) if len(peaks) else peaks
+        return np.asarray(order[peaks < before])
+
+    def nearest_miss(self) -> int:
+        """Position of the config that lacks least memory."""
+        return int(np.argmin(self.peak_bytes - self.usable_bytes))
+
+    def estimates(self, positions: IntArray) -> tuple[Estimate, ...]:
+        """The estimates of some configs, in that order."""
+        batch = self.batch.take(positions)
+        scores = self.scorer(batch)
+        return tuple(scores.estimate(index, batch) for index in range(len(batch)))
+
+    def _by_headroom(self, group: IntArray) -> IntArray:
+        batch = self.batch.take(group)
+        axes = sum(
+            np.asarray(getattr(batch, axis) > 1, dtype=np.int64) for axis in ("tp", "cp", "pp", "dp", "ep", "etp")
+        )
+        headroom = self.usable_bytes[group] - self.peak_bytes[group]
+        simplicity = (batch.sequence_parallel, batch.recompute, batch.zero_stage, batch.vpp, axes)
+        return np.asarray(group[np.lexsort((*simplicity, -headroom))])
+
+
+def rank(batch: ConfigBatch, scorer: Scorer, *, memory_margin: float) -> Ranking:
+    """Score ``batch`` in chunks and order what fits.
+
+    A config fits when its predicted peak leaves free the share ``memory_margin`` of what its device offers
+    (capacity less reserved).
+    """
+    steps, peaks, usable = [], [], []
+    for start in range(0, len(batch), CHUNK):
+        scores = scorer(batch.take(np.arange(start, min(start + CHUNK, len(batch)))))
+        steps.append(np.asarray(scores.step_s, dtype=np.float64))
+        peaks.append(np.asarray(scores.peak_bytes, dtype=np.float64))
+        offered = np.asarray(scores.capacity_bytes, dtype=np.float64) - np.asarray(scores.reserved_bytes)
+        usable.append(np.broadcast_to(offered * (1 - memory_margin), steps[-1].shape))
+    step_s, peak_bytes, usable_bytes = np.concatenate(steps), np.concatenate(peaks), np.concatenate(usable)
+    fits: BoolArray = peak_bytes <= usable_bytes
+    feasible = np.flatnonzero(fits)
+    order = feasible[np.argsort(step_s[feasible], kind="stable")]
+    return Ranking(
+        batch=batch, step_s=step_s, peak_bytes=peak_bytes, usable_bytes=usable_bytes, order=order, scorer=scorer
+    )
