@@ -59,7 +59,7 @@ def deepseek(fields: Fields, model_type: str) -> Parts:
 
 def _latent_attention(fields: Fields, is_v3: bool, hidden: int) -> AttentionLayer:
     num_heads = fields.size("num_attention_heads", 128 if is_v3 else 32)
-    fields.kv_heads(num_heads, num_heads)  # read by transformers, without effect on sizes; must still divide
+    fields.optional_size("num_key_value_heads", None)  # without effect: latent attention has a key for every head
     if not is_v3:
         check_divides(fields, hidden, num_heads)
     q_lora_rank = fields.optional_size("q_lora_rank", 1536)

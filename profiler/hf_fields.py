@@ -72,8 +72,10 @@ class Fields:
         return self.size("num_hidden_layers", default, most=MAX_LAYERS)
 
     def head_dim(self, hidden: int, num_heads: int, default: int | None = None) -> int:
-        """``head_dim``, or ``default``, or else ``hidden // num_heads``."""
-        found = self.optional_size("head_dim", default)
+        """``head_dim``; absent it is ``default``, and without one (or null) ``hidden // num_heads``."""
+        if default is not None:
+            return self.size("head_dim", default)
+        found = self.optional_size("head_dim", None)
         if found is None and hidden < num_heads:
             raise self.error("num_attention_heads", f"{num_heads} heads do not fit in hidden_size={hidden}")
         return found or hidden // num_heads

@@ -169,7 +169,7 @@ def _mixtral(fields: Fields, family: LlamaLike, hidden: int, num_layers: int) ->
 
 
 def _qwen_moe(fields: Fields, family: LlamaLike, hidden: int, num_layers: int) -> list[LayerSpec]:
-    """Experts in every ``decoder_sparse_step``-th layer not in ``mlp_only_layers``; qwen2_moe adds a gated shared one."""
+    """Experts in every ``decoder_sparse_step``-th layer not in ``mlp_only_layers``; qwen2_moe shares one more."""
     dense = _dense(fields, family, hidden, num_layers)[0]
     is_qwen2 = family is LLAMA_LIKE["qwen2_moe"]
     num_experts = fields.size("num_experts", 60 if is_qwen2 else 128, least=0)

@@ -6,7 +6,7 @@ Counts and sizes only: FLOPs, seconds and saved bytes are predictions and live i
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from meshwright import InputError
 from meshwright.profiler.record import record
@@ -30,12 +30,12 @@ class NormKind(StrEnum):
 MAX_SIZE = 10**9  # no dimension of a real model comes near; products then stay far inside 64 bits per layer
 
 
-def _check_sizes(layer: object, *, positive: tuple[str, ...], not_negative: tuple[str, ...] = ()) -> None:
+def _check_sizes(layer: LayerSpec, *, positive: tuple[str, ...], not_negative: tuple[str, ...] = ()) -> None:
     for names, least in ((positive, 1), (not_negative, 0)):
         for name in names:
             value = getattr(layer, name)
             if not least <= value <= MAX_SIZE:
-                raise InputError(f"{type(layer).__name__}.{name} must be {least} to {MAX_SIZE}, found {value}")
+                raise InputError(f"{layer.kind} layer: {name} must be {least} to {MAX_SIZE}, found {value}")
 
 
 @record
@@ -220,4 +220,16 @@ class HeadLayer:
         return (0 if self.tied else self.vocab_size * self.hidden) + (self.vocab_size if self.bias else 0)
 
 
-LayerSpec = EmbeddingLayer | AttentionLayer | MlpLayer | MoeLayer | NormLayer | HeadLayer
+class _ToldByKind:
+    """Read from JSON by the word in ``kind``, so that a wrong field is answered for that layer alone."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic import Discriminator
+
+        return handler.generate_schema(Annotated[source, Discriminator("kind")])
+
+
+LayerSpec = Annotated[
+    EmbeddingLayer | AttentionLayer | MlpLayer | MoeLayer | NormLayer | HeadLayer,
+    _ToldByKind(),
+]

@@ -123,6 +123,24 @@ class ModelSpec:
         return sum(block.params * block.repeat for block in self.blocks)
 
     @property
+    def active_params(self) -> int:
+        """Parameters that one token meets: all but the routed experts it is not sent to."""
+        idle = 0
+        for block in self.blocks:
+            for layer in block.layers:
+                if isinstance(layer, MoeLayer):
+                    idle += block.repeat * layer.expert_params // layer.num_experts * (layer.num_experts - layer.top_k)
+        return self.params - idle
+
+    def params_by_kind(self) -> dict[str, int]:
+        """Parameters of each kind of layer that the model has, in order of appearance; they sum to ``params``."""
+        counts: dict[str, int] = {}
+        for block in self.blocks:
+            for layer in block.layers:
+                counts[layer.kind] = counts.get(layer.kind, 0) + block.repeat * layer.params
+        return counts
+
+    @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return sum(block.repeat for block in self.blocks[1:-1])
