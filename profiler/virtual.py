@@ -39,7 +39,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._C import _disabled_torch_dispatch_impl
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import flop_registry
 
 from meshwright import InputError
@@ -53,7 +54,7 @@ DEVICE_VARIABLE = "MESHWRIGHT_DEVICE"  # names the virtual device of a rank that
 _NAME = re.compile(
     r"virtual:(?P<kind>[A-Za-z0-9_-]+)/(?P<flops>[0-9.e+-]+?)(?:/(?P<memory>[0-9.e+-]+?))?(?P<numbers>\+numbers)?"
 )
-_AHEAD_S = 5e-4  # sleep only when the device is further ahead of the host than this: a sleep costs the host 0.05 ms
+_AHEAD_S = 5e-3  # the most that the host issues ahead of the device; a sleep leaves half of it, to hide what follows
 _PR_SET_TIMERSLACK = 29
 
 aten = torch.ops.aten
@@ -114,6 +115,13 @@ def device_of_this_rank() -> AbstractContextManager[VirtualDevice | None]:
     return virtual_device(name) if name else nullcontext()
 
 
+def synchronize() -> None:
+    """Wait for the virtual device of this thread, if there is one: what ``torch.cuda.synchronize`` is to a GPU."""
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, VirtualDevice):
+            mode.settle()
+
+
 def _split_name(name: str) -> tuple[str, float, float, bool]:
     match = _NAME.fullmatch(name)
     try:
@@ -142,9 +150,10 @@ class VirtualDevice(TorchDispatchMode):
 
     The device works through its operators in order, like a GPU's stream, while the host runs ahead: an operator ends at
     ``deadline = max(deadline, now) + stated``, and the host sleeps up to the deadline where it has to wait for the
-    device: when more than 0.5 ms ahead, before it communicates, when it reads a value, and in ``settle``. So the host's
-    own Python hides behind stated compute as launches hide behind kernels. A sleep that ends late is not the device's
-    idleness: that much is forgiven to the next operators, or eight ranks' late wake-ups would add up.
+    device: when it is 5 ms ahead, before it communicates, when it reads a value, and in ``settle``. So the host's own
+    Python hides behind stated compute as launches hide behind kernels; and a clock read without ``settle`` is up to
+    5 ms early, as one read without synchronizing a GPU is. A sleep that ends late is not the device's idleness: that
+    much is forgiven to the next operators, or eight ranks' late wake-ups would add up.
     """
 
     def __init__(self, device: Device, *, numbers: bool = False) -> None:
@@ -174,27 +183,29 @@ class VirtualDevice(TorchDispatchMode):
 
     def settle(self) -> None:
         """Wait until the device has done all it was given: call it where a step ends, before a clock is read."""
+        self._sleep_until(self._deadline)
+
+    def _sleep_until(self, wake: float) -> None:
         now = time.perf_counter()
-        ahead = self._deadline - now
-        if ahead <= 0:
-            self._late_s = min(self._late_s, -ahead)
-            return
-        time.sleep(ahead)
-        after = time.perf_counter()
-        self.slept_s += after - now
-        self._late_s = max(0.0, after - self._deadline)
+        if wake > now:
+            time.sleep(wake - now)
+            after = time.perf_counter()
+            self.slept_s += after - now
+            self._late_s = after - wake
+        else:
+            self._late_s = min(self._late_s, now - wake)
 
     def charge(self, stated_s: float, issued: float) -> None:
         """Let the device work for ``stated_s`` seconds from the clock's ``issued`` on, or after its earlier work."""
         self.charged_s += stated_s
         self._deadline = max(self._deadline, issued - self._late_s) + stated_s
         if self._deadline - time.perf_counter() > _AHEAD_S:
-            self.settle()
+            self._sleep_until(self._deadline - _AHEAD_S / 2)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in types):
+        if any(kind.__torch_dispatch__ is not _disabled_torch_dispatch_impl for kind in types):
             return NotImplemented  # DTensor and others take themselves apart; their local operators come back here
         kwargs = kwargs or {}
         role = _role(func)
