@@ -19,8 +19,8 @@ class Anatomy:
     """Dotted names inside one module (``""`` is the module itself).
 
     ``base`` is the smallest module that holds the token table and the blocks (``model`` in a Hugging Face Llama).
-    ``before`` and ``after`` are the other modules with parameters outside the blocks: those that the model registers
-    before its blocks (learned positions, a norm on embeddings) and after them (the final norm).
+    ``before`` and ``after`` are the other modules with parameters outside the blocks, in the order they run: before
+    the blocks (learned positions, a norm on embeddings) and after them (the final norm).
     """
 
     base: str
@@ -36,8 +36,10 @@ class Anatomy:
 def find_anatomy(module: nn.Module) -> Anatomy:
     """The parts of a causal language model.
 
-    Blocks are the ``ModuleList`` with the most parameters; the token table is the largest ``Embedding`` outside it; the
-    head is the ``Linear`` outside it whose output is as wide as the token table is long.
+    Blocks are the ``ModuleList`` with the most parameters; the token table and the head are the largest ``Embedding``
+    outside it and the ``Linear`` with as many outputs as the table has rows. What runs before and after the blocks is
+    watched in a run of the model's skeleton (OPT registers its final norm before its blocks); a model that does not run
+    on token ids alone is read in the order of registration.
     Raises ``InputError`` naming the part that was not found.
     """
     from torch import nn
@@ -54,31 +56,58 @@ def find_anatomy(module: nn.Module) -> Anatomy:
     tables = [(name, part) for name, part in outside if isinstance(part, nn.Embedding)]
     if not tables:
         raise InputError(f"{type(module).__name__} has no Embedding outside its blocks: cannot find the token table")
-    table_name, table = max(tables, key=lambda item: item[1].num_embeddings)
-    heads = [
-        (name, part)
-        for name, part in outside
-        if isinstance(part, nn.Linear) and part.out_features == table.num_embeddings
+    tables.sort(key=lambda item: item[1].num_embeddings, reverse=True)
+    linears = [(name, part) for name, part in outside if isinstance(part, nn.Linear)]
+    pairs = [
+        (table, head)
+        for table in tables
+        for head in reversed(linears)
+        if head[1].out_features == table[1].num_embeddings
     ]
-    if not heads:
+    if not pairs:
         raise InputError(
-            f"{type(module).__name__} has no Linear with {table.num_embeddings} outputs outside its blocks: "
+            f"{type(module).__name__} has no Linear with {tables[0][1].num_embeddings} outputs outside its blocks: "
             "cannot find the head"
         )
-    head_name, head = heads[-1]
+    # a learned position table may by chance be as long as the head is wide: a tied pair decides first
+    (table_name, table), (head_name, head) = min(pairs, key=lambda pair: pair[0][1].weight is not pair[1][1].weight)
     rest = [name for name, _ in outside if name not in (table_name, head_name)]
-    order = [name for name, _ in module.named_modules()]
+    order = _order_of_running(module, blocks_name, rest)
     base_parts = _common(table_name.split("."), blocks_name.split("."))
     return Anatomy(
         base=".".join(base_parts),
         token_embedding=table_name,
-        before=tuple(name for name in rest if order.index(name) < order.index(blocks_name)),
+        before=tuple(order[: order.index(blocks_name)]),
         blocks=blocks_name,
         num_blocks=len(blocks),
-        after=tuple(name for name in rest if order.index(name) > order.index(blocks_name)),
+        after=tuple(order[order.index(blocks_name) + 1 :]),
         head=head_name,
         tied=head.weight is table.weight,
     )
+
+
+def _order_of_running(module: nn.Module, blocks_name: str, names: list[str]) -> list[str]:
+    """``names`` and ``blocks_name`` in the order in which the model first calls them; never called: as registered."""
+    from meshwright.profiler.skeleton import call_with_tokens, hollow
+
+    registered = [name for name, _ in module.named_modules() if name in names or name == blocks_name]
+    called: list[str] = []
+    copy = hollow(module, blocks_name)
+    blocks = copy.get_submodule(blocks_name)
+    for name, part in [(name, copy.get_submodule(name)) for name in names] + [
+        (blocks_name, b) for b in blocks.children()
+    ]:
+        part.register_forward_pre_hook(lambda _part, _args, name=name: called.append(name))
+    try:
+        call_with_tokens(copy)
+    except InputError:
+        return registered
+    if blocks_name not in called:
+        return registered
+    first_call = {name: called.index(name) for name in called}
+    before_blocks = registered[: registered.index(blocks_name)]
+    unseen = -1, len(called)
+    return sorted(registered, key=lambda name: first_call.get(name, unseen[name not in before_blocks]))
 
 
 def _inside(name: str, parent: str) -> bool:
