@@ -1,0 +1,249 @@
+"""``parallelize(model, plan)``: the order in which a plan is applied, written once; and the model that comes out.
+
+The order matters: the mesh first; then each stage is cut out; its matrices are split over tp, so that recompute and ZeRO
+see the pieces; recompute wraps a block's forward, inside everything that hooks onto the block; ZeRO shards what is left
+over dp; and the pipeline's runtime runs the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshwright import InputError
+from meshwright.executors.checks import check_cluster, check_model, check_plan
+from meshwright.executors.clip import global_grad_norm, scale_grads
+from meshwright.executors.data_parallel import DataParallel, local
+from meshwright.executors.loss import IGNORED, LossFunction, loss_on_shards
+from meshwright.executors.mesh import Mesh, build_mesh
+from meshwright.executors.pipeline import Chunk, Pipeline
+from meshwright.executors.recompute import apply_recompute
+from meshwright.executors.stage import Execution, StageModule, cut_stage, whole_stage
+from meshwright.executors.state import gather_stages, whole_gradients, whole_weights
+from meshwright.planner.plan import Plan
+from meshwright.profiler.anatomy import Anatomy, find_anatomy
+
+
+def parallelize(model: nn.Module, plan: Plan, loss_fn: LossFunction | None = None) -> ParallelModel:
+    """Split ``model`` as ``plan`` says; every rank of the default process group calls this with equal weights.
+
+    ``model`` is used up: its modules become part of the result. ``loss_fn(logits, targets) -> (sum, count)`` gets the
+    logits ``[micro_batch_size, sequence, vocab_size]`` of a micro-batch; ``count`` is the number of targets that are
+    not -100. The default is cross entropy.
+
+    Raises:
+        InputError: the plan is for another world size, another model, or another framework, or cannot be run.
+    """
+    check_plan(plan)
+    anatomy = find_anatomy(model)
+    check_model(model, anatomy, plan)
+    device = _rank_device()
+    check_cluster(plan, device)
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        model.config.use_cache = False  # type: ignore[union-attr, assignment]  # a cache of keys and values is for generation
+
+    config, mesh = plan.config, build_mesh(plan, device)
+    tp_group = mesh.axis("tp").get_group() if config.tp > 1 else None
+    loss = loss_on_shards(loss_fn, group=tp_group, vocab_size=plan.model.vocab_size)
+    chunks = []
+    for index, module in _own_stages(model, anatomy, plan, mesh, loss):
+        module.to(device)
+        for layer, block in module.blocks.items():
+            apply_recompute(block, plan.stages[index].recompute[layer - plan.stages[index].first_layer])
+        sharded = DataParallel(module, list(module.blocks.values()), mesh.shard, config.zero_stage)
+        chunks.append(Chunk(index, module, sharded))
+    return ParallelModel(plan, mesh, anatomy, chunks, check_count=loss_fn is not None)
+
+
+def _own_stages(
+    model: nn.Module, anatomy: Anatomy, plan: Plan, mesh: Mesh, loss_fn: LossFunction
+) -> list[tuple[int, StageModule]]:
+    """The stages of this rank, with their place in the pipeline."""
+    if len(plan.stages) == 1:
+        return [(0, whole_stage(model, anatomy, loss_fn))]
+    order = Execution(model, anatomy)
+    return [
+        (index, cut_stage(model, anatomy, stage, loss_fn, order))
+        for index, stage in enumerate(plan.stages)
+        if stage.pp_rank == mesh.index("pp")
+    ]
+
+
+def _rank_device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+class ParallelModel:
+    """A model split as its plan says. Give ``parameters()`` to an optimizer, then for each batch::
+
+        loss = parallel.step(batch)
+        parallel.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ``data_rank`` and ``data_size`` say which share of the global batch this rank takes; ranks of one ``data_rank``
+    (pp and tp peers) must be given the same batch.
+    """
+
+    def __init__(self, plan: Plan, mesh: Mesh, anatomy: Anatomy, chunks: list[Chunk], *, check_count: bool) -> None:
+        self.plan = plan
+        self.mesh = mesh.root
+        self.data_rank = mesh.index("dp")
+        self.data_size = mesh.size("dp")
+        self.num_microbatches = plan.micro_batches_per_data_rank[self.data_rank]
+        self._mesh = mesh
+        self._chunks = chunks
+        self._check_count = check_count  # the user's loss_fn may count otherwise; ours does not
+        self._tied = _tied_across_stages(plan, anatomy, chunks)
+        self._pipelines: dict[int, Pipeline] = {}  # by sequence length
+
+    def step(self, batch: tuple[Tensor, Tensor] | Mapping[str, Tensor]) -> Tensor:
+        """Forward and backward of this data rank's share of one global batch; gradients are left in ``.grad``.
+
+        ``batch`` is ``(inputs, targets)`` or a mapping with ``input_ids`` and ``targets``, each
+        ``[micro_batches * micro_batch_size, sequence]``; targets are already shifted, -100 is ignored. Returns the mean
+        loss over the targets of the whole global batch, the same on every rank.
+
+        Raises ``InputError`` for a batch of another shape, or a ``loss_fn`` that counts other targets.
+        """
+        tokens, targets = self._checked(batch)
+        count = (targets != IGNORED).sum()
+        dist.all_reduce(count, group=self._mesh.shard.get_group())
+        for chunk in self._chunks:
+            chunk.module.begin_step(count.clamp(min=1))
+        if self._mesh.size("pp") > 1:
+            self._pipeline(tokens.shape[1]).run(tokens, targets)
+        else:
+            self._accumulate(self._chunks[0], tokens, targets)
+        for chunk in self._chunks:
+            chunk.data_parallel.finish()
+        if self._tied:
+            self._sum_tied_grads(*self._tied)
+        return self._mean_loss(count)
+
+    def _accumulate(self, chunk: Chunk, tokens: Tensor, targets: Tensor) -> None:
+        size = self.plan.config.micro_batch_size
+        for index, (inputs, wanted) in enumerate(zip(tokens.split(size), targets.split(size), strict=True)):
+            loss = chunk.module(tokens=inputs, targets=wanted)
+            chunk.data_parallel.before_backward(last=index == self.num_microbatches - 1)
+            loss.backward()
+
+    def _pipeline(self, sequence: int) -> Pipeline:
+        if sequence not in self._pipelines:
+            config = self.plan.config
+            self._pipelines[sequence] = Pipeline(
+                self._chunks,
+                self._mesh,
+                config.schedule,
+                config.num_stages,
+                self.num_microbatches,
+                (config.micro_batch_size, sequence, self.plan.model.hidden),
+                next(weight.dtype for weight in self.parameters() if weight.is_floating_point()),
+            )
+        return self._pipelines[sequence]
+
+    def _sum_tied_grads(self, weight: nn.Parameter, peer: int) -> None:
+        """Add the other stage's gradient of the tied embedding; both stages then hold the sum."""
+        assert weight.grad is not None
+        ours = local(weight.grad).contiguous()
+        theirs = torch.empty_like(ours)
+        group = self._mesh.axis("pp").get_group()
+        ends = [dist.P2POp(dist.isend, ours, peer, group), dist.P2POp(dist.irecv, theirs, peer, group)]
+        for work in dist.batch_isend_irecv(ends):
+            work.wait()
+        local(weight.grad).add_(theirs)
+
+    def _mean_loss(self, count: Tensor) -> Tensor:
+        last = self._chunks[-1].module
+        seen = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
+        if last.loss_fn is not None and self._mesh.index("tp") == 0:
+            seen[0], seen[1] = last.loss_sum, last.count
+        dist.all_reduce(seen)
+        if self._check_count and int(seen[1]) != int(count):
+            raise InputError(f"loss_fn counted {int(seen[1])} targets, {int(count)} are not {IGNORED}")
+        return seen[0] / count.clamp(min=1)
+
+    def _checked(self, batch: tuple[Tensor, Tensor] | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        tokens, targets = (batch["input_ids"], batch["targets"]) if isinstance(batch, Mapping) else batch
+        rows = self.num_microbatches * self.plan.config.micro_batch_size
+        if tokens.dim() != 2 or tokens.shape[0] != rows or tokens.shape != targets.shape:
+            raise InputError(
+                f"data rank {self.data_rank} takes inputs and targets of shape [{rows}, sequence] "
+                f"({self.num_microbatches} micro-batches of {self.plan.config.micro_batch_size}), "
+                f"found {list(tokens.shape)} and {list(targets.shape)}"
+            )
+        return tokens.to(self._mesh.device), targets.to(self._mesh.device)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Whole gradients under the original names, on the CPU of every rank: those of this rank's stages."""
+        return {name: grad for chunk in self._chunks for name, grad in whole_gradients(chunk.module.model).items()}
+
+    def state_dict(self, *, full: bool = True) -> dict[str, Tensor]:
+        """The weights under the names of the model that was given.
+
+        ``full``: all of them, whole and unpadded, on the CPU of every rank. Otherwise what this rank holds, as it holds
+        it (``DTensor`` where split), without communication.
+        """
+        if not full:
+            return {name: value for chunk in self._chunks for name, value in chunk.module.model.state_dict().items()}
+        own = {name: value for chunk in self._chunks for name, value in whole_weights(chunk.module.model).items()}
+        return gather_stages(own, self._mesh)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters, whole or in part, under their names in the model that was given."""
+        for chunk in self._chunks:
+            yield from chunk.module.model.named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """This rank's parameters: what its optimizer updates."""
+        return (weight for _, weight in self.named_parameters())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        for chunk in self._chunks:
+            chunk.module.zero_grad(set_to_none=set_to_none)
+
+    def train(self, mode: bool = True) -> ParallelModel:
+        """Switch dropout on or off, as ``nn.Module.train``."""
+        for chunk in self._chunks:
+            chunk.module.train(mode)
+        return self
+
+    def eval(self) -> ParallelModel:
+        """Switch dropout off."""
+        return self.train(False)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their common 2-norm is at most ``max_norm``; returns the norm before.
+
+        The norm is that of the whole model: replicas and the second copy of a tied weight count once.
+        """
+        counted = [
+            weight
+            for chunk in self._chunks
+            for weight in chunk.module.parameters()
+            if not (self._tied and weight is self._tied[0] and chunk.index > 0)
+        ]
+        norm = global_grad_norm(counted, self._mesh)
+        scale_grads(self.parameters(), max_norm, norm)
+        return norm
+
+
+def _tied_across_stages(plan: Plan, anatomy: Anatomy, chunks: list[Chunk]) -> tuple[nn.Parameter, int] | None:
+    """This rank's copy of an embedding tied over two stages, and the pp rank of the other copy."""
+    first, last = plan.stages[0].pp_rank, plan.stages[-1].pp_rank
+    if not anatomy.tied or first == last:
+        return None
+    for chunk in chunks:
+        for index, name, peer in ((0, anatomy.token_embedding, last), (len(plan.stages) - 1, anatomy.head, first)):
+            if chunk.index == index:
+                weight = chunk.module.model.get_submodule(name).weight
+                assert isinstance(weight, nn.Parameter)
+                return weight, peer
+    return None

@@ -1,0 +1,87 @@
+"""What must hold before a plan is applied; each failure is one sentence with its numbers."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from meshwright import InputError
+from meshwright.planner.plan import Plan
+from meshwright.profiler.anatomy import Anatomy
+
+
+def check_plan(plan: Plan) -> None:
+    """The plan is ours to run, on this many ranks. Raises ``InputError``."""
+    config = plan.config
+    if plan.framework != "meshwright":
+        raise InputError(
+            f"this plan is for {plan.framework!r}; parallelize runs plans made with --framework meshwright"
+        )
+    if not dist.is_initialized():
+        raise InputError("torch.distributed is not initialised: call init_process_group first, or start with torchrun")
+    if dist.get_world_size() != config.world_size:
+        raise InputError(
+            f"the plan is for {config.world_size} ranks ({config.describe()}), this run has {dist.get_world_size()}"
+        )
+    for name in ("cp", "ep", "etp"):
+        if getattr(config, name) > 1:
+            raise InputError(f"{name}={getattr(config, name)}: this version runs {name}=1 only")
+    if config.zero_stage and config.dp_shard != config.dp * config.cp:
+        raise InputError(
+            f"dp_shard={config.dp_shard}: this version shards over all dp*cp={config.dp * config.cp} ranks"
+        )
+    shares = set(plan.micro_batches_per_data_rank)
+    if min(shares) < 1:
+        raise InputError(f"each data rank needs a micro-batch, found {plan.micro_batches_per_data_rank}")
+    if config.zero_stage >= 2 and len(shares) > 1:
+        raise InputError(
+            f"zero_stage={config.zero_stage} reduces gradients after each micro-batch, so data ranks need equally many; "
+            f"found {plan.micro_batches_per_data_rank}: use zero_stage 0 or 1, or an even share"
+        )
+
+
+def check_model(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
+    """The model is the one that was planned for. Raises ``InputError``."""
+    spec, head = plan.model, model.get_submodule(anatomy.head)
+    found = {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "decoder layers": anatomy.num_blocks,
+        "vocabulary entries": int(head.weight.shape[0]),  # type: ignore[arg-type, union-attr]
+    }
+    planned = {
+        "parameters": spec.params,
+        "decoder layers": spec.num_layers,
+        "vocabulary entries": spec.vocab_size,
+    }
+    for what, number in planned.items():
+        if found[what] != number:
+            raise InputError(
+                f"the plan is for {spec.name} with {number:,} {what}, this {type(model).__name__} has {found[what]:,}"
+            )
+
+
+def check_cluster(plan: Plan, device: torch.device) -> None:
+    """Warn where this run's circumstances differ from those the plan's figures were measured under."""
+    profiled = plan.environment
+    if profiled is None:
+        return
+    differences = []
+    now = {"torch": str(torch.__version__), "backend": str(dist.get_backend())}
+    for name, value in now.items():
+        before = getattr(profiled, name)
+        if before is not None and before != value:
+            differences.append(f"{name} {before} then, {value} now")
+    before_nccl = {s.name: s.value for s in profiled.settings if s.name.startswith("NCCL_")}
+    now_nccl = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+    for name in sorted(before_nccl.keys() | now_nccl.keys()):
+        if before_nccl.get(name) != now_nccl.get(name):
+            differences.append(f"{name} {before_nccl.get(name, 'unset')} then, {now_nccl.get(name, 'unset')} now")
+    if differences and dist.get_rank() == 0:
+        warnings.warn(
+            f"the cluster was profiled under other settings, so predictions may be off: {'; '.join(differences)}",
+            stacklevel=3,
+        )

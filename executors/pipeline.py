@@ -1,0 +1,89 @@
+"""Pipeline parallelism: the stages of this rank under a schedule of ``torch.distributed.pipelining``.
+
+Stages exchange hidden states ``[micro_batch_size, sequence, hidden]`` and their gradients point to point; shapes are
+given to torch beforehand, so it runs no trial forward. Tokens and targets are not sent: pipeline peers are given the
+same batch. The runtime accumulates gradients and leaves them unscaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+
+from meshwright.cost_models.strategy import Schedule
+from meshwright.executors.data_parallel import DataParallel
+from meshwright.executors.mesh import Mesh
+from meshwright.executors.stage import StageModule
+
+
+class Chunk:
+    """One stage on this rank, ready to run: its module, its place in the pipeline, and its data parallelism."""
+
+    def __init__(self, index: int, module: StageModule, data_parallel: DataParallel) -> None:
+        self.index = index
+        self.module = module
+        self.data_parallel = data_parallel
+
+
+class _Unsharded(nn.Module):
+    """Hides from the runtime that a stage is sharded: it would set FSDP's switches, which are ours to set."""
+
+    def __init__(self, module: StageModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *hidden: Tensor, tokens: Tensor, targets: Tensor) -> Any:
+        return self.module(*hidden, tokens=tokens, targets=targets)
+
+
+class _Stage(PipelineStage):
+    def __init__(self, chunk: Chunk, *args: Any, **kwargs: Any) -> None:
+        super().__init__(_Unsharded(chunk.module), chunk.index, *args, **kwargs)
+        self._chunk = chunk
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        self._chunk.data_parallel.before_backward(last=last_backward)
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+
+
+class Pipeline:
+    """Runs ``chunks``, the stages of this rank in the order of the model, on micro-batches of one shape."""
+
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        mesh: Mesh,
+        schedule: Schedule,
+        num_stages: int,
+        num_microbatches: int,
+        hidden_shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> None:
+        example = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
+        stages = [
+            _Stage(
+                chunk,
+                num_stages,
+                mesh.device,
+                input_args=() if chunk.index == 0 else (example,),
+                output_args=(example,),  # of the last stage a stand-in: nothing receives it
+                group=mesh.axis("pp").get_group(),
+            )
+            for chunk in chunks
+        ]
+        options: dict[str, Any] = {"loss_fn": lambda output, target: output, "scale_grads": False}
+        if schedule is Schedule.INTERLEAVED:
+            self._schedule: Any = ScheduleInterleaved1F1B(stages, num_microbatches, **options)  # type: ignore[arg-type]
+        else:
+            kind = ScheduleGPipe if schedule is Schedule.GPIPE else Schedule1F1B
+            self._schedule = kind(stages[0], num_microbatches, **options)
+
+    def run(self, tokens: Tensor, targets: Tensor) -> None:
+        """Forward and backward of all micro-batches, cut from ``[share, sequence]``."""
+        self._schedule.step(tokens=tokens, targets=targets, target=targets, return_outputs=False)

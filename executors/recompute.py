@@ -1,0 +1,63 @@
+"""Recompute: what a decoder block throws away in forward and computes again for backward (Chen et al., arXiv 1604.06174).
+
+``full``
+    Only the block's input is kept. The backward first runs the block's forward again, collectives of tensor parallelism
+    included, up to the last tensor that the backward needs: what follows it (the last projection of the block, the
+    residual addition, and the collective behind them) is not repeated.
+``selective``
+    The outputs of 2-D matrix products (every projection), of fused attention (with its log-sum-exp) and of collectives
+    are kept, with the block's input. Norms, rotary positions, activations, residual additions, reshapes, casts and
+    dropout are computed again. Batched matrix products and softmax, which are attention where it is not fused, are
+    computed again too: their outputs grow with the square of the sequence (Korthikanti et al., arXiv 2205.05198).
+
+Random numbers are replayed, so dropout is the same both times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from meshwright.cost_models.strategy import Recompute
+
+_aten = torch.ops.aten
+_collectives = torch.ops._c10d_functional
+
+KEPT: frozenset[Any] = frozenset(
+    {
+        _aten.mm.default,
+        _aten.addmm.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _collectives.all_reduce.default,
+        _collectives.all_gather_into_tensor.default,
+        _collectives.reduce_scatter_tensor.default,
+        _collectives.all_to_all_single.default,
+    }
+)
+
+
+def apply_recompute(block: nn.Module, recompute: Recompute) -> None:
+    """Make ``block`` recompute as asked; in place, parameter names stay."""
+    if recompute is Recompute.NONE:
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if recompute is Recompute.SELECTIVE:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    # the instance's forward, inside all hooks: FSDP gathers once, tensor-parallel inputs are prepared once
+    block.forward = partial(_checkpointed, block.forward, options)
+
+
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, **options, **kwargs)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

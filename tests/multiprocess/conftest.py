@@ -1,0 +1,297 @@
+"""One harness for all equality tests: a model on one process, the same model split over ranks, compared tensor by tensor."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from meshwright.cost_models.placement import Placement
+from meshwright.cost_models.strategy import ParallelConfig, Recompute, Schedule
+from meshwright.cost_models.workload import RECIPES, Workload
+from meshwright.executors.apply import ParallelModel, parallelize
+from meshwright.planner.plan import Plan, default_stages
+from meshwright.profiler.launch import Rank, run_ranks
+from meshwright.profiler.model import load_model
+
+SEQUENCE = 8
+CASE_TIMEOUT_S = 60.0
+STEPS, LEARNING_RATE, MAX_NORM = 5, 1e-2, 1e-3  # a max-norm this small binds every step
+
+
+def _example_llama() -> Any:
+    path = Path(__file__).parents[2] / "examples" / "llama.py"
+    spec = importlib.util.spec_from_file_location("example_llama", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["example_llama"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, a way of splitting it, and the batch it is compared on; written as one line by ``parse``."""
+
+    model: str
+    model_options: dict[str, Any]
+    config: ParallelConfig
+    micro_batches: tuple[int, ...]  # of each data rank
+    ignored: float  # the share of targets that do not count, drawn unevenly: from 0 to twice this, by sequence
+    dtype: torch.dtype
+
+
+AXES = ("tp", "pp", "dp", "vpp", "mbs", "zero")
+OPTIONS = {"vocab": "vocab_size", "kv": "num_kv_heads", "layers": "num_layers"}  # of the example; others by HF_NAMES
+HF_NAMES = {"vocab": "vocab_size", "kv": "num_key_value_heads", "layers": "num_hidden_layers"}
+
+
+def parse(line: str) -> Case:
+    """``"gpt2 tied vocab65 | tp2 dp2 zero1 sp full | n4 ignored0.5 float32"``: model | config | batch.
+
+    ``n3+5``: data rank 0 takes 3 micro-batches and rank 1 takes 5; ``n4``: each takes 4.
+    """
+    model_words, config_words, batch_words = (part.split() for part in line.split("|"))
+    kind, *model_words = model_words
+    names = OPTIONS if kind == "example" else HF_NAMES
+    model_options: dict[str, Any] = {}
+    for word in model_words:
+        if word == "tied":
+            model_options["tied" if kind == "example" else "tie_word_embeddings"] = True
+        else:
+            name = word.rstrip("0123456789")
+            model_options[names[name]] = int(word.removeprefix(name))
+    axes: dict[str, Any] = {}
+    for word in config_words:
+        name = word.rstrip("0123456789")
+        if word in [schedule.value for schedule in Schedule]:
+            axes["schedule"] = Schedule(word)
+            axes.setdefault("vpp", 2 if word == "interleaved" else 1)
+        elif word in ("selective", "full"):
+            axes["recompute"] = Recompute(word)
+        elif word == "sp":
+            axes["sequence_parallel"] = True
+        else:
+            axes[{"mbs": "micro_batch_size", "zero": "zero_stage"}.get(name, name)] = int(word.removeprefix(name))
+    axes["dp_shard"] = axes.get("dp", 1) if axes.get("zero_stage") else 1
+    config = ParallelConfig(vocab_parallel=axes.get("tp", 1) > 1, **axes)
+    counts, *rest = batch_words
+    shares = tuple(int(count) for count in counts.removeprefix("n").split("+"))
+    ignored = [float(word.removeprefix("ignored")) for word in rest if word.startswith("ignored")]
+    return Case(
+        model=kind,
+        model_options=model_options,
+        config=config,
+        micro_batches=shares if len(shares) == config.dp else shares * config.dp,
+        ignored=ignored[0] if ignored else 0.0,
+        dtype=torch.float32 if "float32" in rest else torch.float64,
+    )
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+LLAMA_SIZES = {
+    "vocab_size": 64, "hidden": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 48,
+}  # fmt: skip
+
+
+def _plain(**options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    example = _example_llama()
+    config = example.LlamaConfig(**{**LLAMA_SIZES, **options})
+    fields = {
+        "model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.hidden,
+        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads, "intermediate_size": config.ffn_size,
+        "max_position_embeddings": config.max_seq_len, "tie_word_embeddings": config.tied,
+    }  # fmt: skip
+    return example.Llama(config), fields
+
+
+HF_SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 16,
+             "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "opt": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_dim": 48,
+            "max_position_embeddings": 16, "word_embed_proj_dim": 32, "dropout": 0.0},
+}  # fmt: skip
+DEFAULT_HF_SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "max_position_embeddings": 16, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def _hugging_face(kind: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    transformers = pytest.importorskip("transformers")
+    sizes = {**HF_SIZES.get(kind, DEFAULT_HF_SIZES), **options}
+    if kind == "gpt_neox":
+        sizes.pop("num_key_value_heads", None)
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return _exact(model), config.to_dict()
+
+
+def _exact(model: nn.Module) -> nn.Module:
+    """Norms that compute in their input's dtype: Hugging Face's own round to float32, which hides what we look for."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            weight = module.weight
+            assert isinstance(weight, nn.Parameter)
+            norm = nn.RMSNorm(weight.shape[0], eps=1e-6)
+            norm.weight = weight
+            model.set_submodule(name, norm)
+    return model
+
+
+def build_model(case: Case) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    options = case.model_options
+    model, fields = _plain(**options) if case.model == "example" else _hugging_face(case.model, **options)
+    with torch.no_grad():
+        for weight in model.parameters():  # biases and norms too: their gradients must not hide behind zeros and ones
+            weight.add_(0.1 * torch.randn(weight.shape))
+    return model.to(case.dtype), fields
+
+
+def build_plan(case: Case, fields: dict[str, Any]) -> Plan:
+    config, spec = case.config, load_model(fields)
+    batch = sum(case.micro_batches) * config.micro_batch_size
+    return Plan(
+        framework="meshwright", model=spec,
+        workload=Workload(seq_len=SEQUENCE, global_batch_size=batch, recipe=RECIPES["fp64"]),
+        cluster_name="test", cluster_digest="", environment=None, config=config, placement=Placement(),
+        stages=default_stages(spec, config, "cpu"), micro_batches_per_data_rank=case.micro_batches,
+        cost=None, memory=None, search=None,
+    )  # fmt: skip
+
+
+def batch_of(case: Case, plan: Plan, step: int) -> tuple[Tensor, Tensor]:
+    """The global batch of one step: tokens, and targets of which an uneven share is ignored."""
+    draw = torch.Generator().manual_seed(step)
+    shape = (plan.workload.global_batch_size, SEQUENCE)
+    tokens = torch.randint(plan.model.vocab_size, shape, generator=draw)
+    targets = torch.randint(plan.model.vocab_size, shape, generator=draw)
+    share = 2 * case.ignored * torch.rand((shape[0], 1), generator=draw)
+    targets[torch.rand(shape, generator=draw) < share] = -100
+    targets[0, 0] = 1
+    return tokens, targets
+
+
+# -- one process ----------------------------------------------------------------------------------------------------
+
+
+def logits_of(output: Any) -> Tensor:
+    logits = getattr(output, "logits", output)
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _mean_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    logits = logits_of(model(tokens))
+    total = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total / (targets != -100).sum()
+
+
+@dataclass
+class Reference:
+    """What one process finds: the first step's loss and gradients, then five steps of AdamW under clipping."""
+
+    loss: float
+    grads: dict[str, Tensor]
+    norms: list[float]
+    weights: dict[str, Tensor]
+
+
+def reference(case: Case, model: nn.Module, plan: Plan) -> Reference:
+    grads: dict[str, Tensor] = {}
+    norms, first_loss = [], 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-3)
+    for step in range(STEPS):
+        loss = _mean_loss(model, *batch_of(case, plan, step))
+        loss.backward()  # type: ignore[no-untyped-call]
+        if step == 0:
+            first_loss = loss.item()
+            grads = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    return Reference(loss=first_loss, grads=grads, norms=norms, weights=weights)
+
+
+# -- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def share_of(plan: Plan, parallel: ParallelModel, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The rows of the global batch that this data rank takes."""
+    rows = [count * plan.config.micro_batch_size for count in plan.micro_batches_per_data_rank]
+    start = sum(rows[: parallel.data_rank])
+    stop = start + rows[parallel.data_rank]
+    return batch[0][start:stop], batch[1][start:stop]
+
+
+@dataclass
+class Outcome:
+    """One rank's distance from one process, by name of the parameter."""
+
+    loss: float
+    norms: list[float]
+    grads: dict[str, float]
+    weights: dict[str, float]
+
+
+def run_split(rank: Rank, case: Case, model: nn.Module, plan: Plan, expected: Reference) -> Outcome:
+    parallel = parallelize(model, plan)
+    optimizer = torch.optim.AdamW(parallel.parameters(), lr=LEARNING_RATE, eps=1e-3)
+    grads: dict[str, float] = {}
+    norms, first_loss = [], 0.0
+    for step in range(STEPS):
+        loss = parallel.step(share_of(plan, parallel, batch_of(case, plan, step)))
+        if step == 0:
+            first_loss = loss.item()
+            grads = errors_of(parallel.full_gradients(), expected.grads)
+        norms.append(parallel.clip_grad_norm_(MAX_NORM).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = parallel.state_dict(full=True)
+    assert trained.keys() >= expected.weights.keys()
+    weights = {name: float((trained[name] - weight).abs().max()) for name, weight in expected.weights.items()}
+    return Outcome(loss=first_loss, norms=norms, grads=grads, weights=weights)
+
+
+def errors_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """max|found - expected| over max(max|expected|, a thousandth of the largest of all), by name."""
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    return {
+        name: float((found[name] - tensor).abs().max()) / max(float(tensor.abs().max()), 1e-3 * largest)
+        for name, tensor in expected.items()
+        if name in found
+    }
+
+
+@pytest.fixture
+def assert_equal() -> Callable[[str], None]:
+    """Run a case on one process and on ranks, and compare loss, gradients, norms and weights after training."""
+
+    def check(line: str) -> None:
+        torch.set_num_threads(1)
+        case = parse(line)
+        model, fields = build_model(case)
+        plan = build_plan(case, fields)
+        expected = reference(case, build_model(case)[0], plan)
+        outcomes = run_ranks(run_split, plan.config.world_size, case, model, plan, expected, timeout_s=CASE_TIMEOUT_S)
+        double = case.dtype is torch.float64
+        for outcome in outcomes:
+            assert outcome.loss == pytest.approx(expected.loss, rel=1e-12 if double else 1e-5)
+            assert max(outcome.grads.values()) < (1e-10 if double else 1e-5), outcome.grads
+            if double:
+                assert outcome.norms == pytest.approx(expected.norms, rel=1e-10)
+                assert max(outcome.weights.values()) < 1e-9, outcome.weights
+        assert {name for outcome in outcomes for name in outcome.grads} == expected.grads.keys()
+
+    return check

@@ -1,0 +1,27 @@
+"""A split model trains the same numbers as one process: loss, every gradient, the norm, and weights after five steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+pytestmark = pytest.mark.multiprocess
+
+# model | config | micro-batches of each data rank, share of targets ignored, dtype
+CASES = """
+example             | dp2                        | n2
+example             | dp2                        | n1+3 ignored0.4
+example             | dp2 zero1                  | n3 ignored0.4
+example             | dp2 zero2                  | n3 ignored0.4
+example             | dp2 zero3                  | n3 ignored0.4
+example             | pp2                        | n2
+example             | pp2 gpipe                  | n3
+example             | pp2 interleaved            | n4
+example             | dp2 pp2 zero1              | n4 ignored0.4
+"""
+
+
+@pytest.mark.parametrize("case", CASES.strip().splitlines())
+def test_equals_one_process(case: str, assert_equal: Callable[[str], None]) -> None:
+    assert_equal(case)
