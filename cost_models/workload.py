@@ -102,3 +102,11 @@ def recipe_named(name: str) -> DTypeRecipe:
         return RECIPES[name]
     except KeyError:
         raise InputError(f"unknown dtype recipe {name!r}: expected one of {', '.join(RECIPES)}") from None
+
+
+def optimizer_named(name: str) -> Optimizer:
+    """The optimizer of that name. Raises ``InputError`` naming the known ones."""
+    try:
+        return Optimizer(name)
+    except ValueError:
+        raise InputError(f"unknown optimizer {name!r}: expected one of {', '.join(Optimizer)}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -125,3 +126,19 @@ def load_plan(path: str | Path) -> Plan:
 def save_plan(plan: Plan, path: str | Path) -> None:
     """Write a plan as JSON."""
     artifact.save(plan, path)
+
+
+def save_candidates(plans: Sequence[Plan], folder: str | Path) -> tuple[Path, ...]:
+    """Write plans into a folder, made where needed: ``plan-001.json`` is the first. Raises as ``artifact.save`` does.
+
+    Files of that form already there are overwritten or, beyond the last plan, left.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror or error}") from None
+    paths = tuple(folder / f"plan-{place:03d}.json" for place in range(1, len(plans) + 1))
+    for plan, path in zip(plans, paths, strict=True):
+        save_plan(plan, path)
+    return paths

@@ -8,7 +8,7 @@
 * ``schedule, vpp``: without a pipeline ``1f1b`` and 1; else ``gpipe``, ``1f1b`` and ``zb-h1`` with 1 chunk a rank,
   ``zbv`` and ``dualpipev`` with 2, ``interleaved`` with 2 and every more while ``layers >= pp * vpp``;
 * ``micro_batch_size``: the divisors of ``global_batch_size / dp``; 1 where dp does not divide it (then illegal);
-* ``zero_stage, dp_shard``: ``0, 1``; where ``dp * cp > 1`` also stages 1 to 3, with every divisor of ``dp * cp`` above 1;
+* ``zero_stage, dp_shard``: ``0, 1``; where ``dp * cp > 1`` also stages 1 to 3 with each divisor of ``dp * cp`` above 1;
 * ``recompute``: each of its three values.
 
 **How they are enumerated.** No rule of ``strategy.legal`` that a candidate can break looks at the last four of these
@@ -141,7 +141,7 @@ def parse_constraints(words: Iterable[str]) -> dict[str, Any]:
         field = name.replace("-", "_")
         if field not in FIELDS:
             raise InputError(_unknown_field(name))
-        parsed = _parse_value(field, value)
+        parsed = parse_value(field, value)
         if field in constraints and constraints[field] != parsed:
             raise InputError(f"{field} is fixed twice, to {constraints[field]} and to {parsed}")
         constraints[field] = parsed
@@ -153,7 +153,8 @@ def _unknown_field(name: str) -> str:
     return f"a config has no field {name!r}: {'did you mean' if near else 'fields are'} {', '.join(near or FIELDS)}?"
 
 
-def _parse_value(field: str, value: str) -> Any:
+def parse_value(field: str, value: str) -> Any:
+    """One field's value from a word of the command line. Raises ``InputError`` naming the possible ones."""
     default = getattr(ParallelConfig(), field)
     if isinstance(default, bool):
         words = {
