@@ -4,10 +4,8 @@ Eight ranks on two cores steal each other's time: a pipeline bubble costs nothin
 Under a virtual device each operator takes the time that a named device would need for it, scaled down, and the
 processor is free meanwhile; communication is real. So rehearsed steps behave like a cluster's.
 
-A name is ``virtual:KIND/DIVISOR``: ``virtual:h100/1000`` is a datasheet H100 whose rates are divided by 1000.
-``virtual:h100/1000/50`` divides the FLOP rates by 1000 and the memory rate by 50. With ``+numbers`` behind it the
-matrix products are computed as well, so that losses are real; without it they return small fixed noise, as computing
-them would take longer than the stated time on most machines.
+Names are read by ``virtual_name``. Matrix products are not computed, unless the name ends in ``+numbers``: they return
+small fixed noise, as computing them would take longer than the stated time on most machines.
 
 What is charged, all of it below autograd, so that backward and recompute count like forward:
 
@@ -26,14 +24,11 @@ would have put it; a prefetched gather is therefore late by at most the compute 
 from __future__ import annotations
 
 import ctypes
-import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Self
 
@@ -43,61 +38,17 @@ from torch._C import _disabled_torch_dispatch_impl
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import flop_registry
 
-from meshwright import InputError
-from meshwright.profiler.cluster import Device, Source, load_cluster
+from meshwright.profiler.cluster import Device
+from meshwright.profiler.virtual_name import DEVICE_VARIABLE, split_virtual_name
+from meshwright.profiler.virtual_name import parse_virtual_device as parse_virtual_device
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-DEVICE_VARIABLE = "MESHWRIGHT_DEVICE"  # names the virtual device of a rank that `meshwright emulate` started
-
-_NAME = re.compile(
-    r"virtual:(?P<kind>[A-Za-z0-9_-]+)/(?P<flops>[0-9.e+-]+?)(?:/(?P<memory>[0-9.e+-]+?))?(?P<numbers>\+numbers)?"
-)
 _AHEAD_S = 5e-3  # the most that the host issues ahead of the device; a sleep leaves half of it, to hide what follows
 _PR_SET_TIMERSLACK = 29
 
 aten = torch.ops.aten
-
-
-def parse_virtual_device(name: str) -> Device:
-    """The device record of ``virtual:KIND/DIVISOR[/MEMORY_DIVISOR][+numbers]``: what a cost model is to believe of it.
-
-    KIND is a cluster preset (``h100-sxm``) or one without its ``-sxm`` (``h100``). Rates are the datasheet's divided;
-    half sizes, overheads, launch cost and slow-down are 0, because the clock charges none; memory is not scaled.
-    Raises ``InputError`` for a name of another form, an unknown KIND or a divisor that is not positive.
-    """
-    kind, flops_divisor, memory_divisor, _ = _split_name(name)
-    device = load_cluster(_preset(kind)).device
-    scaled = Source(
-        provenance=device.source.provenance,
-        reference=f"{device.source.reference}; virtual: FLOP/s divided by {flops_divisor:g}, "
-        f"memory rate divided by {memory_divisor:g}",
-    )
-    return replace(
-        device,
-        kind=name,
-        memory_bytes_per_s=device.memory_bytes_per_s / memory_divisor,
-        launch_s=0.0,
-        communication_slowdown=0.0,
-        efficiencies=tuple(
-            replace(
-                efficiency,
-                peak_flops_per_s=efficiency.peak_flops_per_s / flops_divisor,
-                half_m=0.0,
-                half_n=0.0,
-                half_k=0.0,
-                overhead_s=0.0,
-                source=Source(
-                    provenance=efficiency.source.provenance,
-                    reference=f"{efficiency.source.reference}; virtual: divided by {flops_divisor:g}",
-                ),
-            )
-            for efficiency in device.efficiencies
-        ),
-        samples=(),
-        source=scaled,
-    )
 
 
 def virtual_device(name: str) -> VirtualDevice:
@@ -106,7 +57,7 @@ def virtual_device(name: str) -> VirtualDevice:
     Raises ``InputError`` as ``parse_virtual_device`` does; and inside, at the first operator in a dtype for which the
     device has no rate.
     """
-    return VirtualDevice(parse_virtual_device(name), numbers=_split_name(name)[3])
+    return VirtualDevice(parse_virtual_device(name), numbers=split_virtual_name(name).numbers)
 
 
 def device_of_this_rank() -> AbstractContextManager[VirtualDevice | None]:
@@ -120,29 +71,6 @@ def synchronize() -> None:
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, VirtualDevice):
             mode.settle()
-
-
-def _split_name(name: str) -> tuple[str, float, float, bool]:
-    match = _NAME.fullmatch(name)
-    try:
-        if not match:
-            raise ValueError
-        flops = float(match["flops"])
-        memory = float(match["memory"] or flops)
-    except ValueError:
-        raise InputError(
-            f"cannot read {name!r} as a virtual device: expected virtual:KIND/DIVISOR, for example virtual:h100/1000, "
-            "and optionally /MEMORY_DIVISOR and +numbers behind it"
-        ) from None
-    if not (0 < flops < math.inf and 0 < memory < math.inf):
-        raise InputError(f"a divisor of a virtual device must be positive, found {name!r}")
-    return match["kind"], flops, memory, match["numbers"] is not None
-
-
-def _preset(kind: str) -> str:
-    from meshwright.profiler.cluster_presets import preset_names
-
-    return f"{kind}-sxm" if f"{kind}-sxm" in preset_names() else kind
 
 
 class VirtualDevice(TorchDispatchMode):
@@ -192,13 +120,13 @@ class VirtualDevice(TorchDispatchMode):
             after = time.perf_counter()
             self.slept_s += after - now
             self._late_s = after - wake
-        else:
-            self._late_s = min(self._late_s, now - wake)
 
     def charge(self, stated_s: float, issued: float) -> None:
         """Let the device work for ``stated_s`` seconds from the clock's ``issued`` on, or after its earlier work."""
         self.charged_s += stated_s
-        self._deadline = max(self._deadline, issued - self._late_s) + stated_s
+        if issued - self._late_s > self._deadline:  # the device idled; what is forgiven is forgiven once
+            self._deadline, self._late_s = issued - self._late_s, 0.0
+        self._deadline += stated_s
         if self._deadline - time.perf_counter() > _AHEAD_S:
             self._sleep_until(self._deadline - _AHEAD_S / 2)
 
