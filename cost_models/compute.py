@@ -20,25 +20,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from meshwright.cost_models.blocks import vocab_rows
 from meshwright.cost_models.framework import Framework, PointwiseCost
 from meshwright.cost_models.strategy import ConfigBatch, Recompute
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.cluster import Device
-from meshwright.profiler.model import (
+from meshwright.profiler.layers import (
     AttentionKind,
     AttentionLayer,
-    Block,
-    BlockKind,
     EmbeddingLayer,
     HeadLayer,
     LayerSpec,
     MlpLayer,
     MoeLayer,
+    NormKind,
     NormLayer,
 )
+from meshwright.profiler.model import Block, BlockKind
 
 FloatArray = NDArray[np.float64]
-FIELDS = ("tp", "cp", "micro_batch_size", "sequence_parallel", "recompute")
+FIELDS = ("tp", "cp", "micro_batch_size", "sequence_parallel", "vocab_parallel", "recompute")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,8 @@ class _Clock:
         self.forward, self.by_input, self.by_weight, self.rest = zero.copy(), zero.copy(), zero.copy(), zero.copy()
         self.forward_calls = self.backward_calls = self.rest_calls = 0.0
         self.hidden = 0
+        self.last: FloatArray = zero  # the last projection so far
+        self.last_rest: FloatArray = zero  # the last memory-bound operator so far
 
     @property
     def stream(self) -> FloatArray:
@@ -118,7 +121,10 @@ class _Clock:
         """Add every operator of a layer."""
         self.hidden = layer.hidden
         if isinstance(layer, NormLayer):
-            self.pointwise(self.framework.pointwise.norm, self.stream)
+            rms = layer.norm_kind is NormKind.RMS
+            self.pointwise(
+                self.framework.pointwise.rms_norm if rms else self.framework.pointwise.layer_norm, self.stream
+            )
         elif isinstance(layer, AttentionLayer):
             self._attention(layer)
         elif isinstance(layer, MlpLayer):
@@ -128,13 +134,14 @@ class _Clock:
         elif isinstance(layer, EmbeddingLayer):
             self.pointwise(self.framework.pointwise.embedding, self.tokens * layer.hidden)
         elif isinstance(layer, HeadLayer):
-            logits = layer.vocab_size / np.where(self.batch.vocab_parallel, self.tp, 1.0)
+            logits = vocab_rows(layer.vocab_size, self.batch)
             self.matmul(self.tokens, logits, layer.hidden)
             self.pointwise(self.framework.pointwise.loss, self.tokens * logits)
 
     def matmul(self, m: Any, n: Any, k: Any) -> None:
         """One projection, forward and both gradients."""
-        self.forward = self.forward + self._matmul(m, n, k)
+        self.last = self._matmul(m, n, k)
+        self.forward = self.forward + self.last
         self.by_input = self.by_input + self._matmul(m, k, n)
         self.by_weight = self.by_weight + self._matmul(k, n, m)
         self._launch(1, 2)
@@ -144,10 +151,9 @@ class _Clock:
         rate = self.device.memory_bytes_per_s
         forward = elements * (cost.forward_passes * self.size + cost.forward_float32_passes * 4.0) / rate
         self.forward = self.forward + forward
-        self.rest = self.rest + forward
+        self.rest, self.last_rest = self.rest + forward, forward
         self.by_input = (
-            self.by_input
-            + elements * (cost.backward_passes * self.size + cost.backward_float32_passes * 4.0) / rate
+            self.by_input + elements * (cost.backward_passes * self.size + cost.backward_float32_passes * 4.0) / rate
         )
         self.forward_calls += cost.forward_kernels
         self.backward_calls += cost.backward_kernels
@@ -237,17 +243,23 @@ class _Clock:
         m = rows / busy
         num_bytes = self.size * (rows * (n + k) + busy * n * k)
         flops = 2.0 * rows * n * k
-        self.forward = self.forward + self._roofline("grouped_matmul", flops, num_bytes, m, n, k)
+        self.last = self._roofline("grouped_matmul", flops, num_bytes, m, n, k)
+        self.forward = self.forward + self.last
         self.by_input = self.by_input + self._roofline("grouped_matmul", flops, num_bytes, m, k, n)
         self.by_weight = self.by_weight + self._roofline("grouped_matmul", flops, num_bytes, k, n, m)
         self._launch(1, 2)
 
     def total(self, inverse: NDArray[np.int64], *, recomputes: bool) -> BlockSeconds:
-        """The sums, spread to every config; only decoder blocks are recomputed."""
+        """The sums, spread to every config; only decoder blocks are recomputed.
+
+        A recomputed forward ends at the last tensor that backward needs: the block's last projection and the residual
+        addition behind it are not repeated (torch/utils/checkpoint.py, early stop; ``executors/recompute.py``).
+        """
         full, selective = (
             self.batch.is_recompute(choice) & recomputes for choice in (Recompute.FULL, Recompute.SELECTIVE)
         )
-        recompute = np.where(full, self.forward, np.where(selective, self.rest, 0.0))
+        again, rest_again = self.forward - self.last - self.last_rest, self.rest - self.last_rest
+        recompute = np.where(full, again, np.where(selective, rest_again, 0.0))
         recompute_calls = np.where(full, self.forward_calls, np.where(selective, self.rest_calls, 0.0))
         backward = self.by_input + self.by_weight
         arrays = (

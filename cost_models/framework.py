@@ -42,7 +42,8 @@ class PointwiseCost:
 class Pointwise:
     """The memory-bound rest of a model as a target runs it. Each names the tensor its passes are counted on."""
 
-    norm: PointwiseCost  # the residual stream
+    rms_norm: PointwiseCost  # the residual stream
+    layer_norm: PointwiseCost  # the residual stream
     rotary: PointwiseCost  # queries and keys together
     activation: PointwiseCost  # the widest tensor of a feed-forward layer that is not gated
     gated_activation: PointwiseCost  # gate, and up of the same size
@@ -51,7 +52,9 @@ class Pointwise:
     embedding: PointwiseCost  # the rows looked up
     loss: PointwiseCost  # the logits
     routing: PointwiseCost  # the rows of tokens that experts take
-    optimizer_kernels: float  # launches of one optimizer step, the whole model at once
+    adamw: PointwiseCost  # a parameter tensor in the optimizer's dtype, forward being the update
+    sgd: PointwiseCost  # the same
+    accumulate: PointwiseCost  # a gradient added to those of earlier micro-batches
 
 
 @record
@@ -74,9 +77,11 @@ class Framework:
     tensor_parallel_moe: bool  # cuts attention of a model with experts by tp
     fused_projections: bool  # queries, keys and values are one matmul, gate and up another
     windowed_attention: bool  # attention kernels skip what a sliding window masks
+    eager_rms_norm: bool  # RMSNorm written out in float32, which keeps more for backward than a fused one
     regathers_sequence: bool  # with sp, saves the sharded input of a matmul and gathers it again in backward
-    overlap_dp_reduce: float
-    overlap_zero3_gather: float
+    overlap_zero0_reduce: float  # gradients of replicas
+    overlap_dp_reduce: float  # gradients of ZeRO 1 to 3
+    overlap_dp_gather: float  # weights of ZeRO 1 to 3
     overlap_tp: float
     overlap_pp: float
     pointwise: Pointwise
@@ -85,9 +90,10 @@ class Framework:
 # One ATen kernel after another, as Hugging Face's modules call them. Counted on transformers 5.23
 # models/llama/modeling_llama.py (LlamaRMSNorm: cast, square, mean, rsqrt, multiply, cast, multiply; rotary: negate,
 # concatenate, two products and a sum for queries and for keys; silu, multiply), backward as autograd derives it.
-# A model that calls torch's fused norm (functional.rms_norm, LayerNorm) passes 2 and 5 times instead of 11 and 16.
+# LayerNorm is one fused kernel forward; an RMSNorm that calls functional.rms_norm costs as little.
 EAGER_TORCH = Pointwise(
-    norm=PointwiseCost(
+    layer_norm=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=2, backward_passes=5),
+    rms_norm=PointwiseCost(
         forward_kernels=8,
         forward_passes=4,
         forward_float32_passes=7,
@@ -110,7 +116,10 @@ EAGER_TORCH = Pointwise(
         backward_float32_passes=4,
     ),
     routing=PointwiseCost(forward_kernels=12, forward_passes=4, backward_kernels=8, backward_passes=6),
-    optimizer_kernels=12.0,
+    # decay, first moment, second moment (two kernels), root, division, epsilon, update
+    adamw=PointwiseCost(forward_kernels=8, forward_passes=20, backward_kernels=0, backward_passes=0),
+    sgd=PointwiseCost(forward_kernels=1, forward_passes=3, backward_kernels=0, backward_passes=0),
+    accumulate=PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=3),
 )
 
 MESHWRIGHT = Framework(
@@ -125,9 +134,11 @@ MESHWRIGHT = Framework(
     tensor_parallel_moe=False,
     fused_projections=False,
     windowed_attention=False,
+    eager_rms_norm=True,
     regathers_sequence=False,
-    overlap_dp_reduce=0.0,
-    overlap_zero3_gather=0.0,
+    overlap_zero0_reduce=0.0,  # after the last backward
+    overlap_dp_reduce=1.0,  # FSDP2 reduces a unit while the backward of the one before it runs
+    overlap_dp_gather=1.0,  # FSDP2 gathers the next unit while the one at hand runs
     overlap_tp=0.0,
     overlap_pp=0.0,
     pointwise=EAGER_TORCH,

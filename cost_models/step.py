@@ -1,11 +1,49 @@
-"""The composition: compute, communication, pipeline and memory of a config -> an estimate of its step."""
+"""The composition: compute, communication, pipeline and memory of a config -> an estimate of its step.
+
+Seconds of every kind of block are worked out once (``parts``), summed over the blocks of each pipeline rank, composed
+by the schedule's closed form (``pipeline``), and reported for the rank that finishes last. Memory is summed over the
+same blocks and reported for the rank with the largest total.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
-from meshwright.cost_models.strategy import ParallelConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright import InputError
+from meshwright.cost_models import pipeline
+from meshwright.cost_models.blocks import block_kinds, stage_counts
+from meshwright.cost_models.collectives import groups_of, seconds, send_seconds
+from meshwright.cost_models.compute import launches_ahead
+from meshwright.cost_models.framework import (
+    Framework,
+    framework_named,
+    microbatches_per_round,
+    num_microbatches,
+    supported,
+)
+from meshwright.cost_models.memory import BlockBytes, block_bytes, rank_bytes
+from meshwright.cost_models.parts import BlockParts, block_parts, hide
+from meshwright.cost_models.placement import Placement
+from meshwright.cost_models.strategy import (
+    REASONS,
+    SCHEDULES,
+    BoolArray,
+    ConfigBatch,
+    IntArray,
+    ParallelConfig,
+    Schedule,
+    legal,
+)
+from meshwright.cost_models.traffic import hop_bytes
+from meshwright.cost_models.workload import Workload
+from meshwright.profiler.cluster import ClusterProfile, Provenance
+from meshwright.profiler.model import ModelSpec
 from meshwright.profiler.record import record
+
+FloatArray = NDArray[np.float64]
 
 
 @record
@@ -65,3 +103,312 @@ class Estimate:
     config: ParallelConfig
     cost: CostBreakdown
     memory: MemoryBreakdown
+
+
+SECONDS = tuple(field.name for field in fields(CostBreakdown))
+BYTES = tuple(field.name for field in fields(MemoryBreakdown))
+
+
+@dataclass(frozen=True, slots=True)
+class BatchEstimate:
+    """Estimates of many configs: one array of shape ``[num_configs]`` for each field of the two breakdowns."""
+
+    compute_s: FloatArray
+    recompute_s: FloatArray
+    tp_s: FloatArray
+    cp_s: FloatArray
+    ep_s: FloatArray
+    pp_s: FloatArray
+    dp_s: FloatArray
+    bubble_s: FloatArray
+    optimizer_s: FloatArray
+    overhead_s: FloatArray
+    hidden_s: FloatArray
+    stage: IntArray
+    params_bytes: IntArray
+    grads_bytes: IntArray
+    optimizer_bytes: IntArray
+    activations_bytes: IntArray
+    buffers_bytes: IntArray
+    reserved_bytes: IntArray
+    capacity_bytes: IntArray
+
+    @property
+    def step_s(self) -> FloatArray:
+        """Seconds of one optimizer step: the sum of the exposed parts, in the order of ``CostBreakdown``."""
+        total = np.zeros(len(self.compute_s))
+        for name in SECONDS:
+            if name != "hidden_s":
+                total = total + getattr(self, name)
+        return total
+
+    @property
+    def peak_bytes(self) -> IntArray:
+        """Everything the model allocates at its peak, without ``reserved_bytes``."""
+        return self.params_bytes + self.grads_bytes + self.optimizer_bytes + self.activations_bytes + self.buffers_bytes
+
+    @property
+    def fits(self) -> BoolArray:
+        """Whether the peak is at most capacity less reserved."""
+        return self.peak_bytes <= self.capacity_bytes - self.reserved_bytes
+
+    def estimate(self, index: int, batch: ConfigBatch) -> Estimate:
+        """The config at one position of ``batch`` with its breakdowns, as a record."""
+        cost = CostBreakdown(**{name: getattr(self, name)[index].item() for name in SECONDS})
+        memory = MemoryBreakdown(**{name: getattr(self, name)[index].item() for name in BYTES})
+        return Estimate(config=batch.config(index), cost=cost, memory=memory)
+
+
+def estimate(
+    model: ModelSpec,
+    workload: Workload,
+    cluster: ClusterProfile,
+    config: ParallelConfig,
+    framework: str = "meshwright",
+) -> Estimate:
+    """What one config would cost and hold: a batch of one.
+
+    Raises:
+        InputError: the framework is unknown or does not run the config, the config is not legal for this model and
+            workload, it needs more devices than the cluster has, or the device has no rate for the compute dtype.
+    """
+    target = framework_named(framework)
+    batch = ConfigBatch.from_configs([config])
+    broken = int(legal(batch, model, workload)[0])
+    if broken >= 0:
+        raise InputError(f"{config.describe()} is not legal for {model.name} and this workload: {REASONS[broken]}")
+    if not supported(batch, target, model, workload)[0]:
+        raise InputError(f"{framework} does not run {config.describe()} for {model.name} and this workload")
+    if config.world_size > cluster.num_devices:
+        raise InputError(
+            f"{config.describe()} needs {config.world_size} devices, {cluster.name} has {cluster.num_devices}"
+        )
+    return estimate_batch(model, workload, cluster, target, batch).estimate(0, batch)
+
+
+def estimate_batch(
+    model: ModelSpec,
+    workload: Workload,
+    cluster: ClusterProfile,
+    framework: Framework,
+    batch: ConfigBatch,
+    placement: Placement = Placement(),  # noqa: B008  (a frozen record)
+) -> BatchEstimate:
+    """Cost and memory of every config of ``batch``, which must be legal and supported.
+
+    Raises ``InputError`` when the device has no rate for an operator of the model in the compute dtype.
+    """
+    kinds = block_kinds(model)
+    parts = block_parts(kinds, model, workload, cluster, framework, batch, placement)
+    memory = [block_bytes(block, workload, framework, batch) for block in kinds.kinds]
+    columns = {name: np.zeros(len(batch)) for name in (*SECONDS, *BYTES)}
+    pipelines = np.stack([batch.pp, batch.vpp, batch.schedule])
+    for pp, vpp, schedule in np.unique(pipelines, axis=1).T:
+        rows = np.flatnonzero((batch.pp == pp) & (batch.vpp == vpp) & (batch.schedule == schedule))
+        group = _Group(
+            batch=batch.take(rows),
+            counts=stage_counts(kinds, int(pp), int(vpp)),
+            schedule=SCHEDULES[schedule],
+            model=model,
+            workload=workload,
+            cluster=cluster,
+            placement=placement,
+            framework=framework,
+        )
+        taken = [
+            BlockParts(**{field.name: getattr(part, field.name)[rows] for field in fields(part)}) for part in parts
+        ]
+        held = [BlockBytes(part.params[rows], part.saved[rows], part.working[rows]) for part in memory]
+        for name, column in {**group.cost(taken), **group.memory(held)}.items():
+            columns[name][rows] = column
+    return BatchEstimate(
+        **{name: columns[name] for name in SECONDS},
+        **{name: np.rint(columns[name]).astype(np.int64) for name in BYTES},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Configs of one pipeline shape and schedule: ``counts`` ``[pp, vpp, num_kinds]`` blocks on each chunk."""
+
+    batch: ConfigBatch
+    counts: IntArray
+    schedule: Schedule
+    model: ModelSpec
+    workload: Workload
+    cluster: ClusterProfile
+    placement: Placement
+    framework: Framework
+
+    def _by_chunk(self, values: list[FloatArray]) -> FloatArray:
+        """Sum of a per-block quantity over the blocks of each chunk: ``[num_configs, pp, vpp]``."""
+        total = np.zeros((len(self.batch), *self.counts.shape[:2]))
+        for kind, value in enumerate(values):
+            total += value[:, None, None] * self.counts[None, :, :, kind]
+        return total
+
+    def _by_rank(self, parts: list[BlockParts], *names: str) -> FloatArray:
+        """Sum of parts over the blocks of each rank: ``[num_configs, pp]``."""
+        return self._by_chunk([_sum(part, names) for part in parts]).sum(axis=2)
+
+    def cost(self, parts: list[BlockParts]) -> dict[str, FloatArray]:
+        """The breakdown of the rank that finishes last."""
+        count = num_microbatches(self.batch, self.workload).astype(np.float64)[:, None]
+        forward = self._by_chunk(
+            [_sum(part, ("compute_forward", "host_forward", "tp_forward", "dp_forward")) for part in parts]
+        )
+        backward = self._by_chunk(
+            [
+                _sum(part, ("compute_backward", "recompute", "host_backward", "tp_backward", "dp_backward"))
+                for part in parts
+            ]
+        )
+        hop = self._hops()
+        finish, unhindered = (self._finish(forward, backward, hops) for hops in (hop, np.zeros_like(hop)))
+        busy = count * (forward + backward).sum(axis=2)
+        idle = np.maximum(finish - busy, 0.0)
+        waits = np.clip(finish - unhindered, 0.0, idle)
+        first, first_hidden, last, last_hidden, delay = self._edges(parts)
+        end = self._by_rank(parts, "tp_end", "dp_end")
+        optimizer, host = self._by_rank(parts, "optimizer"), self._by_rank(parts, "optimizer_host")
+        tied = self._tied()
+        total = busy + idle + delay + first + last + end + tied + optimizer + host
+        slowest = np.argmax(total, axis=1)
+        result = {
+            "compute_s": count * self._by_rank(parts, "compute_forward", "compute_backward"),
+            "recompute_s": count * self._by_rank(parts, "recompute"),
+            "tp_s": count * self._by_rank(parts, "tp_forward", "tp_backward") + self._by_rank(parts, "tp_end"),
+            "pp_s": waits + tied,
+            "dp_s": count * self._by_rank(parts, "dp_forward", "dp_backward")
+            + first
+            + last
+            + self._by_rank(parts, "dp_end"),
+            "bubble_s": idle - waits + delay,
+            "optimizer_s": optimizer,
+            "overhead_s": count * self._by_rank(parts, "host_forward", "host_backward") + host + self._world()[:, None],
+            "hidden_s": count * self._by_rank(parts, "hidden") + first_hidden + last_hidden,
+        }
+        rows = np.arange(len(self.batch))
+        return {name: value[rows, slowest] for name, value in result.items()}
+
+    def _finish(self, forward: FloatArray, backward: FloatArray, hop: FloatArray) -> FloatArray:
+        """Seconds from the start to each rank's last backward: ``[num_configs, pp]``."""
+        count = num_microbatches(self.batch, self.workload)
+        if self.schedule is Schedule.GPIPE:
+            makespan = pipeline.gpipe(forward[:, :, 0], backward[:, :, 0], hop, count)
+        elif self.schedule is Schedule.ONE_F_ONE_B:
+            makespan = pipeline.one_f_one_b(forward[:, :, 0], backward[:, :, 0], hop, count)
+        elif self.schedule is Schedule.INTERLEAVED:
+            per_round = microbatches_per_round(self.batch, self.workload)
+            makespan = pipeline.interleaved(forward, backward, hop, count, per_round)
+        else:
+            raise InputError(f"no cost model for the schedule {self.schedule.value}")
+        return makespan[:, None] - pipeline.tail(backward[:, :, 0], hop)
+
+    def _hops(self) -> FloatArray:
+        """Seconds of a transfer between each two stages that follow each other: ``[num_configs, pp * vpp - 1]``."""
+        pp, vpp = self.counts.shape[:2]
+        stride = np.ones(len(self.batch), dtype=np.int64)
+        for axis in self.placement.order[: self.placement.order.index("pp")]:
+            stride = stride * getattr(self.batch, axis)
+        num_bytes = hop_bytes(self.model, self.workload, self.batch)
+        hops = np.zeros((len(self.batch), pp * vpp - 1))
+        for stage in range(pp * vpp - 1):
+            first, second = stage % pp * stride, (stage + 1) % pp * stride
+            ends = (send_seconds(self.cluster, first + peer, second + peer, num_bytes) for peer in (0, stride - 1))
+            hops[:, stage] = np.maximum(*ends)
+        return hops
+
+    def _edges(self, parts: list[BlockParts]) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]:
+        """Gathers of the first forward and reductions of the last backward: exposed and hidden, and whom they delay.
+
+        They stand in the way of the first micro-batch down the pipeline and of the last one back: a rank waits for
+        those of the ranks after it on the way back, and on a device without streams for all gathers on the way in.
+        """
+        forward, backward = (self._by_rank(parts, name) for name in ("compute_forward", "compute_backward"))
+        streams = launches_ahead(self.cluster.device)
+        gather, reduce = (
+            share * streams for share in (self.framework.overlap_dp_gather, self.framework.overlap_dp_reduce)
+        )
+        first, first_hidden = hide(self._by_rank(parts, "dp_first"), gather, forward, self.cluster)
+        last, last_hidden = hide(self._by_rank(parts, "dp_last"), reduce, backward, self.cluster)
+        from_later = np.cumsum(last[:, ::-1], axis=1)[:, ::-1] - last
+        gathers = np.zeros_like(first) if streams else first.sum(axis=1, keepdims=True) - first
+        return first, first_hidden, last, last_hidden, from_later + gathers
+
+    def _tied(self) -> FloatArray:
+        """The two copies of a tied embedding exchange their gradients when a pipeline parts them: ``[num_configs, pp]``."""
+        pp = self.counts.shape[0]
+        result = np.zeros((len(self.batch), pp))
+        if self.model.tied and pp > 1:
+            stride = self.batch.tp * self.batch.cp * self.batch.dp
+            rows = np.ceil(self.model.vocab_size / np.where(self.batch.vocab_parallel, self.batch.tp, 1))
+            num_bytes = rows * self.model.hidden * self.workload.recipe.grads.num_bytes
+            result[:, [0, -1]] = send_seconds(self.cluster, 0, (pp - 1) * stride, num_bytes)[:, None]
+        return result
+
+    def _world(self) -> FloatArray:
+        """The count of targets before a step and the loss after it: two all_reduces of a few bytes."""
+        data = groups_of(self.batch, self.cluster, self.placement, "dp", "cp")
+        world = groups_of(self.batch, self.cluster, self.placement, *self.placement.order)
+        return seconds(self.cluster, "all_reduce", data, 8.0) + seconds(self.cluster, "all_reduce", world, 16.0)
+
+    def memory(self, parts: list[BlockBytes]) -> dict[str, FloatArray]:
+        """The breakdown of the rank with the largest total."""
+        pp, vpp = self.counts.shape[:2]
+        count = num_microbatches(self.batch, self.workload)
+        per_round = microbatches_per_round(self.batch, self.workload)
+        hop = hop_bytes(self.model, self.workload, self.batch)
+        kinds = block_kinds(self.model)
+        names = ("params", "grads", "optimizer", "activations", "buffers")
+        best = {name: np.zeros(len(self.batch)) for name in names}
+        stage, largest = np.zeros(len(self.batch)), np.full(len(self.batch), -1.0)
+        for rank in range(pp):
+            flying = pipeline.in_flight(pp, vpp, rank, count, per_round)[self.schedule.value]
+            ends = (
+                2 * vpp - (rank == 0) - (rank == pp - 1)
+            )  # torch allocates a buffer for every micro-batch it receives
+            received = np.where(pp > 1, ends * count * hop, 0.0)
+            held = rank_bytes(kinds, parts, self.counts[rank], flying, received, self.workload, self.batch)
+            more = held.total > largest
+            largest = np.where(more, held.total, largest)
+            stage = np.where(more, rank, stage)
+            for name in names:
+                best[name] = np.where(more, getattr(held, name), best[name])
+        device = self.cluster.device
+        result = {f"{name}_bytes": value for name, value in best.items()}
+        return result | {
+            "stage": stage,
+            "reserved_bytes": np.full(len(self.batch), float(device.reserved_bytes)),
+            "capacity_bytes": np.full(len(self.batch), float(device.memory_bytes)),
+        }
+
+
+def _sum(part: BlockParts, names: tuple[str, ...]) -> FloatArray:
+    return np.asarray(sum(getattr(part, name) for name in names))
+
+
+def assumptions(model: ModelSpec, workload: Workload, cluster: ClusterProfile, framework: Framework) -> tuple[str, ...]:
+    """What the estimates rest on that was not measured, and what they leave out, in words."""
+    device = cluster.device
+    said = []
+    unmeasured = sorted(
+        {
+            curve.op
+            for curve in device.efficiencies
+            if curve.dtype == workload.recipe.compute.value and curve.source.provenance is not Provenance.MEASURED
+        }
+    )
+    if unmeasured:
+        said.append(f"rates of {', '.join(unmeasured)} on {device.kind} are not measured")
+    links = [tier.name for tier in cluster.tiers if tier.source.provenance is not Provenance.MEASURED]
+    if links:
+        said.append(f"latency and bandwidth of links ({', '.join(links)}) are not measured")
+    if not cluster.collectives:
+        said.append("collectives follow from latency and bandwidth, none was measured")
+    if model.moe is not None:
+        said.append("tokens spread evenly over experts")
+    if model.attention.window and not framework.windowed_attention:
+        said.append(f"{framework.name} works out what a sliding window masks")
+    said.append("no dropout, no padding between sequences, no allocator fragmentation, no input from disk")
+    return tuple(said)

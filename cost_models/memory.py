@@ -1,0 +1,232 @@
+"""Bytes on one device at the peak, stage by stage, counted tensor by tensor.
+
+Weights, gradients and optimizer states follow the dtype recipe and what the target's ZeRO keeps resident
+(``executors/data_parallel.py``). Activations are the tensors autograd keeps of each layer for one micro-batch, times
+the micro-batches in flight. They are what Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count, for flash attention
+(no scores are kept, only their log-sum-exp: Dao et al. 2022, arXiv 2205.14135) and without dropout.
+
+Left out: allocator fragmentation, workspaces of matmuls and communicators (the device's ``reserved_bytes`` hold context),
+attention masks and rotary tables: a few percent of a full device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost_models.blocks import BlockKinds, rank_params, vocab_rows
+from meshwright.cost_models.framework import Framework
+from meshwright.cost_models.strategy import ConfigBatch, Recompute
+from meshwright.cost_models.workload import Workload
+from meshwright.profiler.layers import (
+    AttentionKind,
+    AttentionLayer,
+    HeadLayer,
+    LayerSpec,
+    MlpLayer,
+    MoeLayer,
+    NormKind,
+    NormLayer,
+)
+from meshwright.profiler.model import Block, BlockKind
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBytes:
+    """Bytes of one block on one rank, arrays of shape ``[num_configs]``.
+
+    ``params`` is a count. ``saved`` is kept for backward of one micro-batch; ``working`` is what exists beside it
+    for a moment: a recomputed block's activations, the loss's intermediates.
+    """
+
+    params: FloatArray
+    saved: FloatArray
+    working: FloatArray
+
+
+def block_bytes(block: Block, workload: Workload, framework: Framework, batch: ConfigBatch) -> BlockBytes:
+    """What a block holds of one micro-batch under each config's recompute choice."""
+    few, inverse = batch.distinct(
+        "tp", "cp", "pp", "micro_batch_size", "sequence_parallel", "recompute", "vocab_parallel", "ep", "etp"
+    )
+    saver = _Saved(workload, framework, few)
+    everything = sum((saver.layer(layer) for layer in block.layers), np.zeros(len(few)))
+    if block.kind is BlockKind.DECODER:
+        block_input = saver.stream(block.layers[0].hidden)
+        kept = block_input + sum((saver.products(layer) for layer in block.layers), np.zeros(len(few)))
+        full, selective = few.is_recompute(Recompute.FULL), few.is_recompute(Recompute.SELECTIVE)
+        saved = np.where(full, block_input, np.where(selective, np.minimum(kept, everything), everything))
+        working = np.where(full | selective, everything - saved, 0.0)
+    else:
+        saved = everything
+        working = sum((saver.loss_working(layer) for layer in block.layers), np.zeros(len(few)))
+    arrays = (rank_params(block, few), saved, working)
+    return BlockBytes(*(np.broadcast_to(array, (len(few),))[inverse] for array in arrays))
+
+
+class _Saved:
+    """Bytes autograd keeps of each layer, for one micro-batch."""
+
+    def __init__(self, workload: Workload, framework: Framework, batch: ConfigBatch) -> None:
+        self.framework, self.batch = framework, batch
+        self.size = float(workload.recipe.compute.num_bytes)
+        self.wide = max(self.size, 4.0)  # norms and losses work in float32 at least
+        self.tp = batch.tp.astype(np.float64)
+        self.tokens = batch.micro_batch_size * (workload.seq_len / batch.cp)
+        self.cut_tokens = np.where(batch.sequence_parallel, self.tokens / self.tp, self.tokens)
+
+    def stream(self, hidden: int) -> FloatArray:
+        """The residual stream (cut by tp with sequence parallelism)."""
+        return np.asarray(self.cut_tokens * hidden * self.size)
+
+    def layer(self, layer: LayerSpec) -> FloatArray:
+        """Everything kept without recompute."""
+        if isinstance(layer, NormLayer):
+            return self._norm(layer)
+        if isinstance(layer, AttentionLayer):
+            return self._projected_input(layer.hidden) + self._attention(layer)
+        if isinstance(layer, MlpLayer):
+            return self._projected_input(layer.hidden) + self._ffn(layer.ffn_size, layer.gated)
+        if isinstance(layer, MoeLayer):
+            return self._projected_input(layer.hidden) + self._moe(layer)
+        if isinstance(layer, HeadLayer):
+            logits = self.tokens * vocab_rows(layer.vocab_size, self.batch)
+            kept = np.where(self.batch.vocab_parallel, self.size, self.wide)  # the logits, or their log-softmax
+            return self._projected_input(layer.hidden) + logits * kept
+        return np.zeros(len(self.batch))  # a lookup keeps the token ids only
+
+    def products(self, layer: LayerSpec) -> FloatArray:
+        """Outputs of projections and of fused attention: what selective recompute keeps (``executors/recompute.py``)."""
+        if isinstance(layer, AttentionLayer):
+            out = self.tokens * layer.hidden * self.size
+            return self._attention(layer) + out + self._gathered(layer.hidden)
+        if isinstance(layer, MlpLayer):
+            ways_in = 2.0 if layer.gated else 1.0
+            inner = self.tokens * ways_in * layer.ffn_size / self.tp
+            return (inner + self.tokens * layer.hidden) * self.size + self._gathered(layer.hidden)
+        if isinstance(layer, MoeLayer):
+            rows = self.tokens * layer.top_k
+            ways_in = 2.0 if layer.gated else 1.0
+            inner = rows * (ways_in * layer.expert_ffn_size + layer.hidden)
+            shared = self.tokens * ways_in * layer.shared_ffn_size / self.tp
+            return (inner + shared + self.tokens * layer.hidden) * self.size
+        return np.zeros(len(self.batch))
+
+    def loss_working(self, layer: LayerSpec) -> FloatArray:
+        """The loss beside what it keeps: two float32 copies of the logits and their gradient in the compute dtype."""
+        if not isinstance(layer, HeadLayer):
+            return np.zeros(len(self.batch))
+        logits = self.tokens * vocab_rows(layer.vocab_size, self.batch)
+        return np.asarray(logits * (2.0 * self.wide + self.size))
+
+    def _norm(self, layer: NormLayer) -> FloatArray:
+        """A fused norm keeps its input; the RMSNorm of Hugging Face a float32 copy and the normalised tensor."""
+        eager = layer.norm_kind is NormKind.RMS and self.framework.eager_rms_norm
+        return np.asarray(self.cut_tokens * layer.hidden * ((self.wide + self.size) if eager else self.size))
+
+    def _projected_input(self, hidden: int) -> FloatArray:
+        """The input of a column split: whole on each rank, unless the target gathers it again in backward."""
+        tokens = self.cut_tokens if self.framework.regathers_sequence else self.tokens
+        return np.asarray(tokens * hidden * self.size)
+
+    def _gathered(self, hidden: int) -> Any:
+        """With sequence parallelism the gathered input, a collective's output, is kept under selective recompute."""
+        kept = self.batch.sequence_parallel & (not self.framework.regathers_sequence)
+        return np.where(kept, self.tokens * hidden * self.size, 0.0)
+
+    def _attention(self, layer: AttentionLayer) -> FloatArray:
+        """Queries, keys, values, the output and its log-sum-exp (float32)."""
+        heads = layer.num_heads / self.tp
+        query_dim, value_dim = layer.head_dim + layer.rope_head_dim, layer.value_head_dim
+        kv_heads, latent = np.maximum(layer.num_kv_heads / self.tp, 1.0), 0.0
+        if layer.attention_kind is AttentionKind.MLA:
+            kv_heads = heads
+            latent = 2.0 * (layer.q_lora_rank + layer.kv_lora_rank)  # before and after their norms
+        width = heads * (query_dim + value_dim) + kv_heads * (query_dim + value_dim) + latent
+        return np.asarray(self.tokens * (width * self.size + heads * 4.0))
+
+    def _ffn(self, ffn_size: int, gated: bool) -> FloatArray:
+        """Gated: gate, up, the activated gate and the product; else the activation's input and output."""
+        return np.asarray(self.tokens * (4.0 if gated else 2.0) * ffn_size / self.tp * self.size)
+
+    def _moe(self, layer: MoeLayer) -> FloatArray:
+        """Every token's row for each expert it takes, permuted, through the expert and back; the router's logits."""
+        rows = self.tokens * layer.top_k
+        inner = rows * ((4.0 if layer.gated else 2.0) * layer.expert_ffn_size + 2.0 * layer.hidden) * self.size
+        routing = self.tokens * layer.num_experts * 4.0
+        shared = self._ffn(layer.shared_ffn_size, layer.gated) if layer.shared_ffn_size else 0.0
+        return np.asarray(inner + routing + shared)
+
+
+@dataclass(frozen=True, slots=True)
+class RankBytes:
+    """Bytes of one pipeline rank, arrays of shape ``[num_configs]``."""
+
+    params: FloatArray
+    grads: FloatArray
+    optimizer: FloatArray
+    activations: FloatArray
+    buffers: FloatArray
+
+    @property
+    def total(self) -> FloatArray:
+        """Their sum: the peak of that rank."""
+        return self.params + self.grads + self.optimizer + self.activations + self.buffers
+
+
+def rank_bytes(
+    kinds: BlockKinds,
+    parts: list[BlockBytes],
+    counts: NDArray[np.int64],
+    in_flight: FloatArray,
+    received_bytes: FloatArray,
+    workload: Workload,
+    batch: ConfigBatch,
+) -> RankBytes:
+    """The peak of the pipeline rank with ``counts[chunk, kind]`` blocks, ``in_flight`` ``[num_configs, vpp]`` micro-batches.
+
+    Resident by ZeRO stage, with ``P`` numbers on the rank and ``d`` ranks sharing them: weights ``P`` (0), ``P`` gathered
+    and ``P / d`` of one's own (1, 2), ``P / d`` and two gathered units (3: the one in use and the one prefetched; the unit
+    outside the blocks stays whole meanwhile); gradients ``P`` (0, 1; 1 also ``P / d``, the result), ``P / d`` and two
+    whole units (2, 3); optimizer states and master weights ``P`` (0) or ``P / d``. Where the recipe has master weights,
+    one's own part *is* the master. ``received_bytes`` are the pipeline's receive buffers.
+    """
+    recipe, zero = workload.recipe, batch.zero_stage
+    shards = np.where(zero > 0, batch.dp_shard, 1).astype(np.float64)
+    blocks = counts.sum(axis=0)
+    numbers, largest, outer = np.zeros(len(batch)), np.zeros(len(batch)), np.zeros(len(batch))
+    saved, working = np.zeros(len(batch)), np.zeros(len(batch))
+    for index, (kind, part) in enumerate(zip(kinds.kinds, parts, strict=True)):
+        if not blocks[index]:
+            continue
+        numbers = numbers + blocks[index] * part.params
+        working = np.maximum(working, part.working)
+        for chunk in np.flatnonzero(counts[:, index]):
+            saved = saved + counts[chunk, index] * in_flight[:, chunk] * part.saved
+        if kind.kind is BlockKind.DECODER:
+            largest = np.maximum(largest, part.params)
+        else:
+            outer = outer + part.params
+    units = outer + np.minimum(2.0 * largest, numbers - outer)
+    weight, grad = float(recipe.params.num_bytes), float(recipe.grads.num_bytes)
+    own = numbers / shards * (0.0 if recipe.master else weight)
+    params = np.where(zero == 0, numbers * weight, np.where(zero == 3, own, numbers * weight + own))
+    grads = np.where(zero >= 2, numbers / shards, numbers + np.where(zero == 1, numbers / shards, 0.0)) * grad
+    states = workload.optimizer.num_states * recipe.optimizer.num_bytes
+    master = recipe.master.num_bytes if recipe.master else 0
+    gathered = np.where(zero == 3, units * weight, 0.0)
+    reducing = np.where(zero >= 2, np.minimum(2.0 * np.maximum(largest, outer), numbers) * grad, 0.0)
+    flattened = np.where((zero == 0) & (batch.dp * batch.cp > 1), np.maximum(largest, outer) * grad, 0.0)
+    momentary = np.maximum(working + reducing, flattened)
+    return RankBytes(
+        params=params,
+        grads=grads,
+        optimizer=numbers / shards * (states + master),
+        activations=saved,
+        buffers=gathered + momentary + received_bytes,
+    )

@@ -1,0 +1,166 @@
+"""What one block costs on one rank: its compute and its share of every collective, with what overlaps taken off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost_models.blocks import BlockKinds, num_tensors, rank_params
+from meshwright.cost_models.collectives import Groups, groups_of, seconds
+from meshwright.cost_models.compute import block_seconds, launches_ahead
+from meshwright.cost_models.framework import Framework, num_microbatches
+from meshwright.cost_models.placement import Placement
+from meshwright.cost_models.strategy import ConfigBatch
+from meshwright.cost_models.traffic import Traffic, block_traffic
+from meshwright.cost_models.workload import Optimizer, Workload
+from meshwright.profiler.cluster import ClusterProfile
+from meshwright.profiler.model import ModelSpec
+
+FloatArray = NDArray[np.float64]
+
+# local copies around a collective of data parallelism, in passes over the whole tensor: into and out of the flat
+# buffer (FSDP2 copies gathered weights out and gradients in; all_reduce flattens and copies back)
+_COPIES = {"all_gather": 2.0, "reduce_scatter": 2.0, "all_reduce": 4.0}
+
+
+@dataclass(frozen=True, slots=True)
+class BlockParts:
+    """Seconds of one block on one rank, arrays of shape ``[num_configs]``.
+
+    For each micro-batch: ``compute_*`` kernels, ``recompute``, ``host_*`` launches not hidden, ``tp_*`` and ``dp_*``
+    exposed communication, ``hidden`` communication behind compute. Once a step: ``tp_end``, ``dp_end`` after the last
+    backward; ``dp_first`` and ``dp_last`` beside the first forward and the last backward, overlap not taken off yet.
+    ``optimizer`` and its ``optimizer_host`` are the update of the block's parameters on this rank.
+    """
+
+    compute_forward: FloatArray
+    compute_backward: FloatArray
+    recompute: FloatArray
+    host_forward: FloatArray
+    host_backward: FloatArray
+    tp_forward: FloatArray
+    tp_backward: FloatArray
+    dp_forward: FloatArray
+    dp_backward: FloatArray
+    hidden: FloatArray
+    tp_end: FloatArray
+    dp_first: FloatArray
+    dp_last: FloatArray
+    dp_end: FloatArray
+    optimizer: FloatArray
+    optimizer_host: FloatArray
+
+
+def block_parts(
+    kinds: BlockKinds,
+    model: ModelSpec,
+    workload: Workload,
+    cluster: ClusterProfile,
+    framework: Framework,
+    batch: ConfigBatch,
+    placement: Placement,
+) -> list[BlockParts]:
+    """The parts of every kind of block, in the order of ``kinds``."""
+    groups = {
+        "tp": groups_of(batch, cluster, placement, "tp"),
+        "dp": groups_of(batch, cluster, placement, "dp", "cp"),
+    }
+    return [
+        _parts(kinds, index, model, workload, cluster, framework, batch, groups) for index in range(len(kinds.kinds))
+    ]
+
+
+def _parts(
+    kinds: BlockKinds,
+    index: int,
+    model: ModelSpec,
+    workload: Workload,
+    cluster: ClusterProfile,
+    framework: Framework,
+    batch: ConfigBatch,
+    groups: dict[str, Groups],
+) -> BlockParts:
+    device = cluster.device
+    kernels = block_seconds(kinds.kinds[index], workload, device, framework, batch)
+    spent: dict[tuple[str, str], FloatArray] = {}
+    for entry in block_traffic(kinds, index, model, workload, framework, batch):
+        key = (entry.axis, entry.phase)
+        spent[key] = spent.get(key, np.zeros(len(batch))) + _price(entry, cluster, groups)
+    zero = np.zeros(len(batch))
+    on_streams = launches_ahead(device)  # a CPU runs collectives and compute one after the other
+    gather, reduce = (share * on_streams for share in (framework.overlap_dp_gather, framework.overlap_dp_reduce))
+    hidden_tp = framework.overlap_tp * on_streams
+    backward = kernels.backward_input + kernels.backward_weight
+    dp_forward, hidden_forward = hide(spent.get(("dp", "forward"), zero), gather, kernels.forward, cluster)
+    both = spent.get(("dp", "backward"), zero)
+    dp_backward, hidden_backward = hide(both, min(gather, reduce), backward + kernels.recompute, cluster)
+    tp_forward, hidden_tp_forward = hide(spent.get(("tp", "forward"), zero), hidden_tp, kernels.forward, cluster)
+    tp_back = spent.get(("tp", "backward"), zero) + spent.get(("tp", "recompute"), zero)
+    tp_backward, hidden_tp_backward = hide(tp_back, hidden_tp, backward + kernels.recompute, cluster)
+    accumulate, accumulate_host = _accumulation(kinds, index, workload, cluster, framework, batch)
+    optimizer, optimizer_host = _optimizer(kinds, index, workload, cluster, framework, batch)
+    return BlockParts(
+        compute_forward=kernels.forward,
+        compute_backward=backward + accumulate,
+        recompute=kernels.recompute,
+        host_forward=kernels.forward_host,
+        host_backward=kernels.backward_host + kernels.recompute_host + accumulate_host,
+        tp_forward=tp_forward,
+        tp_backward=tp_backward,
+        dp_forward=dp_forward,
+        dp_backward=dp_backward,
+        hidden=hidden_forward + hidden_backward + hidden_tp_forward + hidden_tp_backward,
+        tp_end=spent.get(("tp", "end"), zero),
+        dp_first=spent.get(("dp", "first_forward"), zero),
+        dp_last=spent.get(("dp", "last_backward"), zero),
+        dp_end=spent.get(("dp", "end"), zero),
+        optimizer=optimizer,
+        optimizer_host=optimizer_host,
+    )
+
+
+def hide(
+    communication: FloatArray, share: float, behind: FloatArray, cluster: ClusterProfile
+) -> tuple[FloatArray, FloatArray]:
+    """``(exposed, hidden)`` seconds: ``share`` of the communication hides behind compute, at most as long as that is.
+
+    Compute runs slower beside a collective (``Device.communication_slowdown``); what that costs counts as exposed.
+    """
+    slowdown = cluster.device.communication_slowdown
+    hidden = np.minimum(share * communication, behind)
+    return communication - hidden * (1.0 - min(slowdown, 1.0)), hidden
+
+
+def _price(entry: Traffic, cluster: ClusterProfile, groups: dict[str, Groups]) -> FloatArray:
+    once = seconds(cluster, entry.op, groups[entry.axis], np.where(entry.calls > 0, entry.message_bytes, 0.0))
+    copies = _COPIES.get(entry.op, 0.0) if entry.axis == "dp" else 0.0
+    return np.asarray(entry.calls * (once + copies * entry.message_bytes / cluster.device.memory_bytes_per_s))
+
+
+def _accumulation(
+    kinds: BlockKinds, index: int, workload: Workload, cluster: ClusterProfile, framework: Framework, batch: ConfigBatch
+) -> tuple[FloatArray, FloatArray]:
+    """Adding a micro-batch's gradients to the earlier ones': all but the first, spread over all."""
+    block, cost = kinds.kinds[index], framework.pointwise.accumulate
+    count = num_microbatches(batch, workload)
+    adds = (count - 1) / np.maximum(count, 1)
+    held = rank_params(block, batch) / np.where(batch.zero_stage >= 2, batch.dp_shard, 1)
+    num_bytes = held * workload.recipe.grads.num_bytes * cost.backward_passes
+    host = 0.0 if launches_ahead(cluster.device) else cluster.device.launch_s * cost.backward_kernels
+    return adds * num_bytes / cluster.device.memory_bytes_per_s, adds * host * num_tensors(block)
+
+
+def _optimizer(
+    kinds: BlockKinds, index: int, workload: Workload, cluster: ClusterProfile, framework: Framework, batch: ConfigBatch
+) -> tuple[FloatArray, FloatArray]:
+    """The update of this rank's own parameters: memory-bound; a CPU calls every kernel for every tensor."""
+    block, recipe = kinds.kinds[index], workload.recipe
+    cost = framework.pointwise.adamw if workload.optimizer is Optimizer.ADAMW else framework.pointwise.sgd
+    owned = rank_params(block, batch) / np.where(batch.zero_stage > 0, batch.dp_shard, 1)
+    width = recipe.optimizer.num_bytes * cost.forward_passes
+    if recipe.master is not None:
+        width += recipe.master.num_bytes + recipe.params.num_bytes  # the weights are written out of the master copy
+    host = 0.0 if launches_ahead(cluster.device) else cluster.device.launch_s * cost.forward_kernels
+    return owned * width / cluster.device.memory_bytes_per_s, np.full(len(batch), host * num_tensors(block))

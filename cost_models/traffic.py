@@ -1,0 +1,172 @@
+"""Every collective that a step of the target issues, in one place: which axis, which operation, how often, how large.
+
+Counted per block, since every block of a kind does the same: ``block_traffic`` lists what one block adds on one
+rank, ``rank_traffic`` puts a rank's blocks together, and ``step`` prices the same list. The executors' docstrings say
+where each comes from (``executors/tensor_parallel.py``, ``loss.py``, ``data_parallel.py``, ``pipeline.py``); a test counts
+the collectives of real steps against it.
+
+Tensor parallelism cuts each attention and feed-forward layer into a column and a row part: one sum forward and one
+backward (Shoeybi et al. 2019, arXiv 1909.08053, section 3); sequence parallelism turns each sum into a gather and a
+reduce-scatter of the same tensor (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost_models.blocks import BlockKinds, block_kinds, rank_params, stage_counts
+from meshwright.cost_models.framework import Framework, num_microbatches
+from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
+from meshwright.cost_models.workload import Workload
+from meshwright.profiler.layers import AttentionLayer, MlpLayer, MoeLayer, NormLayer
+from meshwright.profiler.model import Block, BlockKind, ModelSpec
+
+FloatArray = NDArray[np.float64]
+Phase = Literal["forward", "backward", "recompute", "first_forward", "last_backward", "end"]
+PER_MICROBATCH: tuple[Phase, ...] = ("forward", "backward", "recompute")
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """One kind of collective of one block: arrays of shape ``[num_configs]``.
+
+    ``calls`` is for each micro-batch in the phases forward, backward and recompute; once a step in ``first_forward``
+    (before or during the first micro-batch), ``last_backward`` (during the last one's backward) and ``end`` (after it).
+    ``message_bytes`` is the whole tensor, as ``profiler.cluster.CollectiveCurve`` defines it for each operation.
+    """
+
+    axis: Literal["tp", "dp", "pp"]
+    op: str
+    phase: Phase
+    calls: FloatArray
+    message_bytes: FloatArray
+
+
+def block_traffic(
+    kinds: BlockKinds, index: int, model: ModelSpec, workload: Workload, framework: Framework, batch: ConfigBatch
+) -> list[Traffic]:
+    """What one block of kind ``index`` adds on one rank; sends between stages are in ``hop_bytes``."""
+    block = kinds.kinds[index]
+    if block.kind is BlockKind.EMBEDDING:
+        entries = _embedding(workload, model, batch)
+    elif block.kind is BlockKind.HEAD:
+        entries = _head(workload, model, batch)
+    else:
+        entries = _decoder(block, workload, model, batch)
+    return entries + _data_parallel(kinds, index, workload, batch)
+
+
+def hop_bytes(model: ModelSpec, workload: Workload, batch: ConfigBatch) -> FloatArray:
+    """Bytes of one send between stages: hidden states ``[micro_batch_size, seq_len / cp, hidden]``, whole on each rank."""
+    return _hidden_bytes(model, workload, batch)
+
+
+def rank_traffic(
+    model: ModelSpec, workload: Workload, framework: Framework, config: ParallelConfig, pp_rank: int
+) -> dict[tuple[str, str, int], int]:
+    """Collectives of one rank in one step: ``(axis, op, message_bytes) -> calls``; sends are ``("pp", "send", bytes)``."""
+    batch = ConfigBatch.from_configs([config])
+    kinds = block_kinds(model)
+    counts = stage_counts(kinds, config.pp, config.vpp)[pp_rank]
+    microbatches = int(num_microbatches(batch, workload)[0])
+    total: dict[tuple[str, str, int], int] = {}
+
+    def add(axis: str, op: str, message_bytes: float, calls: float) -> None:
+        if calls and message_bytes:
+            key = (axis, op, round(message_bytes))
+            total[key] = total.get(key, 0) + round(calls)
+
+    for index in range(len(kinds)):
+        for entry in block_traffic(kinds, index, model, workload, framework, batch):
+            often = microbatches if entry.phase in PER_MICROBATCH else 1
+            calls = float(entry.calls[0]) * often * int(counts[:, index].sum())
+            add(entry.axis, entry.op, float(entry.message_bytes[0]), calls)
+    hop = float(hop_bytes(model, workload, batch)[0])
+    stages = [chunk * config.pp + pp_rank for chunk in range(config.vpp)]
+    sends = sum((stage < config.num_stages - 1) + (stage > 0) for stage in stages)
+    add("pp", "send", hop, sends * microbatches)
+    return total
+
+
+def _hidden_bytes(model: ModelSpec, workload: Workload, batch: ConfigBatch) -> FloatArray:
+    tokens = batch.micro_batch_size * (workload.seq_len / batch.cp)
+    return np.asarray(tokens * model.hidden * workload.recipe.compute.num_bytes, dtype=np.float64)
+
+
+def _tp(op: str, phase: Phase, calls: Any, message_bytes: FloatArray, batch: ConfigBatch) -> Traffic:
+    return Traffic("tp", op, phase, np.where(batch.tp > 1, calls, 0.0), message_bytes)
+
+
+def _decoder(block: Block, workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Traffic]:
+    """A sum (or gather and reduce-scatter) for each cut layer, forward and backward.
+
+    Full recompute repeats the forward up to the last tensor that backward needs: all but the last sum.
+    """
+    hidden = _hidden_bytes(model, workload, batch)
+    cut = float(sum(isinstance(layer, AttentionLayer | MlpLayer | MoeLayer) for layer in block.layers))
+    sp, full = batch.sequence_parallel, batch.is_recompute(Recompute.FULL)
+    entries = []
+    for phase, sums, gathers in (("forward", cut, cut), ("backward", cut, cut), ("recompute", cut - 1, cut)):
+        on = full if phase == "recompute" else np.ones(len(batch), dtype=np.bool_)
+        entries += [
+            _tp("all_reduce", phase, np.where(on & ~sp, sums, 0.0), hidden, batch),  # type: ignore[arg-type]
+            _tp("all_gather", phase, np.where(on & sp, gathers, 0.0), hidden, batch),  # type: ignore[arg-type]
+            _tp("reduce_scatter", phase, np.where(on & sp, sums, 0.0), hidden, batch),  # type: ignore[arg-type]
+        ]
+    norms = sum(layer.params for layer in block.layers if isinstance(layer, NormLayer))
+    grads = np.full(len(batch), float(norms * workload.recipe.grads.num_bytes))
+    return [*entries, _tp("all_reduce", "end", sp * 1.0, grads, batch)]
+
+
+def _embedding(workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Traffic]:
+    hidden, vocab, sp = _hidden_bytes(model, workload, batch), batch.vocab_parallel, batch.sequence_parallel
+    return [
+        _tp("all_reduce", "forward", vocab * 1.0, hidden, batch),
+        _tp("all_gather", "backward", sp * 1.0, hidden, batch),
+    ]
+
+
+def _head(workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Traffic]:
+    """Hidden states gathered (with sp), their gradient summed; for the split softmax maxima, then two sums a token."""
+    hidden, vocab, sp = _hidden_bytes(model, workload, batch), batch.vocab_parallel, batch.sequence_parallel
+    wide = max(workload.recipe.compute.num_bytes, 4)  # the loss works in float32 at least
+    tokens = batch.micro_batch_size * (workload.seq_len / batch.cp) * wide
+    return [
+        _tp("all_gather", "forward", sp * 1.0, hidden, batch),
+        _tp("all_reduce", "forward", vocab * 1.0, tokens, batch),
+        _tp("all_reduce", "forward", vocab * 1.0, 2.0 * tokens, batch),
+        _tp("all_reduce", "backward", (vocab & ~sp) * 1.0, hidden, batch),
+        _tp("reduce_scatter", "backward", (vocab & sp) * 1.0, hidden, batch),
+    ]
+
+
+def _data_parallel(kinds: BlockKinds, index: int, workload: Workload, batch: ConfigBatch) -> list[Traffic]:
+    """A unit's gathers and reductions, as the table of ``executors/data_parallel.py`` has them.
+
+    Each decoder block is a unit; embedding and head are one (the embedding's here) where they share a stage.
+    """
+    outer = kinds.kinds[index].kind is not BlockKind.DECODER
+    params = rank_params(kinds.kinds[index], batch)
+    if index == 0:
+        params = params + np.where(batch.num_stages == 1, rank_params(kinds.kinds[-1], batch), 0.0)
+    elif outer:
+        params = np.where(batch.num_stages == 1, 0.0, params)
+    on = (batch.dp * batch.cp > 1) & (params > 0)
+    weights, grads = params * workload.recipe.params.num_bytes, params * workload.recipe.grads.num_bytes
+    zero = batch.zero_stage
+
+    def entry(op: str, phase: Phase, when: Any, message_bytes: FloatArray) -> Traffic:
+        return Traffic("dp", op, phase, np.where(on & when, 1.0, 0.0), message_bytes)
+
+    return [
+        entry("all_reduce", "end", zero == 0, grads),
+        entry("all_gather", "first_forward", (zero == 1) | (zero == 2), weights),
+        entry("all_gather", "forward", zero == 3, weights),
+        entry("all_gather", "backward", (zero == 3) & (not outer), weights),
+        entry("reduce_scatter", "last_backward", zero == 1, grads),
+        entry("reduce_scatter", "backward", zero >= 2, grads),
+    ]
