@@ -31,7 +31,8 @@ def complete_config(given: Mapping[str, Any], num_devices: int, framework: Frame
     others = " * ".join(f"{name}={fields[name]}" for name in ("tp", "cp", "pp") if fields.get(name, 1) > 1) or "tp=1"
     if "dp" not in fields:
         if num_devices % (tp * cp * pp):
-            raise InputError(f"{others} is {tp * cp * pp}, which does not divide {num_devices} devices")
+            product = f" is {tp * cp * pp}, which" if "*" in others else ""
+            raise InputError(f"{others}{product} does not divide {num_devices} devices")
         fields["dp"] = num_devices // (tp * cp * pp)
     elif tp * cp * pp * fields["dp"] != num_devices:
         world = tp * cp * pp * fields["dp"]

@@ -1,4 +1,4 @@
-"""A plan on the screen: what to run, how fast, does it fit; what came next; where time and memory go; why not others."""
+"""A plan on the screen: what to run, how fast, does it fit; then what came next, where time goes, why not others."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _table(title: str | None, *columns: tuple[str, str]) -> Table:
     from rich.table import Table
 
     table = Table(
-        title=title,
+        title=title and f"\n{title}",
         title_justify="left",
         title_style="bold",
         box=None,
