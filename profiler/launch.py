@@ -52,11 +52,13 @@ def run_ranks(
     backend: str | None = "gloo",
     cores: Sequence[Sequence[int]] | None = None,
     on_report: Callable[[int, Any], None] | None = None,
+    before: Callable[[int], None] | None = None,
 ) -> list[Any]:
     """Call ``function(rank, *args)`` on ``num_ranks`` forked processes; returns their results by rank.
 
     ``rank`` is a ``Rank``; with a ``backend`` the default process group is initialised around the call. ``cores`` pins
-    rank ``i`` to the processors ``cores[i]``. ``on_report`` is called in this process for each ``Rank.report``.
+    rank ``i`` to the processors ``cores[i]``. ``on_report`` is called in this process for each ``Rank.report``;
+    ``before`` with the rank's number in the rank itself, first of all (to move to another host, to set variables).
 
     Raises:
         RankError: a rank raised, died or did not end within ``timeout_s``; the others are stopped first. The message
@@ -72,7 +74,7 @@ def run_ranks(
             process = context.Process(
                 target=_child,
                 args=(function, args, rank, num_ranks, theirs, f"{folder}/store", backend, cores and cores[rank]),
-                kwargs={"timeout_s": timeout_s},
+                kwargs={"timeout_s": timeout_s, "before": before},
                 daemon=True,
             )
             process.start()
@@ -152,6 +154,7 @@ def _child(
     backend: str | None,
     cores: Sequence[int] | None,
     timeout_s: float,
+    before: Callable[[int], None] | None,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if cores:
@@ -159,6 +162,8 @@ def _child(
     local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
     os.environ.update({name: str(value) for name, value in local.items()})
     try:
+        if before:
+            before(rank)
         if backend:
             import torch
             import torch.distributed as dist
