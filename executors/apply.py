@@ -1,14 +1,13 @@
 """``parallelize(model, plan)``: the order in which a plan is applied, written once; and the model that comes out.
 
-The order matters: the mesh first; then each stage is cut out; its matrices are split over tp, so that recompute and ZeRO
-see the pieces; recompute wraps a block's forward, inside everything that hooks onto the block; ZeRO shards what is left
-over dp; and the pipeline's runtime runs the result.
+The order matters: the mesh first; then each stage is cut out; its matrices are split over tp, so that recompute and
+ZeRO see the pieces; recompute wraps a block's forward, inside everything that hooks onto the block; ZeRO shards what is
+left over dp; and the pipeline's runtime runs the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -208,6 +207,10 @@ class ParallelModel:
         """Forget all gradients."""
         for chunk in self._chunks:
             chunk.module.zero_grad(set_to_none=set_to_none)
+
+    def axis_of_group(self) -> dict[str, str]:
+        """Which axis (pp, dp, cp, tp, world) each process group runs along, by the group's name."""
+        return self._mesh.axis_of_group()
 
     def train(self, mode: bool = True) -> ParallelModel:
         """Switch dropout on or off, as ``nn.Module.train``."""

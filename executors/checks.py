@@ -39,8 +39,8 @@ def check_plan(plan: Plan) -> None:
         raise InputError(f"each data rank needs a micro-batch, found {plan.micro_batches_per_data_rank}")
     if config.zero_stage >= 2 and len(shares) > 1:
         raise InputError(
-            f"zero_stage={config.zero_stage} reduces gradients after each micro-batch, so data ranks need equally many; "
-            f"found {plan.micro_batches_per_data_rank}: use zero_stage 0 or 1, or an even share"
+            f"zero_stage={config.zero_stage} reduces gradients after each micro-batch, so data ranks need equally "
+            f"many; found {plan.micro_batches_per_data_rank}: use zero_stage 0 or 1, or an even share"
         )
 
 

@@ -18,10 +18,10 @@ between them) and this module sets the switches before each backward. At stage 3
 and again for its backward; the outer unit is used at both ends of the forward and right at the start of the backward,
 so it is freed only after a backward.
 
-Gradients are sums: the loss is already divided by the global token count (``apply.ParallelModel.step``), so FSDP2, which
-would average, is told to divide by 1. Stages 1 to 3 are FSDP2 (``torch.distributed.fsdp.fully_shard``). Stage 0 is ours:
-after the last backward one all_reduce of each unit's gradients, flattened; no second copy of weights or gradients
-remains, unlike with DDP's buckets, and DTensor parameters do not matter (DDP refuses them).
+Gradients are sums: the loss is already divided by the global token count (``apply.ParallelModel.step``), so FSDP2,
+which would average, is told to divide by 1. Stages 1 to 3 are FSDP2 (``torch.distributed.fsdp.fully_shard``). Stage 0
+is ours: after the last backward one all_reduce of each unit's gradients, flattened; no second copy of weights or
+gradients remains, unlike with DDP's buckets, and DTensor parameters do not matter (DDP refuses them).
 """
 
 from __future__ import annotations

@@ -38,10 +38,17 @@ class Mesh:
         return self.root.get_local_rank(name)
 
     def axis_of_group(self) -> dict[str, str]:
-        """Which axis a process group runs along, by the group's name; ``shard`` is called ``dp``, as cp is 1."""
-        names = {self.axis(name).get_group().group_name: name for name in AXES}
-        names[self.shard.get_group().group_name] = "dp"
-        names[dist.group.WORLD.group_name] = "world"  # type: ignore[union-attr]
+        """Which axis a process group runs along, by the group's name; ``world`` where none of several spans all ranks.
+
+        torch uses the default group for an axis that spans the world, so that what runs over all ranks is then counted
+        under that axis. ``shard`` is called ``dp``, as cp is 1.
+        """
+        world = dist.group.WORLD
+        assert world is not None
+        names: dict[str, str] = {world.group_name: "world"}
+        names |= {self.axis(name).get_group().group_name: name for name in AXES if self.size(name) > 1}
+        if self.shard.size() > 1:
+            names[self.shard.get_group().group_name] = "dp"
         return names
 
 

@@ -1,4 +1,4 @@
-"""Recompute: what a decoder block throws away in forward and computes again for backward (Chen et al., arXiv 1604.06174).
+"""Recompute: what a block throws away in forward and computes again for backward (Chen et al., arXiv 1604.06174).
 
 ``full``
     Only the block's input is kept. The backward first runs the block's forward again, collectives of tensor parallelism

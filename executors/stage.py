@@ -1,4 +1,4 @@
-"""Cut one piece out of a model: some of its decoder blocks, with the embedding if it is the first, the head if the last.
+"""Cut one piece out of a model: some decoder blocks, with the embedding if it is the first, the head if the last.
 
 The piece is the whole model's own skeleton (same forward, same dotted names and indices) in which what it does not own
 has become a stand-in without parameters, so that masks, positions and rotary tables are made by the model itself:
@@ -8,7 +8,7 @@ has become a stand-in without parameters, so that masks, positions and rotary ta
 * all others, the norm and the head included, return what they are given;
 * the token table returns zeros of the right shape (they take no memory) for the skeleton to carry to the first block.
 
-Hidden states so enter and leave between blocks, never as a view of something larger, which torch's pipeline cannot take.
+Hidden states so enter and leave between blocks, never as a view of something larger, which torch's pipeline refuses.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def cut_stage(
             blocks[index] = PassThrough(in_tuple=order.block_returns_tuple)
     piece = StageModule(skeleton, {}, loss_fn if is_last else None)
     if not is_first:
+        assert isinstance(table.weight, Tensor)
         width = table.weight.shape[-1]
-        assert isinstance(width, int)
         skeleton.set_submodule(anatomy.token_embedding, BlankTable(width, dtype))
         for name in order.before:
             skeleton.set_submodule(name, PassThrough())
@@ -152,7 +152,7 @@ def cut_stage(
 
 
 class Execution:
-    """In which order a model runs its parts: ``before`` and ``after`` its blocks, by name, with parameters of their own.
+    """Which parts with parameters of their own a model runs ``before`` and ``after`` its blocks, by name.
 
     Found by running the model once on two tokens with all blocks but the first passed over; the order in which modules
     are registered does not tell (OPT registers its final norm before its blocks).

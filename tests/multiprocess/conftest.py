@@ -1,4 +1,4 @@
-"""One harness for all equality tests: a model on one process, the same model split over ranks, compared tensor by tensor."""
+"""The harness of the equality tests: a model on one process and the same model split over ranks, by tensor."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ParallelConfig, Recompute, Schedule
 from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.executors.apply import ParallelModel, parallelize
+from meshwright.executors.counting import count_collectives
 from meshwright.planner.plan import Plan, default_stages
 from meshwright.profiler.launch import Rank, run_ranks
 from meshwright.profiler.model import load_model
@@ -295,3 +296,25 @@ def assert_equal() -> Callable[[str], None]:
         assert {name for outcome in outcomes for name in outcome.grads} == expected.grads.keys()
 
     return check
+
+
+def _counted(rank: Rank, case: Case, model: nn.Module, plan: Plan) -> dict[tuple[str, str], tuple[int, int]]:
+    parallel = parallelize(model, plan)
+    parallel.step(share_of(plan, parallel, batch_of(case, plan, 0)))  # the first step of a pipeline votes
+    parallel.zero_grad()
+    with count_collectives(parallel) as counter:
+        parallel.step(share_of(plan, parallel, batch_of(case, plan, 1)))
+    return {key: (traffic.calls, traffic.message_bytes) for key, traffic in counter.table().items()}
+
+
+@pytest.fixture
+def count_step() -> Callable[[str], list[dict[tuple[str, str], tuple[int, int]]]]:
+    """The second step's (calls, bytes) by (operator, axis), of each rank."""
+
+    def count(line: str) -> list[dict[tuple[str, str], tuple[int, int]]]:
+        case = parse(line)
+        model, fields = build_model(case)
+        plan = build_plan(case, fields)
+        return run_ranks(_counted, plan.config.world_size, case, model, plan, timeout_s=CASE_TIMEOUT_S)
+
+    return count

@@ -1,4 +1,4 @@
-"""A split model trains the same numbers as one process: loss, every gradient, the norm, and weights after five steps."""
+"""A split model trains the same numbers as one process: loss, gradients, norms, and weights after five steps."""
 
 from __future__ import annotations
 
