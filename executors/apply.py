@@ -21,7 +21,7 @@ from meshwright.executors.loss import IGNORED, LossFunction, loss_on_shards
 from meshwright.executors.mesh import Mesh, build_mesh
 from meshwright.executors.pipeline import Chunk, Pipeline
 from meshwright.executors.recompute import apply_recompute
-from meshwright.executors.stage import Execution, StageModule, cut_stage, whole_stage
+from meshwright.executors.stage import StageModule, cut_stage, whole_stage
 from meshwright.executors.state import gather_stages, whole_gradients, whole_weights
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy, find_anatomy
@@ -64,9 +64,8 @@ def _own_stages(
     """The stages of this rank, with their place in the pipeline."""
     if len(plan.stages) == 1:
         return [(0, whole_stage(model, anatomy, loss_fn))]
-    order = Execution(model, anatomy)
     return [
-        (index, cut_stage(model, anatomy, stage, loss_fn, order))
+        (index, cut_stage(model, anatomy, stage, loss_fn))
         for index, stage in enumerate(plan.stages)
         if stage.pp_rank == mesh.index("pp")
     ]

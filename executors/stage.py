@@ -14,8 +14,6 @@ Hidden states so enter and leave between blocks, never as a view of something la
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,21 +25,23 @@ from meshwright.profiler.anatomy import Anatomy
 
 
 class PassThrough(nn.Module):
-    """Stands for a module of another stage: returns its first floating tensor, or a zero where it is given none."""
+    """Stands for a module of another stage: returns the hidden states it is given, its first floating tensor."""
 
-    def __init__(self, *, in_tuple: bool = False) -> None:
-        super().__init__()
-        self.in_tuple = in_tuple
-        self.seen: Tensor | None = None
+    seen: Tensor | None = None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The first floating tensor among the arguments, kept in ``seen`` too."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The hidden states, kept in ``seen`` too."""
         given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        self.seen = next((value for value in given if value.is_floating_point()), None)
-        return self._wrapped(torch.zeros(()) if self.seen is None else self.seen)
+        self.seen = next(value for value in given if value.is_floating_point())
+        return self.seen
 
-    def _wrapped(self, hidden: Tensor) -> Any:
-        return (hidden,) if self.in_tuple else hidden
+
+class NoPositions(nn.Module):
+    """Stands for a learned table of positions on later stages, where the hidden states have them already."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A zero to add."""
+        return torch.zeros(())
 
 
 class Handover(PassThrough):
@@ -49,11 +49,11 @@ class Handover(PassThrough):
 
     hidden: Tensor | None = None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The hidden states received."""
         assert self.hidden is not None
         hidden, self.hidden = self.hidden, None
-        return self._wrapped(hidden)
+        return hidden
 
 
 class BlankTable(nn.Module):
@@ -119,9 +119,7 @@ def whole_stage(model: nn.Module, anatomy: Anatomy, loss_fn: LossFunction) -> St
     return StageModule(model, blocks, loss_fn)
 
 
-def cut_stage(
-    model: nn.Module, anatomy: Anatomy, stage: StagePlan, loss_fn: LossFunction, order: Execution
-) -> StageModule:
+def cut_stage(model: nn.Module, anatomy: Anatomy, stage: StagePlan, loss_fn: LossFunction) -> StageModule:
     """The piece of ``model`` that ``stage`` names, sharing its parameters with ``model``, which is left as it was."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     skeleton: nn.Module = copy.deepcopy(model, shared)  # type: ignore[arg-type]
@@ -131,18 +129,19 @@ def cut_stage(
     dtype = next(weight.dtype for weight in blocks.parameters() if weight.is_floating_point())
     for index in range(anatomy.num_blocks):
         if not stage.first_layer <= index < stage.last_layer:
-            blocks[index] = PassThrough(in_tuple=order.block_returns_tuple)
+            blocks[index] = PassThrough()
     piece = StageModule(skeleton, {}, loss_fn if is_last else None)
     if not is_first:
         assert isinstance(table.weight, Tensor)
         width = table.weight.shape[-1]
         skeleton.set_submodule(anatomy.token_embedding, BlankTable(width, dtype))
-        for name in order.before:
-            skeleton.set_submodule(name, PassThrough())
-        piece.source = Handover(in_tuple=order.block_returns_tuple)
+        for name in anatomy.before:
+            is_table = isinstance(skeleton.get_submodule(name), nn.Embedding)
+            skeleton.set_submodule(name, NoPositions() if is_table else PassThrough())
+        piece.source = Handover()
         blocks[stage.first_layer - 1] = piece.source
     if not is_last:
-        for name in (*order.after, anatomy.head):
+        for name in (*anatomy.after, anatomy.head):
             skeleton.set_submodule(name, PassThrough())
         sink = blocks[stage.last_layer]
         assert isinstance(sink, PassThrough)
@@ -151,76 +150,7 @@ def cut_stage(
     return piece
 
 
-class Execution:
-    """Which parts with parameters of their own a model runs ``before`` and ``after`` its blocks, by name.
-
-    Found by running the model once on two tokens with all blocks but the first passed over; the order in which modules
-    are registered does not tell (OPT registers its final norm before its blocks).
-    """
-
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
-        self.before: list[str] = []
-        self.after: list[str] = []
-        self.block_returns_tuple = False
-        blocks = _block_list(model, anatomy)
-        started = False
-
-        def enter_block(module: nn.Module, args: Any) -> None:
-            nonlocal started
-            started = True
-
-        def leave_block(module: nn.Module, args: Any, output: Any) -> None:
-            self.block_returns_tuple = isinstance(output, tuple)
-            for other in blocks[1:]:
-                assert isinstance(other, PassThrough)
-                other.in_tuple = self.block_returns_tuple
-
-        def note(name: str) -> Callable[[nn.Module, Any], None]:
-            return lambda module, args: (self.after if started else self.before).append(name)
-
-        with _first_block_only(blocks), _evaluating(model), torch.no_grad():
-            hooks = [
-                blocks[0].register_forward_pre_hook(enter_block),
-                blocks[0].register_forward_hook(leave_block),
-            ]
-            for name, module in model.named_modules():
-                outside = name != anatomy.blocks and not name.startswith(anatomy.blocks + ".")
-                own = any(True for _ in module.parameters(recurse=False))
-                if outside and own and name not in (anatomy.token_embedding, anatomy.head):
-                    hooks.append(module.register_forward_pre_hook(note(name)))
-            table = model.get_submodule(anatomy.token_embedding)
-            device = next(table.parameters()).device
-            try:
-                model(torch.zeros((1, 2), dtype=torch.int64, device=device))
-            finally:
-                for hook in hooks:
-                    hook.remove()
-
-
 def _block_list(model: nn.Module, anatomy: Anatomy) -> nn.ModuleList:
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
-
-
-@contextmanager
-def _first_block_only(blocks: nn.ModuleList) -> Iterator[None]:
-    kept = list(blocks)
-    for index in range(1, len(kept)):
-        blocks[index] = PassThrough()
-    try:
-        yield
-    finally:
-        for index, block in enumerate(kept):
-            blocks[index] = block
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -19,6 +19,19 @@ example             | pp2                        | n2
 example             | pp2 gpipe                  | n3
 example             | pp2 interleaved            | n4
 example             | dp2 pp2 zero1              | n4 ignored0.4
+example tied        | pp2                        | n2
+llama               | pp2                        | n2
+mistral             | pp2                        | n2
+qwen2               | pp2                        | n2
+qwen3               | pp2                        | n2
+gpt2                | pp2 interleaved            | n2
+opt                 | pp2                        | n2
+gpt_neox            | pp2                        | n2
+llama               | dp2 zero2                  | n2
+example             | pp2 full                   | n2
+example             | dp2 zero3 full             | n2
+example             | dp2 zero3 selective        | n2
+gpt2                | dp2 selective              | n2
 """
 
 
