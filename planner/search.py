@@ -13,7 +13,7 @@ import numpy as np
 from meshwright import InfeasibleError, InputError
 from meshwright.cost_models.framework import Framework, framework_named
 from meshwright.cost_models.placement import Placement
-from meshwright.cost_models.step import Estimate, estimate_batch
+from meshwright.cost_models.step import Estimate, assumptions, estimate_batch
 from meshwright.cost_models.strategy import REASONS, ConfigBatch, ParallelConfig, Reason
 from meshwright.cost_models.workload import Workload
 from meshwright.planner.exhaustive import Ranking, rank
@@ -63,8 +63,9 @@ class Search:
         return tuple(self._as_plan(each, None) for each in self.ranking.estimates(self.ranking.best(count)))
 
     def _as_plan(self, estimate: Estimate, report: SearchReport | None) -> Plan:
-        margin = (f"{self.memory_margin:.1%} of usable memory is left free",) if self.memory_margin else ()
-        return _plan(estimate, self.model, self.workload, self.cluster, self.framework, report, margin)
+        return _plan(
+            estimate, self.model, self.workload, self.cluster, self.framework, report, margin=self.memory_margin
+        )
 
 
 def search(
@@ -179,7 +180,7 @@ def plan_for(
         raise InputError(broken)
     batch = ConfigBatch.from_configs([config])
     estimate = _score(model, workload, cluster, target, batch).estimate(0, batch)
-    return _plan(estimate, model, workload, cluster, target, None, ())
+    return _plan(estimate, model, workload, cluster, target, None, margin=0.0)
 
 
 def whole_nodes(cluster: ClusterProfile, gpus: int | None) -> int:
@@ -222,9 +223,13 @@ def _plan(
     cluster: ClusterProfile,
     framework: Framework,
     report: SearchReport | None,
-    assumptions: tuple[str, ...],
+    *,
+    margin: float,
 ) -> Plan:
     config = estimate.config
+    assumed = assumptions(model, workload, cluster, framework)
+    if margin:
+        assumed += (f"{margin:.1%} of usable memory is left free, for what the memory model does not count",)
     return Plan(
         framework=framework.name,
         model=model,
@@ -239,7 +244,7 @@ def _plan(
         cost=estimate.cost,
         memory=estimate.memory,
         search=report,
-        assumptions=assumptions,
+        assumptions=assumed,
     )
 
 
