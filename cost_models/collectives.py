@@ -78,10 +78,7 @@ def seconds(cluster: ClusterProfile, op: str, groups: Groups, message_bytes: Any
     """
     bytes_ = np.broadcast_to(np.asarray(message_bytes, dtype=np.float64), groups.size.shape)
     curves = [curve for curve in cluster.collectives if curve.op == op]
-    if curves:
-        result = _from_curves(cluster, op, curves, groups, bytes_)
-    else:
-        result = _alpha_beta(cluster, op, groups, bytes_)
+    result = _from_curves(cluster, op, curves, groups, bytes_) if curves else _alpha_beta(cluster, op, groups, bytes_)
     return np.where((groups.size > 1) & (bytes_ > 0), result, 0.0)
 
 

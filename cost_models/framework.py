@@ -183,7 +183,7 @@ def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, worklo
 
 
 def num_microbatches(batch: ConfigBatch, workload: Workload) -> IntArray:
-    """Micro-batches of each data rank in a step; shape ``[num_configs]``, rounded down where the batch does not divide."""
+    """Micro-batches of each data rank in a step; ``[num_configs]``, rounded down where the batch does not divide."""
     return np.asarray(workload.global_batch_size // (batch.dp * batch.micro_batch_size), dtype=np.int64)
 
 

@@ -2,11 +2,11 @@
 
 Weights, gradients and optimizer states follow the dtype recipe and what the target's ZeRO keeps resident
 (``executors/data_parallel.py``). Activations are the tensors autograd keeps of each layer for one micro-batch, times
-the micro-batches in flight. They are what Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count, for flash attention
-(no scores are kept, only their log-sum-exp: Dao et al. 2022, arXiv 2205.14135) and without dropout.
+the micro-batches in flight. They are what Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count, for flash
+attention (no scores are kept, only their log-sum-exp: Dao et al. 2022, arXiv 2205.14135) and without dropout.
 
-Left out: allocator fragmentation, workspaces of matmuls and communicators (the device's ``reserved_bytes`` hold context),
-attention masks and rotary tables: a few percent of a full device.
+Left out: allocator fragmentation, workspaces of matmuls and communicators (the device's ``reserved_bytes`` hold
+context), attention masks and rotary tables: a few percent of a full device.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class _Saved:
         return np.zeros(len(self.batch))  # a lookup keeps the token ids only
 
     def products(self, layer: LayerSpec) -> FloatArray:
-        """Outputs of projections and of fused attention: what selective recompute keeps (``executors/recompute.py``)."""
+        """Outputs of projections and fused attention: what selective recompute keeps (``executors/recompute.py``)."""
         if isinstance(layer, AttentionLayer):
             out = self.tokens * layer.hidden * self.size
             return self._attention(layer) + out + self._gathered(layer.hidden)
@@ -188,13 +188,14 @@ def rank_bytes(
     workload: Workload,
     batch: ConfigBatch,
 ) -> RankBytes:
-    """The peak of the pipeline rank with ``counts[chunk, kind]`` blocks, ``in_flight`` ``[num_configs, vpp]`` micro-batches.
+    """The peak of the pipeline rank with ``counts[chunk, kind]`` blocks and ``in_flight`` micro-batches.
 
-    Resident by ZeRO stage, with ``P`` numbers on the rank and ``d`` ranks sharing them: weights ``P`` (0), ``P`` gathered
-    and ``P / d`` of one's own (1, 2), ``P / d`` and two gathered units (3: the one in use and the one prefetched; the unit
-    outside the blocks stays whole meanwhile); gradients ``P`` (0, 1; 1 also ``P / d``, the result), ``P / d`` and two
-    whole units (2, 3); optimizer states and master weights ``P`` (0) or ``P / d``. Where the recipe has master weights,
-    one's own part *is* the master. ``received_bytes`` are the pipeline's receive buffers.
+    ``in_flight`` is of shape ``[num_configs, vpp]``. Resident by ZeRO stage, with ``P`` numbers on the rank and ``d``
+    ranks sharing them: weights ``P`` (0), ``P`` gathered and ``P / d`` of one's own (1, 2), ``P / d`` and two gathered
+    units (3: the one in use and the one prefetched; the unit outside the blocks stays whole meanwhile); gradients ``P``
+    (0, 1; 1 also ``P / d``, the result), ``P / d`` and two whole units (2, 3); optimizer states and master weights
+    ``P`` (0) or ``P / d``. Where the recipe has master weights, one's own part *is* the master. ``received_bytes`` are
+    the pipeline's receive buffers.
     """
     recipe, zero = workload.recipe, batch.zero_stage
     shards = np.where(zero > 0, batch.dp_shard, 1).astype(np.float64)

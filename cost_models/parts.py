@@ -13,7 +13,7 @@ from meshwright.cost_models.compute import block_seconds, launches_ahead
 from meshwright.cost_models.framework import Framework, num_microbatches
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ConfigBatch
-from meshwright.cost_models.traffic import Traffic, block_traffic
+from meshwright.cost_models.traffic import Collective, block_traffic
 from meshwright.cost_models.workload import Optimizer, Workload
 from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.model import ModelSpec
@@ -85,7 +85,7 @@ def _parts(
     device = cluster.device
     kernels = block_seconds(kinds.kinds[index], workload, device, framework, batch)
     spent: dict[tuple[str, str], FloatArray] = {}
-    for entry in block_traffic(kinds, index, model, workload, framework, batch):
+    for entry in block_traffic(kinds, index, model, workload, batch):
         key = (entry.axis, entry.phase)
         spent[key] = spent.get(key, np.zeros(len(batch))) + _price(entry, cluster, groups)
     zero = np.zeros(len(batch))
@@ -133,7 +133,7 @@ def hide(
     return communication - hidden * (1.0 - min(slowdown, 1.0)), hidden
 
 
-def _price(entry: Traffic, cluster: ClusterProfile, groups: dict[str, Groups]) -> FloatArray:
+def _price(entry: Collective, cluster: ClusterProfile, groups: dict[str, Groups]) -> FloatArray:
     once = seconds(cluster, entry.op, groups[entry.axis], np.where(entry.calls > 0, entry.message_bytes, 0.0))
     copies = _COPIES.get(entry.op, 0.0) if entry.axis == "dp" else 0.0
     return np.asarray(entry.calls * (once + copies * entry.message_bytes / cluster.device.memory_bytes_per_s))

@@ -4,9 +4,9 @@ Every form is the length of a chain of actions that must follow each other, so i
 schedule; for equal stages it is the textbook makespan ``(m + pp - 1)(f + b)`` (Huang et al. 2019, arXiv 1811.06965;
 Narayanan et al. 2021, arXiv 2104.04473, section 2.2: ``m (f + b) + (pp - 1)(f + b) / vpp`` interleaved).
 
-Symbols: ``f_r, b_r`` seconds of one micro-batch forward and backward on rank ``r``, ``x_i`` of a transfer between stage
-``i`` and ``i + 1``; ``m`` micro-batches; ``D_r = sum over i > r of (f_i + b_i) + 2 sum over i >= r of x_i``, the way from
-``r`` to the end and back.
+Symbols: ``f_r, b_r`` seconds of one micro-batch forward and backward on rank ``r``, ``x_i`` of a transfer between
+stage ``i`` and ``i + 1``; ``m`` micro-batches; ``D_r = sum over i > r of (f_i + b_i) + 2 sum over i >= r of x_i``, the
+way from ``r`` to the end and back.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def one_f_one_b(forward: FloatArray, backward: FloatArray, hop: FloatArray, micr
     Rank ``r`` keeps ``c = min(pp - r, m)`` micro-batches in flight. Around its own work stands the way to it and back
     from it, and then the larger of two chains:
 
-    * its ``m (f + b)`` with the idle time before its first backward, ``D_r - (c - 1) f_r``, and after its last forward,
-      ``D_r - (c - 1) b_r``, neither below 0 (where ``c = m`` both are one wait, and the larger counts);
-    * forward ``j + c`` follows backward ``j``, so ``k = (m - 1) // c`` round trips ``f_r + D_r + b_r`` and then the rest:
-      this is what transfers cost in the steady state.
+    * its ``m (f + b)`` with the idle time before its first backward, ``D_r - (c - 1) f_r``, and after its last
+      forward, ``D_r - (c - 1) b_r``, neither below 0 (where ``c = m`` both are one wait, and the larger counts);
+    * forward ``j + c`` follows backward ``j``, so ``k = (m - 1) // c`` round trips ``f_r + D_r + b_r`` and then the
+      rest: this is what transfers cost in the steady state.
     """
     pp = forward.shape[1]
     result = np.zeros(len(forward))
@@ -94,7 +94,7 @@ def tail(backward: FloatArray, hop: FloatArray) -> FloatArray:
 def in_flight(pp: int, vpp: int, rank: int, microbatches: IntArray, per_round: IntArray) -> dict[str, FloatArray]:
     """Micro-batches whose activations a rank holds at its peak, by schedule: arrays ``[num_configs, vpp]`` per chunk.
 
-    gpipe: all ``m``. 1F1B: ``min(pp - rank, m)``. Interleaved: the ``(vpp - 1) * per_round + 2 (pp - 1 - rank)`` warm-up
+    gpipe: all ``m``. 1F1B: ``min(pp - rank, m)``. Interleaved: ``(vpp - 1) * per_round + 2 (pp - 1 - rank)`` warm-up
     forwards and one more, at most ``vpp * m``, dealt to chunks ``per_round`` at a time, as torch 2.13 deals them
     (``schedules.py``: ``_get_warmup_ops``, ``ScheduleInterleaved1F1B``).
     """

@@ -8,6 +8,7 @@ same blocks and reported for the rank with the largest total.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,7 @@ from meshwright.cost_models.strategy import (
     Schedule,
     legal,
 )
-from meshwright.cost_models.traffic import hop_bytes
+from meshwright.cost_models.traffic import hop_bytes, tied_bytes
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.cluster import ClusterProfile, Provenance
 from meshwright.profiler.model import ModelSpec
@@ -221,10 +222,9 @@ def estimate_batch(
         held = [BlockBytes(part.params[rows], part.saved[rows], part.working[rows]) for part in memory]
         for name, column in {**group.cost(taken), **group.memory(held)}.items():
             columns[name][rows] = column
-    return BatchEstimate(
-        **{name: columns[name] for name in SECONDS},
-        **{name: np.rint(columns[name]).astype(np.int64) for name in BYTES},
-    )
+    arrays: dict[str, Any] = {name: columns[name] for name in SECONDS}
+    arrays |= {name: np.rint(columns[name]).astype(np.int64) for name in BYTES}
+    return BatchEstimate(**arrays)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,9 +308,7 @@ class _Group:
     def _hops(self) -> FloatArray:
         """Seconds of a transfer between each two stages that follow each other: ``[num_configs, pp * vpp - 1]``."""
         pp, vpp = self.counts.shape[:2]
-        stride = np.ones(len(self.batch), dtype=np.int64)
-        for axis in self.placement.order[: self.placement.order.index("pp")]:
-            stride = stride * getattr(self.batch, axis)
+        stride = self._pp_stride()
         num_bytes = hop_bytes(self.model, self.workload, self.batch)
         hops = np.zeros((len(self.batch), pp * vpp - 1))
         for stage in range(pp * vpp - 1):
@@ -318,6 +316,13 @@ class _Group:
             ends = (send_seconds(self.cluster, first + peer, second + peer, num_bytes) for peer in (0, stride - 1))
             hops[:, stage] = np.maximum(*ends)
         return hops
+
+    def _pp_stride(self) -> IntArray:
+        """Devices between a rank and its peer on the next stage."""
+        stride = np.ones(len(self.batch), dtype=np.int64)
+        for axis in self.placement.order[: self.placement.order.index("pp")]:
+            stride = stride * getattr(self.batch, axis)
+        return stride
 
     def _edges(self, parts: list[BlockParts]) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]:
         """Gathers of the first forward and reductions of the last backward: exposed and hidden, and whom they delay.
@@ -337,14 +342,12 @@ class _Group:
         return first, first_hidden, last, last_hidden, from_later + gathers
 
     def _tied(self) -> FloatArray:
-        """The two copies of a tied embedding exchange their gradients when a pipeline parts them: ``[num_configs, pp]``."""
+        """First and last stage exchange the gradients of a tied embedding's two copies: ``[num_configs, pp]``."""
         pp = self.counts.shape[0]
         result = np.zeros((len(self.batch), pp))
         if self.model.tied and pp > 1:
-            stride = self.batch.tp * self.batch.cp * self.batch.dp
-            rows = np.ceil(self.model.vocab_size / np.where(self.batch.vocab_parallel, self.batch.tp, 1))
-            num_bytes = rows * self.model.hidden * self.workload.recipe.grads.num_bytes
-            result[:, [0, -1]] = send_seconds(self.cluster, 0, (pp - 1) * stride, num_bytes)[:, None]
+            num_bytes = tied_bytes(self.model, self.workload, self.batch)
+            result[:, [0, -1]] = send_seconds(self.cluster, 0, (pp - 1) * self._pp_stride(), num_bytes)[:, None]
         return result
 
     def _world(self) -> FloatArray:

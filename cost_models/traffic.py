@@ -1,9 +1,8 @@
 """Every collective that a step of the target issues, in one place: which axis, which operation, how often, how large.
 
 Counted per block, since every block of a kind does the same: ``block_traffic`` lists what one block adds on one
-rank, ``rank_traffic`` puts a rank's blocks together, and ``step`` prices the same list. The executors' docstrings say
-where each comes from (``executors/tensor_parallel.py``, ``loss.py``, ``data_parallel.py``, ``pipeline.py``); a test counts
-the collectives of real steps against it.
+rank, ``rank_traffic`` puts a rank's blocks together, and ``parts`` prices the same list. ``executors/counting.py`` and
+the docstrings it names say where each comes from; a test counts the collectives of real steps against it.
 
 Tensor parallelism cuts each attention and feed-forward layer into a column and a row part: one sum forward and one
 backward (Shoeybi et al. 2019, arXiv 1909.08053, section 3); sequence parallelism turns each sum into a gather and a
@@ -18,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.blocks import BlockKinds, block_kinds, rank_params, stage_counts
-from meshwright.cost_models.framework import Framework, num_microbatches
+from meshwright.cost_models.blocks import BlockKinds, block_kinds, rank_params, stage_counts, vocab_rows
+from meshwright.cost_models.framework import num_microbatches
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.layers import AttentionLayer, MlpLayer, MoeLayer, NormLayer
@@ -27,11 +26,12 @@ from meshwright.profiler.model import Block, BlockKind, ModelSpec
 
 FloatArray = NDArray[np.float64]
 Phase = Literal["forward", "backward", "recompute", "first_forward", "last_backward", "end"]
+COUNT_BYTES, LOSS_BYTES = 8.0, 16.0  # all_reduces of a step: the number of targets over dp, the loss over all ranks
 PER_MICROBATCH: tuple[Phase, ...] = ("forward", "backward", "recompute")
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class Collective:
     """One kind of collective of one block: arrays of shape ``[num_configs]``.
 
     ``calls`` is for each micro-batch in the phases forward, backward and recompute; once a step in ``first_forward``
@@ -39,7 +39,7 @@ class Traffic:
     ``message_bytes`` is the whole tensor, as ``profiler.cluster.CollectiveCurve`` defines it for each operation.
     """
 
-    axis: Literal["tp", "dp", "pp"]
+    axis: Literal["tp", "dp"]
     op: str
     phase: Phase
     calls: FloatArray
@@ -47,9 +47,9 @@ class Traffic:
 
 
 def block_traffic(
-    kinds: BlockKinds, index: int, model: ModelSpec, workload: Workload, framework: Framework, batch: ConfigBatch
-) -> list[Traffic]:
-    """What one block of kind ``index`` adds on one rank; sends between stages are in ``hop_bytes``."""
+    kinds: BlockKinds, index: int, model: ModelSpec, workload: Workload, batch: ConfigBatch
+) -> list[Collective]:
+    """What one block of kind ``index`` adds on one rank, collectives of a group of one included with 0 calls."""
     block = kinds.kinds[index]
     if block.kind is BlockKind.EMBEDDING:
         entries = _embedding(workload, model, batch)
@@ -61,34 +61,47 @@ def block_traffic(
 
 
 def hop_bytes(model: ModelSpec, workload: Workload, batch: ConfigBatch) -> FloatArray:
-    """Bytes of one send between stages: hidden states ``[micro_batch_size, seq_len / cp, hidden]``, whole on each rank."""
-    return _hidden_bytes(model, workload, batch)
+    """Bytes of one send between stages: this rank's residual stream (its part of the sequence with sp)."""
+    return _hidden_bytes(model, workload, batch) / np.where(batch.sequence_parallel, batch.tp, 1)
+
+
+def tied_bytes(model: ModelSpec, workload: Workload, batch: ConfigBatch) -> FloatArray:
+    """Bytes that first and last stage send each other for a tied embedding: this rank's shard of its gradient."""
+    rows = vocab_rows(model.vocab_size, batch) / np.where(batch.zero_stage > 0, batch.dp_shard, 1)
+    return np.asarray(rows * model.hidden * workload.recipe.grads.num_bytes)
 
 
 def rank_traffic(
-    model: ModelSpec, workload: Workload, framework: Framework, config: ParallelConfig, pp_rank: int
-) -> dict[tuple[str, str, int], int]:
-    """Collectives of one rank in one step: ``(axis, op, message_bytes) -> calls``; sends are ``("pp", "send", bytes)``."""
+    model: ModelSpec, workload: Workload, config: ParallelConfig, pp_rank: int
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """What one rank of a pipeline stage issues in one step: ``(operation, axis) -> (calls, bytes of all messages)``.
+
+    Axes are tp, dp, pp and world, as ``executors/counting.py`` names them. Left out: the padding of FSDP's messages
+    (each weight's first dimension, up to a multiple of the group), and clipping of gradients, which is the caller's.
+    """
     batch = ConfigBatch.from_configs([config])
     kinds = block_kinds(model)
     counts = stage_counts(kinds, config.pp, config.vpp)[pp_rank]
     microbatches = int(num_microbatches(batch, workload)[0])
-    total: dict[tuple[str, str, int], int] = {}
+    total: dict[tuple[str, str], tuple[int, int]] = {}
 
-    def add(axis: str, op: str, message_bytes: float, calls: float) -> None:
+    def add(op: str, axis: str, message_bytes: float, calls: float) -> None:
         if calls and message_bytes:
-            key = (axis, op, round(message_bytes))
-            total[key] = total.get(key, 0) + round(calls)
+            before = total.get((op, axis), (0, 0))
+            total[op, axis] = (before[0] + round(calls), before[1] + round(calls * message_bytes))
 
     for index in range(len(kinds)):
-        for entry in block_traffic(kinds, index, model, workload, framework, batch):
+        for entry in block_traffic(kinds, index, model, workload, batch):
             often = microbatches if entry.phase in PER_MICROBATCH else 1
             calls = float(entry.calls[0]) * often * int(counts[:, index].sum())
-            add(entry.axis, entry.op, float(entry.message_bytes[0]), calls)
-    hop = float(hop_bytes(model, workload, batch)[0])
+            add(entry.op, entry.axis, float(entry.message_bytes[0]), calls)
     stages = [chunk * config.pp + pp_rank for chunk in range(config.vpp)]
-    sends = sum((stage < config.num_stages - 1) + (stage > 0) for stage in stages)
-    add("pp", "send", hop, sends * microbatches)
+    sends = sum((stage < config.num_stages - 1) + (stage > 0) for stage in stages) if config.pp > 1 else 0
+    add("send", "pp", float(hop_bytes(model, workload, batch)[0]), sends * microbatches)
+    if model.tied and config.pp > 1:
+        add("send", "pp", float(tied_bytes(model, workload, batch)[0]), (pp_rank == 0) + (pp_rank == config.pp - 1))
+    add("all_reduce", "dp", COUNT_BYTES, config.dp * config.cp > 1)
+    add("all_reduce", "world", LOSS_BYTES, config.world_size > 1)
     return total
 
 
@@ -97,11 +110,11 @@ def _hidden_bytes(model: ModelSpec, workload: Workload, batch: ConfigBatch) -> F
     return np.asarray(tokens * model.hidden * workload.recipe.compute.num_bytes, dtype=np.float64)
 
 
-def _tp(op: str, phase: Phase, calls: Any, message_bytes: FloatArray, batch: ConfigBatch) -> Traffic:
-    return Traffic("tp", op, phase, np.where(batch.tp > 1, calls, 0.0), message_bytes)
+def _tp(op: str, phase: Phase, calls: Any, message_bytes: FloatArray, batch: ConfigBatch) -> Collective:
+    return Collective("tp", op, phase, np.where(batch.tp > 1, calls, 0.0), message_bytes)
 
 
-def _decoder(block: Block, workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Traffic]:
+def _decoder(block: Block, workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Collective]:
     """A sum (or gather and reduce-scatter) for each cut layer, forward and backward.
 
     Full recompute repeats the forward up to the last tensor that backward needs: all but the last sum.
@@ -122,7 +135,7 @@ def _decoder(block: Block, workload: Workload, model: ModelSpec, batch: ConfigBa
     return [*entries, _tp("all_reduce", "end", sp * 1.0, grads, batch)]
 
 
-def _embedding(workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Traffic]:
+def _embedding(workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Collective]:
     hidden, vocab, sp = _hidden_bytes(model, workload, batch), batch.vocab_parallel, batch.sequence_parallel
     return [
         _tp("all_reduce", "forward", vocab * 1.0, hidden, batch),
@@ -130,7 +143,7 @@ def _embedding(workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list
     ]
 
 
-def _head(workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Traffic]:
+def _head(workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Collective]:
     """Hidden states gathered (with sp), their gradient summed; for the split softmax maxima, then two sums a token."""
     hidden, vocab, sp = _hidden_bytes(model, workload, batch), batch.vocab_parallel, batch.sequence_parallel
     wide = max(workload.recipe.compute.num_bytes, 4)  # the loss works in float32 at least
@@ -144,7 +157,7 @@ def _head(workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Traf
     ]
 
 
-def _data_parallel(kinds: BlockKinds, index: int, workload: Workload, batch: ConfigBatch) -> list[Traffic]:
+def _data_parallel(kinds: BlockKinds, index: int, workload: Workload, batch: ConfigBatch) -> list[Collective]:
     """A unit's gathers and reductions, as the table of ``executors/data_parallel.py`` has them.
 
     Each decoder block is a unit; embedding and head are one (the embedding's here) where they share a stage.
@@ -159,8 +172,8 @@ def _data_parallel(kinds: BlockKinds, index: int, workload: Workload, batch: Con
     weights, grads = params * workload.recipe.params.num_bytes, params * workload.recipe.grads.num_bytes
     zero = batch.zero_stage
 
-    def entry(op: str, phase: Phase, when: Any, message_bytes: FloatArray) -> Traffic:
-        return Traffic("dp", op, phase, np.where(on & when, 1.0, 0.0), message_bytes)
+    def entry(op: str, phase: Phase, when: Any, message_bytes: FloatArray) -> Collective:
+        return Collective("dp", op, phase, np.where(on & when, 1.0, 0.0), message_bytes)
 
     return [
         entry("all_reduce", "end", zero == 0, grads),
