@@ -9,7 +9,7 @@ from typing import Literal
 from meshwright import InputError
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.step import CostBreakdown, Estimate, MemoryBreakdown
-from meshwright.cost_models.strategy import ParallelConfig, Reason, Recompute, even_stages
+from meshwright.cost_models.strategy import V_SHAPED, ParallelConfig, Reason, Recompute, even_stages
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler import artifact
 from meshwright.profiler.environment import Environment
@@ -101,13 +101,17 @@ class Plan:
 
 
 def default_stages(model: ModelSpec, config: ParallelConfig, device: str) -> tuple[StagePlan, ...]:
-    """Stages of the default partition (``even_stages``): stage ``s`` is chunk ``s // pp`` of rank ``s % pp``."""
+    """Stages of the default partition (``even_stages``): stage ``s`` is chunk ``s // pp`` of rank ``s % pp``.
+
+    In a V the second chunks go back: stage ``s`` of the second half is on rank ``2 * pp - 1 - s``.
+    """
     stages, first = [], 0
     for stage, size in enumerate(even_stages(model.num_layers, config.num_stages)):
+        chunk, rank = divmod(stage, config.pp)
         stages.append(
             StagePlan(
-                pp_rank=stage % config.pp,
-                chunk=stage // config.pp,
+                pp_rank=config.pp - 1 - rank if chunk and config.schedule in V_SHAPED else rank,
+                chunk=chunk,
                 first_layer=first,
                 last_layer=first + size,
                 recompute=(config.recompute,) * size,
