@@ -75,7 +75,7 @@ def assemble(parts: Parts, *, name: str, architecture: str, notes: Sequence[str]
         architecture=architecture,
         max_seq_len=parts.max_seq_len,
         blocks=(
-            Block(kind=BlockKind.EMBEDDING, layers=(parts.embedding,)),
+            Block(kind=BlockKind.EMBEDDING, layers=(parts.embedding, *parts.after_embedding)),
             *decoder,
             Block(kind=BlockKind.HEAD, layers=parts.final),
         ),

@@ -17,6 +17,7 @@ class Parts:
     layers: tuple[Layers, ...]
     final: Layers  # the final norm, if any, and the head
     max_seq_len: int
+    after_embedding: Layers = ()  # norms on embeddings
     notes: tuple[str, ...] = ()
 
 

@@ -1,0 +1,168 @@
+"""A torch model -> ``ModelSpec``: from its Hugging Face config where there is one, else from one watched forward pass.
+
+The pass runs on fake tensors: nothing is computed and no weight is read, whatever the model's size. What it shows:
+heads, head sizes and grouped keys (where attention mixes positions, by ``scaled_dot_product_attention`` or written
+out), gated or plain feed-forward, biases, norms and their order. What it cannot show, and what is then assumed: a
+sliding window (none), a mask given as a tensor (causal), rotary positions (yes, unless positions are learned).
+Mixtures of experts route tokens by value, and fake tensors have none: they are read from a config only.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from meshwright import InputError
+from meshwright.profiler.anatomy import Anatomy, find_anatomy
+from meshwright.profiler.hf_config import BUILDERS, assemble
+from meshwright.profiler.hf_parts import Parts
+from meshwright.profiler.layers import AttentionLayer, EmbeddingLayer, HeadLayer, LayerSpec
+from meshwright.profiler.model import ModelSpec, load_model
+from meshwright.profiler.trace_blocks import BlockReader, own_parameters, read_norm
+from meshwright.profiler.trace_record import Recorder, Recording
+
+TRIAL_LENGTHS = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59)
+
+
+def trace_model(module: nn.Module, *, seq_len: int = 2048, name: str | None = None) -> ModelSpec:
+    """The ``ModelSpec`` of any causal language model; its parameter count equals the module's exactly.
+
+    ``module`` maps token ids ``[batch, sequence]`` to logits and may live on any device, meta included; it is not
+    changed. A Hugging Face model of a supported ``model_type`` is read from its config, if the config's count is the
+    module's; any other from its structure. ``seq_len`` is the longest sequence to state where the module does not say
+    it (by a config or a table of learned positions).
+
+    Raises ``InputError`` saying what was not understood: a part that was not found, a forward pass that does not run,
+    parameters without a place in a ``ModelSpec``.
+    """
+    label = name or type(module).__name__
+    total = sum(parameter.numel() for parameter in module.parameters())
+    spec = _from_config(module, label)
+    if spec is None or spec.params != total:
+        spec = _from_structure(module, label, seq_len)
+    if spec.params != total:
+        raise InputError(
+            f"{label} was read as a model of {spec.params:,} parameters ({_by_kind(spec)}), but it has {total:,}: "
+            "some of its layers share weights or are not understood"
+        )
+    return spec
+
+
+def _from_config(module: nn.Module, name: str) -> ModelSpec | None:
+    config = getattr(module, "config", None)
+    if getattr(config, "model_type", None) not in BUILDERS or not hasattr(config, "to_dict"):
+        return None
+    try:
+        spec = load_model(config)
+    except InputError:  # a variant that the config's reader refuses may still be understood by its structure
+        return None
+    return replace(spec, name=name)
+
+
+def _from_structure(module: nn.Module, name: str, seq_len: int) -> ModelSpec:
+    anatomy = find_anatomy(module)
+    shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
+    rows, hidden = shapes[f"{anatomy.token_embedding}.weight"]
+    reader = BlockReader(model=name, recording=_watch(module, anatomy, name), shapes=shapes, hidden=hidden)
+    layers = tuple(reader.read(index, f"{anatomy.blocks}.{index}.") for index in range(anatomy.num_blocks))
+    positions = 0
+    norms_before = []
+    for part in anatomy.before:
+        for key, shape in own_parameters(part, shapes).items():
+            if len(shape) > 1 and shape[-1] == hidden and key not in reader.matrices:
+                positions += prod(shape[:-1])
+                break
+        else:
+            norms_before.append(read_norm(part, shapes, hidden, name))
+    if positions:
+        layers = tuple(tuple(_without_rotary(layer) for layer in block) for block in layers)
+    head = HeadLayer(
+        hidden=hidden,
+        vocab_size=rows,
+        tied=anatomy.tied,
+        bias=f"{anatomy.head}.bias" in shapes,
+    )
+    parts = Parts(
+        embedding=EmbeddingLayer(vocab_size=rows, hidden=hidden, num_positions=positions),
+        after_embedding=tuple(norms_before),
+        layers=layers,
+        final=(*(read_norm(part, shapes, hidden, name) for part in anatomy.after), head),
+        max_seq_len=min(seq_len, positions) if positions else seq_len,
+        notes=("read from the module's structure, where a sliding window cannot be seen",),
+    )
+    return assemble(parts, name=name, architecture=type(module).__name__)
+
+
+def _without_rotary(layer: LayerSpec) -> LayerSpec:
+    return replace(layer, rotary=False) if isinstance(layer, AttentionLayer) else layer
+
+
+def _watch(module: nn.Module, anatomy: Anatomy, name: str) -> Recording:
+    """One forward pass of a weightless copy, seen by a ``Recorder``."""
+    taken = {size for parameter in module.parameters() for size in parameter.shape}
+    num_tokens = next((length for length in TRIAL_LENGTHS if length not in taken), TRIAL_LENGTHS[-1])
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    weightless = _weightless(module, mode)
+    recorder = Recorder(dict(weightless.named_parameters()), num_tokens)
+
+    def enter(index: int | None) -> Any:
+        def hook(*_: Any) -> None:
+            recorder.block = index
+
+        return hook
+
+    for index, block in enumerate(weightless.get_submodule(anatomy.blocks).children()):
+        block.register_forward_pre_hook(enter(index))
+        block.register_forward_hook(enter(None))
+    options = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
+    try:
+        with torch.no_grad(), _quiet_fake_tensors(), mode:
+            tokens = torch.zeros(1, num_tokens, dtype=torch.long)
+            recorder.mark_tokens(tokens)
+            with recorder:
+                weightless(tokens, **options)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # whatever a user's forward may meet
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{name} does not run on token ids alone without its weights ({reason}); "
+            "describe it by a Hugging Face config or a saved model instead"
+        ) from error
+    return recorder.recording
+
+
+@contextmanager
+def _quiet_fake_tensors() -> Iterator[None]:
+    """torch logs the traceback of an operator that refuses its shapes, beside raising it; the error says enough."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _weightless(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy on fake tensors: the module is neither read nor changed (a forward pass may leave caches behind)."""
+    stand_ins: dict[int, Any] = {}
+    with mode:
+        for parameter in module.parameters():
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+            stand_ins[id(parameter)] = nn.Parameter(fake, requires_grad=False)
+        for buffer in module.buffers():
+            stand_ins[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return copy.deepcopy(module, stand_ins).eval()
+
+
+def _by_kind(spec: ModelSpec) -> str:
+    return ", ".join(f"{kind} {count:,}" for kind, count in spec.params_by_kind().items())

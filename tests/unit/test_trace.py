@@ -1,0 +1,281 @@
+"""Modules -> specs by one watched pass: what is understood equals what a config says, the rest is refused by name."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from meshwright import InputError  # noqa: E402
+from meshwright.profiler import trace  # noqa: E402
+from meshwright.profiler.model import AttentionKind, AttentionLayer, LayerSpec, ModelSpec, load_model  # noqa: E402
+from meshwright.profiler.trace import trace_model  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from examples.llama import Llama, LlamaConfig  # noqa: E402
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def kinds(spec: ModelSpec) -> list[str]:
+    return [layer.kind for layer in spec.decoder_blocks[0].layers]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_example_llama(tied: bool, device: str) -> None:
+    with torch.device(device):
+        module = Llama(LlamaConfig(num_layers=3, tied=tied))
+    spec = trace_model(module, seq_len=256)
+    wanted = load_model(
+        {
+            "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 176,
+            "max_position_embeddings": 256, "tie_word_embeddings": tied,
+        }
+    )  # fmt: skip
+    assert spec.blocks == wanted.blocks
+    assert (spec.name, spec.architecture, spec.max_seq_len) == ("Llama", "Llama", 256)
+    assert spec.params == count(module)
+
+
+def test_a_large_model_costs_nothing() -> None:
+    with torch.device("meta"):
+        module = Llama(LlamaConfig(hidden=8192, num_layers=4, num_heads=64, num_kv_heads=8, ffn_size=28672))
+    assert trace_model(module).params == count(module) > 3e9
+
+
+def test_tracing_leaves_the_module_alone() -> None:
+    module = Llama(LlamaConfig(num_layers=2)).train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    attributes = {name: set(vars(part)) for name, part in module.named_modules()}
+    trace_model(module)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert {name: set(vars(part)) for name, part in module.named_modules()} == attributes
+    assert module.training and not module.blocks[0]._forward_hooks and not module.blocks[0]._forward_pre_hooks
+
+
+SMALL = {"vocab_size": 301, "hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"num_key_value_heads": 2, "intermediate_size": 100}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 20}),
+    ("mistral", {"num_key_value_heads": 1, "sliding_window": None}),
+    ("qwen2", {"num_key_value_heads": 2}),
+    ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+    ("gpt2", {}),
+    ("opt", {"ffn_dim": 100}),
+    ("opt", {"do_layer_norm_before": False, "tie_word_embeddings": False}),
+    ("gpt_neox", {"intermediate_size": 100}),
+    ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+]
+
+
+def hugging_face(model_type: str, changes: dict[str, Any], attention: str = "sdpa") -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **changes, "bos_token_id": 0, "eos_token_id": 0})
+    with torch.device("meta"):
+        module: nn.Module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return module
+
+
+def sizes(spec: ModelSpec) -> list[list[LayerSpec]]:
+    """Layers without what a pass cannot show: the name of a hand-written activation."""
+    return [
+        [replace(layer, activation="") if layer.kind in ("mlp", "moe") else layer for layer in block.layers]
+        for block in spec.blocks
+    ]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("model_type", "changes"), CONFIGS)
+def test_structure_says_what_the_config_says(
+    model_type: str, changes: dict[str, Any], attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = hugging_face(model_type, changes, attention)
+    by_config = trace_model(module)
+    assert by_config.architecture == model_type
+    monkeypatch.setattr(trace, "BUILDERS", {})  # no config is understood any more
+    by_structure = trace_model(module)
+    assert by_structure.architecture == type(module).__name__
+    assert sizes(by_structure) == sizes(by_config)
+    assert by_structure.params == by_config.params == count(module)
+
+
+OTHERS: list[tuple[str, dict[str, Any], tuple[int, int, int, bool], list[str]]] = [
+    # heads, key/value heads, norms on queries and keys, gated; layers of a block
+    ("gemma", {"num_key_value_heads": 1, "head_dim": 16}, (4, 1, 0, True), ["norm", "attention", "norm", "mlp"]),
+    (
+        "gemma3_text",
+        {"num_key_value_heads": 2, "head_dim": 16},
+        (4, 2, 32, True),
+        ["norm", "attention", "norm", "norm", "mlp", "norm"],
+    ),
+    ("phi", {}, (4, 4, 0, False), ["norm", "attention", "mlp"]),
+    ("phi3", {"num_key_value_heads": 2, "pad_token_id": 0}, (4, 2, 0, True), ["norm", "attention", "norm", "mlp"]),
+    ("olmo2", {"pad_token_id": 0}, (4, 4, 96, True), ["attention", "norm", "mlp", "norm"]),
+    ("falcon", {}, (4, 1, 0, False), ["norm", "attention", "mlp"]),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes", "wanted", "layers"), OTHERS)
+def test_architectures_without_a_reader(
+    model_type: str, changes: dict[str, Any], wanted: tuple[int, int, int, bool], layers: list[str]
+) -> None:
+    """Fused projections (phi3, falcon), norms after (olmo2) and around (gemma3), one key head (gemma, falcon)."""
+    module = hugging_face(model_type, changes)
+    spec = trace_model(module)
+    attention = spec.attention
+    mlp = next(layer for layer in spec.layers() if layer.kind == "mlp")
+    found = (attention.num_heads, attention.num_kv_heads, attention.qk_norm_params, mlp.gated)
+    assert found == wanted
+    assert kinds(spec) == layers
+    assert spec.params == count(module)
+
+
+class HandAttention(nn.Module):
+    """Written with bare parameters and einsum, values narrower than keys."""
+
+    def __init__(self, hidden: int, heads: int, head_dim: int, value_dim: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.value_dim = heads, head_dim, value_dim
+        self.qk = nn.Parameter(torch.zeros(hidden, 2 * heads * head_dim))
+        self.v = nn.Parameter(torch.zeros(hidden, heads * value_dim))
+        self.v_bias = nn.Parameter(torch.zeros(heads * value_dim))
+        self.out = nn.Parameter(torch.zeros(heads * value_dim, hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k = (x @ self.qk).view(batch, length, 2, self.heads, self.head_dim).unbind(2)
+        v = (x @ self.v + self.v_bias).view(batch, length, self.heads, self.value_dim)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.head_dim**-0.5
+        scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+        mixed = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+        return mixed.reshape(batch, length, -1) @ self.out
+
+
+class HandBlock(nn.Module):
+    def __init__(self, hidden: int, attention: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden)
+        self.attention = attention
+        self.up = nn.Linear(hidden, 40)
+        self.down = nn.Linear(40, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
+        return x + self.down(functional.gelu(self.up(x), approximate="tanh"))
+
+
+class HandModel(nn.Module):
+    def __init__(self, *blocks: nn.Module, hidden: int = 24) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(101, hidden)
+        self.positions = nn.Parameter(torch.zeros(1, 64, hidden))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(hidden, bias=False)
+        self.head = nn.Linear(hidden, 101)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions[:, : tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def test_a_model_written_by_hand() -> None:
+    module = HandModel(*(HandBlock(24, HandAttention(24, 2, 8, 6)) for _ in range(3)))
+    spec = trace_model(module, name="mine")
+    attention = spec.attention
+    assert attention == AttentionLayer(
+        attention_kind=AttentionKind.MHA,
+        hidden=24,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=8,
+        value_head_dim=6,
+        extra_params=12,  # a bias on the values alone
+        rotary=False,
+    )
+    assert spec.embedding.num_positions == spec.max_seq_len == 64
+    assert kinds(spec) == ["norm", "attention", "mlp"]
+    assert next(layer.activation for layer in spec.layers() if layer.kind == "mlp") == "gelu_pytorch_tanh"
+    assert spec.head.bias and not spec.tied
+    assert spec.params == count(module)
+    assert spec.num_layers == 3 and len(spec.decoder_blocks) == 1
+
+
+class TwoAttentions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = HandAttention(24, 2, 8, 6), HandAttention(24, 2, 8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+class Idle(HandAttention):
+    def __init__(self) -> None:
+        super().__init__(24, 2, 8, 6)
+        self.never = nn.Linear(24, 5)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(24, 2)
+        self.experts = nn.ModuleList(nn.Linear(24, 24) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).argmax(-1)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero()
+            if len(rows) > 0:
+                x = x + expert(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [
+        (lambda: HandModel(HandBlock(24, nn.Linear(24, 24))), "block 0: expected one attention in it, saw 0"),
+        (lambda: HandModel(HandBlock(24, TwoAttentions())), "block 0: expected one attention in it, saw 2"),
+        (lambda: HandModel(HandBlock(24, Idle())), r"did not use: blocks.0.attention.never.weight \[5, 24\]"),
+        (lambda: HandModel(HandBlock(24, Experts())), "does not run on token ids alone without its weights"),
+        (
+            lambda: HandModel(*[HandBlock(24, HandAttention(24, 2, 8, 6))] * 2),
+            "block 0: one of its matrices is used twice",
+        ),
+        (lambda: nn.Linear(3, 3), "no ModuleList of decoder blocks"),
+    ],
+)
+def test_what_is_not_understood_is_said(module: Any, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence) as caught:
+        trace_model(module())
+    assert "\n" not in str(caught.value)
+
+
+def test_opt_350m_and_latent_attention_without_a_config_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = hugging_face("opt", {"word_embed_proj_dim": 24})
+    with pytest.raises(InputError, match=r"OPTForCausalLM"):
+        trace_model(narrow)
+    latent = hugging_face("deepseek_v3", {"first_k_dense_replace": 2, "num_key_value_heads": 4})
+    assert trace_model(latent).attention.attention_kind is AttentionKind.MLA
+    monkeypatch.setattr(trace, "BUILDERS", {})
+    with pytest.raises(InputError, match="block 0: its"):
+        trace_model(latent)
+
+
+def test_a_changed_module_is_not_described_by_its_config() -> None:
+    module = hugging_face("llama", {})
+    module.model.layers[0].mlp.extra = nn.Linear(48, 7, device="meta")
+    with pytest.raises(InputError, match=r"did not use: model.layers.0.mlp.extra.weight \[7, 48\]"):
+        trace_model(module)
