@@ -158,6 +158,34 @@ def estimate(
         raise meshwright.InfeasibleError(shortage(priced, profile))
 
 
+@app.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog="Example: meshwright emulate --topology examples/two_hosts.json -- python train.py",
+)
+def emulate(
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="What every rank runs.")],
+    topology: Annotated[Path, typer.Option("--topology", "-t", help="Hosts, their devices and their links, as JSON.")],
+    per_host: Annotated[
+        bool | None,
+        typer.Option(
+            "--per-host/--per-rank", help="Start COMMAND once a host [default: for torchrun].", show_default=False
+        ),
+    ] = None,
+    timeout: Annotated[str | None, typer.Option(help="Stop after this long: 10min.", show_default=False)] = None,
+) -> None:
+    """Run COMMAND on an emulated cluster: hosts joined at stated rates, all on this machine (Linux, as root)."""
+    from meshwright.profiler.emulate import run_emulated
+    from meshwright.profiler.topology_file import load_topology
+    from meshwright.profiler.units import parse_seconds
+
+    run_emulated(
+        load_topology(topology),
+        command,
+        per_host=per_host,
+        timeout_s=parse_seconds(timeout) if timeout else None,
+    )
+
+
 @app.command(epilog="Example: meshwright schema plan > plan.schema.json")
 def schema(
     artifact: Annotated[str, typer.Argument(help="cluster, model, plan, step-measurement or topology.")],
