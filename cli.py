@@ -196,6 +196,17 @@ def schema(
     typer.echo(schema_of(artifact))
 
 
+@app.command(epilog="Example: meshwright check cluster.json")
+def check(
+    file: Annotated[Path, typer.Argument(help="A cluster, model, plan, step measurement or topology.")],
+) -> None:
+    """Read FILE as any command would, and say what it holds or what is wrong with it."""
+    from meshwright.planner.schemas import load_any
+
+    kind, _ = load_any(file)
+    typer.echo(f"{file}: a valid {kind}")
+
+
 def _workload(global_batch: int, seq_len: int, dtype_recipe: str, optimizer: str) -> Any:
     from meshwright.cost_models.workload import optimizer_named, recipe_named
 

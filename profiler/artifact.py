@@ -92,6 +92,14 @@ def save(value: Any, path: str | Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+def kind_of(path: str | Path) -> str:
+    """The kind of artifact that a file says it holds. Raises ``InputError`` when it is unreadable or says none."""
+    tree = _parse(_read(Path(path)), str(path))
+    if not isinstance(tree, dict) or not isinstance(tree.get("artifact"), str):
+        raise InputError(f"{path} holds no artifact: expected a JSON object with a field 'artifact'")
+    return str(tree["artifact"])
+
+
 def load(record_type: type[T], path: str | Path, *, artifact: str, schema_version: int) -> T:
     """Read an artifact from a JSON file, or say in one sentence why not.
 
@@ -99,14 +107,16 @@ def load(record_type: type[T], path: str | Path, *, artifact: str, schema_versio
         InputError: the file is missing, unreadable, not JSON, of another kind or version, or has a wrong field;
             the message names the file, the field, what was expected and what was found.
     """
-    path = Path(path)
+    return loads(record_type, _read(Path(path)), artifact=artifact, schema_version=schema_version, where=str(path))
+
+
+def _read(path: Path) -> bytes:
     try:
-        text = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:  # a name that no file can have
         raise InputError(f"cannot read {str(path)!r}: {error}") from None
-    return loads(record_type, text, artifact=artifact, schema_version=schema_version, where=str(path))
 
 
 def loads(record_type: type[T], text: str | bytes, *, artifact: str, schema_version: int, where: str) -> T:
