@@ -17,7 +17,7 @@ ARTIFACTS = {
     "model": ("meshwright.profiler.model", "ModelSpec"),
     "plan": ("meshwright.planner.plan", "Plan"),
     "step-measurement": ("meshwright.profiler.steps", "StepMeasurement"),
-    "topology": ("meshwright.profiler.emulate", "Topology"),
+    "topology": ("meshwright.profiler.topology_file", "EmulatedTopology"),
 }
 
 
