@@ -168,7 +168,7 @@ def emulate(
     per_host: Annotated[
         bool | None,
         typer.Option(
-            "--per-host/--per-rank", help="Start COMMAND once a host [default: for torchrun].", show_default=False
+            "--per-host/--per-rank", help="Start COMMAND once a host (default: for torchrun).", show_default=False
         ),
     ] = None,
     timeout: Annotated[str | None, typer.Option(help="Stop after this long: 10min.", show_default=False)] = None,
