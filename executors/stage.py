@@ -27,13 +27,21 @@ from meshwright.profiler.anatomy import Anatomy
 class PassThrough(nn.Module):
     """Stands for a module of another stage: returns the hidden states it is given, its first floating tensor."""
 
-    seen: Tensor | None = None
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The hidden states."""
+        given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return next(value for value in given if value.is_floating_point())
+
+
+class Takeover(PassThrough):
+    """Stands for the block after a stage's last: keeps in ``hidden`` what goes to the next stage."""
+
+    hidden: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The hidden states, kept in ``seen`` too."""
-        given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        self.seen = next(value for value in given if value.is_floating_point())
-        return self.seen
+        """The hidden states, kept."""
+        self.hidden = super().forward(*args, **kwargs)
+        return self.hidden
 
 
 class NoPositions(nn.Module):
@@ -44,7 +52,7 @@ class NoPositions(nn.Module):
         return torch.zeros(())
 
 
-class Handover(PassThrough):
+class Handover(nn.Module):
     """Stands for the block before a stage's first: returns ``hidden``, which the previous stage sent."""
 
     hidden: Tensor | None = None
@@ -81,7 +89,7 @@ class StageModule(nn.Module):
         self.blocks = blocks  # by index in the whole model; a plain dict, so that no name is registered twice
         self.loss_fn = loss_fn  # None on all stages but the last
         self.source: Handover | None = None
-        self.sink: PassThrough | None = None
+        self.sink: Takeover | None = None
         self.begin_step(1)
 
     def begin_step(self, global_count: Tensor | int) -> None:
@@ -96,7 +104,7 @@ class StageModule(nn.Module):
             (self.source.hidden,) = hidden
         output = self.model(tokens)
         if self.sink is not None:
-            leaving, self.sink.seen = self.sink.seen, None
+            leaving, self.sink.hidden = self.sink.hidden, None
             assert leaving is not None
             return leaving.clone() if leaving._is_view() else leaving
         assert self.loss_fn is not None
@@ -143,9 +151,8 @@ def cut_stage(model: nn.Module, anatomy: Anatomy, stage: StagePlan, loss_fn: Los
     if not is_last:
         for name in (*anatomy.after, anatomy.head):
             skeleton.set_submodule(name, PassThrough())
-        sink = blocks[stage.last_layer]
-        assert isinstance(sink, PassThrough)
-        piece.sink = sink
+        piece.sink = Takeover()
+        blocks[stage.last_layer] = piece.sink
     piece.blocks = {index: blocks[index] for index in range(stage.first_layer, stage.last_layer)}
     return piece
 

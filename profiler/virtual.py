@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 from torch._C import _disabled_torch_dispatch_impl
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import flop_registry
 
@@ -133,6 +134,8 @@ class VirtualDevice(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(issubclass(kind, FakeTensor) for kind in types):
+            return func(*args, **(kwargs or {}))  # DTensor asks for a shape: nothing is computed
         if any(kind.__torch_dispatch__ is not _disabled_torch_dispatch_impl for kind in types):
             return NotImplemented  # DTensor and others take themselves apart; their local operators come back here
         kwargs = kwargs or {}

@@ -1,0 +1,299 @@
+"""A few real steps of one plan or of several, timed: what a prediction is compared with.
+
+Several plans run in one start of the ranks, a step of each in turn, so that drift of the machine hits all alike. Before
+a step all ranks meet at a barrier; the step is forward, backward, clipping and AdamW; it ends when the device has done
+it. A step's time is the slowest rank's, a plan's the median over its steps.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshwright import InputError, RunError
+from meshwright.executors.apply import ParallelModel, parallelize
+from meshwright.executors.spec_model import build_spec_model
+from meshwright.planner.plan import Plan
+from meshwright.profiler.clock import DeviceClock
+from meshwright.profiler.environment import capture_environment
+from meshwright.profiler.launch import Rank, RankError, run_ranks
+from meshwright.profiler.model import ModelSpec
+from meshwright.profiler.steps import RankMeasurement, StepMeasurement
+
+MAX_NORM = 1.0
+LEARNING_RATE = 1e-4
+LOST_PEER_WAIT_S = 5.0  # how long a rank that lost its peers waits for the others to say that they live
+
+BuildModel = Callable[[ModelSpec], nn.Module]
+OnStep = Callable[[tuple[StepMeasurement, ...]], None]
+
+
+class UnfinishedRun(RunError):
+    """A run that ended early; ``measurements`` are those of the plans with a measured step, by what they had."""
+
+    def __init__(self, message: str, measurements: Sequence[StepMeasurement]) -> None:
+        super().__init__(message)
+        self.measurements = tuple(measurements)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sample:
+    """One rank's figures of one step."""
+
+    seconds: float
+    compute_s: float | None
+    loss: float
+    peak_bytes: int | None
+    host: str
+
+
+def measure_plans(
+    plans: Sequence[Plan],
+    *,
+    build_model: BuildModel = build_spec_model,
+    steps: int = 10,
+    warmup: int = 3,
+    device: str = "auto",
+    timeout_s: float = 600.0,
+    on_step: OnStep | None = None,
+) -> tuple[StepMeasurement, ...]:
+    """Run ``warmup + steps`` steps of each plan and time the last ``steps``, on random tokens.
+
+    Called on ranks that torchrun or Slurm started, it runs on those, and every rank gets the result. Else it starts the
+    ranks on this machine, each kept to its own cores where there are enough. ``build_model`` makes a plan's model, with
+    the same weights on each rank (seeds are set); ``device`` is ``auto``, ``cpu``, ``cuda`` or a virtual one such as
+    ``virtual:h100/1000``. ``on_step`` is told all measurements so far after each round, on rank 0 or in the parent.
+
+    Raises:
+        InputError: the plans are for different numbers of ranks, or cannot be run here.
+        UnfinishedRun: a rank died or hung; the message names it, what was measured is in ``measurements``.
+    """
+    worlds = {plan.config.world_size for plan in plans}
+    if len(worlds) != 1:
+        raise InputError(f"plans measured together must be for one number of ranks, found {sorted(worlds)}")
+    if steps < 1 or warmup < 0:
+        raise InputError(f"steps must be at least 1 and warmup at least 0, found {steps} and {warmup}")
+    num_ranks = worlds.pop()
+    record = _Record(plans, warmup, on_step)
+    job = (plans, build_model, warmup + steps, _resolved(device))
+    try:
+        if found_ranks():
+            _join_ranks(timeout_s, _resolved(device))
+            _run(*job, tell=record.add)
+        else:
+            cores = None if device.startswith("virtual:") else _own_cores(num_ranks)
+            backend = "nccl" if _resolved(device) == "cuda" else "gloo"
+            run_ranks(
+                _started,
+                num_ranks,
+                *job,
+                timeout_s=timeout_s,
+                backend=backend,
+                cores=cores,
+                on_report=lambda rank, row: record.add(*row),
+            )
+    except RankError as error:
+        raise UnfinishedRun(str(error), record.measurements()) from None
+    return record.measurements()
+
+
+def found_ranks() -> bool:
+    """Whether this process is one of several ranks that torchrun or Slurm started; sets what torch reads for Slurm."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return True
+    if int(os.environ.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in os.environ:
+        return False
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise InputError("started by Slurm: set MASTER_ADDR to the first host's name and MASTER_PORT to a free port")
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    os.environ.update({name: os.environ[slurm] for name, slurm in names.items()})
+    return True
+
+
+class _Record:
+    """The samples of all ranks, ``[plan][step][rank]``, turned into measurements."""
+
+    def __init__(self, plans: Sequence[Plan], warmup: int, on_step: OnStep | None) -> None:
+        self._plans, self._warmup, self._on_step = plans, warmup, on_step
+        self._rows: list[list[list[_Sample]]] = [[] for _ in plans]
+
+    def add(self, plan: int, row: list[_Sample]) -> None:
+        self._rows[plan].append(row)
+        if self._on_step and plan == len(self._plans) - 1 and len(self._rows[plan]) > self._warmup:
+            self._on_step(self.measurements())
+
+    def measurements(self) -> tuple[StepMeasurement, ...]:
+        pairs = zip(self._plans, self._rows, strict=True)
+        return tuple(_measurement(plan, rows[self._warmup :]) for plan, rows in pairs if rows[self._warmup :])
+
+
+def _measurement(plan: Plan, rows: list[list[_Sample]]) -> StepMeasurement:
+    slowest = [max(sample.seconds for sample in row) for row in rows]
+    low, median, high = (float(value) for value in np.percentile(slowest, [10, 50, 90]))
+    ranks = []
+    for rank, first in enumerate(rows[0]):
+        samples = [row[rank] for row in rows]
+        stated = [sample.compute_s for sample in samples if sample.compute_s is not None]
+        peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
+        ranks.append(
+            RankMeasurement(
+                rank=rank,
+                host=first.host,
+                device=plan.stages[0].device,
+                step_s=tuple(sample.seconds for sample in samples),
+                peak_bytes=max(peaks) if peaks else None,
+                compute_s=float(np.median(stated)) if stated else None,
+            )
+        )
+    backend = "nccl" if rows[0][0].peak_bytes is not None else "gloo"
+    return StepMeasurement(
+        plan_digest=plan.digest,
+        framework=plan.framework,
+        config=plan.config.describe(),
+        step_s=median,
+        step_s_spread=(high - low) / median,
+        predicted_step_s=plan.cost.step_s if plan.cost else None,
+        predicted_peak_bytes=plan.memory.peak_bytes if plan.memory else None,
+        losses=tuple(row[0].loss for row in rows),
+        ranks=tuple(ranks),
+        environment=capture_environment(backend=backend, hosts=sorted({sample.host for sample in rows[0]})),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+# -- on a rank ------------------------------------------------------------------------------------------------------
+
+
+class _Trained:
+    """One plan's model, optimizer and batch on this rank."""
+
+    def __init__(self, plan: Plan, build_model: BuildModel, device: torch.device) -> None:
+        torch.manual_seed(0)
+        dtype = getattr(torch, plan.workload.recipe.params.value)
+        self.parallel: ParallelModel = parallelize(build_model(plan.model).to(dtype), plan)
+        self.optimizer = torch.optim.AdamW(self.parallel.parameters(), lr=LEARNING_RATE)
+        rows = self.parallel.num_microbatches * plan.config.micro_batch_size
+        draw = torch.Generator().manual_seed(self.parallel.data_rank)
+        tokens = torch.randint(plan.model.vocab_size, (rows, plan.workload.seq_len + 1), generator=draw).to(device)
+        self.batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step(self) -> Tensor:
+        loss = self.parallel.step(self.batch)
+        self.parallel.clip_grad_norm_(MAX_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+
+def _started(rank: Rank, plans: Sequence[Plan], build_model: BuildModel, num_steps: int, device: str) -> None:
+    def tell(plan: int, row: list[_Sample]) -> None:
+        if rank.rank == 0:
+            rank.report((plan, row))
+
+    _run(plans, build_model, num_steps, device, tell=tell)
+
+
+def _run(
+    plans: Sequence[Plan],
+    build_model: BuildModel,
+    num_steps: int,
+    device_name: str,
+    tell: Callable[[int, list[_Sample]], None],
+) -> None:
+    """All steps of all plans on this rank; ``tell`` gets every rank's samples of a step."""
+    virtual: Any = None
+    if device_name.startswith("virtual:"):
+        from meshwright.profiler.virtual import virtual_device
+
+        virtual = virtual_device(device_name)
+    device = torch.device("cpu")
+    if device_name == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    clock = DeviceClock(device, virtual)
+    trained = [_Trained(plan, build_model, device) for plan in plans]
+    host = socket.gethostname()
+    for number in range(num_steps):
+        for index, model in enumerate(trained):
+            try:
+                sample = _timed(model, clock, virtual, host)
+                row: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(row, sample)
+            except RuntimeError as error:
+                if not _lost_a_peer(error):
+                    raise
+                raise RankError(f"step {number + 1} of {plans[index].config.describe()}: {_who_died()}") from error
+            tell(index, row)
+
+
+def _timed(model: _Trained, clock: DeviceClock, virtual: Any, host: str) -> _Sample:
+    on_cuda = clock.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    stated = virtual.charged_s if virtual is not None else 0.0
+    dist.barrier()
+    with virtual if virtual is not None else nullcontext():
+        start = clock.now()
+        loss = model.step()
+        seconds = clock.now() - start
+    return _Sample(
+        seconds=seconds,
+        compute_s=virtual.charged_s - stated if virtual is not None else None,
+        loss=float(loss),
+        peak_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
+        host=host,
+    )
+
+
+def _lost_a_peer(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "ncclRemoteError" in str(error)
+
+
+def _who_died() -> str:
+    """Ask through the store who is still there; the ranks that do not answer are dead or hang."""
+    store = dist.distributed_c10d._get_default_store()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    store.set(f"meshwright/alive/{rank}", "yes")
+    silent = []
+    for other in range(world):
+        try:
+            store.wait([f"meshwright/alive/{other}"], timedelta(seconds=LOST_PEER_WAIT_S if not silent else 0.1))
+        except dist.DistStoreError:
+            silent.append(other)
+    who = ", ".join(map(str, silent)) if silent else "none of them"
+    return f"rank {rank} lost its peers; no sign of life from rank {who}"
+
+
+# -- where ranks run ------------------------------------------------------------------------------------------------
+
+
+def _resolved(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: torch finds no CUDA device here")
+    if device not in ("cpu", "cuda") and not device.startswith("virtual:"):
+        raise InputError(f"device must be auto, cpu, cuda or virtual:KIND/DIVISOR, found {device!r}")
+    return device
+
+
+def _join_ranks(timeout_s: float, device: str) -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def _own_cores(num_ranks: int) -> list[list[int]] | None:
+    """The processors of each rank, as equal shares of those this process may use; None where there are too few."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // num_ranks
+    return [cores[rank * share : (rank + 1) * share] for rank in range(num_ranks)] if share else None

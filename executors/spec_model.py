@@ -1,0 +1,178 @@
+"""A plain torch decoder for any dense ``ModelSpec``, so that a plan can be run and measured without its real model.
+
+The layers of each block run in the order the spec names them, each with its residual addition; a norm applies to the
+input of the layer after it (at the end of a block: to the block's output). What decides time and memory is the spec's:
+sizes, heads, biases, norms, activation, rotary or learned positions, sliding windows, tied head. What does not is not
+reproduced: initial values, scaled embeddings, softcaps, the exact rotary frequencies, parallel residuals.
+"""
+
+from __future__ import annotations
+
+from itertools import chain, repeat
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meshwright import InputError
+from meshwright.profiler.layers import (
+    AttentionKind,
+    AttentionLayer,
+    LayerSpec,
+    MlpLayer,
+    NormKind,
+    NormLayer,
+)
+from meshwright.profiler.model import Block, ModelSpec
+
+ROTARY_BASE = 10000.0
+INITIAL_STD = 0.02
+
+
+def build_spec_model(spec: ModelSpec) -> nn.Module:
+    """A causal language model with exactly ``spec.params`` parameters: tokens ``[batch, sequence]`` to logits.
+
+    Build it under ``torch.device("meta")`` to take no memory.
+    Raises ``InputError`` for what is not a dense decoder: experts, latent attention, unexplained parameters.
+    """
+    model = SpecModel(spec)
+    found = sum(weight.numel() for weight in model.parameters())
+    if found != spec.params:
+        raise InputError(f"{spec.name} has {spec.params:,} parameters, its layers explain {found:,}: give its model")
+    return model
+
+
+class Attention(nn.Module):
+    """Causal self-attention over ``[batch, sequence, hidden]``, with grouped key and value heads."""
+
+    def __init__(self, layer: AttentionLayer) -> None:
+        super().__init__()
+        if layer.attention_kind is AttentionKind.MLA:
+            raise InputError("latent attention is not built from a spec: give the model itself")
+        self.head_dim, self.value_head_dim = layer.head_dim, layer.value_head_dim
+        self.rotary, self.window = layer.rotary, layer.window
+        widths = (layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim)
+        self.q_proj = nn.Linear(layer.hidden, widths[0], bias=layer.qkv_bias)
+        self.k_proj = nn.Linear(layer.hidden, widths[1], bias=layer.qkv_bias)
+        self.v_proj = nn.Linear(layer.hidden, layer.num_kv_heads * layer.value_head_dim, bias=layer.qkv_bias)
+        self.o_proj = nn.Linear(layer.num_heads * layer.value_head_dim, layer.hidden, bias=layer.out_bias)
+        per_head = layer.qk_norm_params == 2 * layer.head_dim
+        self.q_norm = nn.RMSNorm(layer.head_dim) if per_head else nn.Identity()
+        self.k_norm = nn.RMSNorm(layer.head_dim) if per_head else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend."""
+        batch, sequence, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(batch, sequence, -1, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(batch, sequence, -1, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).view(batch, sequence, -1, self.value_head_dim).transpose(1, 2)
+        if self.rotary:
+            q, k = rotate(q), rotate(k)
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        windowed = 0 < self.window < sequence
+        mask = _window_mask(sequence, self.window, x.device) if windowed else None
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not windowed)
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, sequence, -1))
+
+
+class Mlp(nn.Module):
+    """A feed-forward layer, gated or not."""
+
+    def __init__(self, layer: MlpLayer) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(layer.hidden, layer.ffn_size, bias=layer.bias) if layer.gated else None
+        self.up_proj = nn.Linear(layer.hidden, layer.ffn_size, bias=layer.bias)
+        self.down_proj = nn.Linear(layer.ffn_size, layer.hidden, bias=layer.bias)
+        self.activation = layer.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Up, through the activation, and down."""
+        if self.gate_proj is None:
+            return self.down_proj(_activate(self.up_proj(x), self.activation))
+        return self.down_proj(_activate(self.gate_proj(x), self.activation) * self.up_proj(x))
+
+
+class Decoder(nn.Module):
+    """One block: norms before (or after) the layers they belong to, residual additions around the layers."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_build(layer) for layer in block.layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x + layer(norm(x))`` for each layer."""
+        normed = x
+        for layer in self.layers:
+            if isinstance(layer, Attention | Mlp):
+                normed = x = x + layer(normed)
+            else:
+                normed = layer(normed)
+        return normed
+
+
+class SpecModel(nn.Module):
+    """Embedding, decoder blocks, final norms, head."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        first, last = spec.blocks[0], spec.blocks[-1]
+        self.embed = nn.Embedding(spec.embedding.vocab_size, spec.embedding.hidden)
+        positions = spec.embedding.num_positions
+        self.positions = nn.Embedding(positions, spec.embedding.hidden) if positions else None
+        self.embedding_norms = nn.Sequential(*(_build(layer) for layer in first.layers if layer is not spec.embedding))
+        blocks = chain.from_iterable(repeat(block, block.repeat) for block in spec.decoder_blocks)
+        self.blocks = nn.ModuleList(Decoder(block) for block in blocks)
+        self.norms = nn.Sequential(*(_build(layer) for layer in last.layers if layer is not spec.head))
+        self.head = nn.Linear(spec.hidden, spec.vocab_size, bias=spec.head.bias)
+        if spec.tied:
+            self.head.weight = self.embed.weight
+        for weight in self.parameters():
+            if weight.dim() > 1:
+                nn.init.normal_(weight, std=INITIAL_STD)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens ``[batch, sequence]`` to logits ``[batch, sequence, vocab_size]``."""
+        x = self.embed(tokens)
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        x = self.embedding_norms(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norms(x))
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864) on ``[batch, heads, sequence, head_dim]``."""
+    sequence, head_dim = x.shape[-2], x.shape[-1]
+    exponents = torch.arange(0, head_dim, 2, device=x.device, dtype=torch.float32) / head_dim
+    angles = torch.outer(torch.arange(sequence, device=x.device, dtype=torch.float32), ROTARY_BASE**-exponents)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _window_mask(sequence: int, window: int, device: torch.device) -> Tensor:
+    distance = torch.arange(sequence, device=device)[:, None] - torch.arange(sequence, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+def _activate(x: Tensor, name: str) -> Tensor:
+    if name in ("silu", "swish"):
+        return functional.silu(x)
+    if name.startswith("gelu"):
+        return functional.gelu(x, approximate="none" if name == "gelu" else "tanh")
+    if name == "relu":
+        return functional.relu(x)
+    raise InputError(f"activation {name!r} is not built from a spec: give the model itself")
+
+
+def _build(layer: LayerSpec) -> nn.Module:
+    if isinstance(layer, NormLayer):
+        kind = nn.RMSNorm if layer.norm_kind is NormKind.RMS else nn.LayerNorm
+        return kind(layer.hidden, elementwise_affine=layer.affine)
+    if isinstance(layer, AttentionLayer):
+        return Attention(layer)
+    if isinstance(layer, MlpLayer):
+        return Mlp(layer)
+    raise InputError(f"a layer of kind {layer.kind!r} is not built from a spec: give the model itself")
