@@ -8,6 +8,8 @@ figure stands beside it, and every assumption says so in its source.
 from __future__ import annotations
 
 import difflib
+import json
+from functools import cache
 from pathlib import Path
 
 from meshwright import InputError
@@ -34,3 +36,26 @@ def find_preset(source: str) -> tuple[Path, int]:
     if colon and not (count.isascii() and count.isdigit() and int(count) >= 1):
         raise InputError(f"cannot read {source!r}: expected {name}:NODES with NODES a whole number of at least 1")
     return FOLDER / f"{name}.json", int(count or 1)
+
+
+@cache
+def _datasheet_peaks() -> dict[tuple[str, str], float]:
+    """FLOP/s by (model as in a device's name, dtype), read from the presets' own files."""
+    peaks = {}
+    for path in sorted(FOLDER.glob("*.json")):
+        device = json.loads(path.read_text(encoding="utf-8"))["devices"][0]
+        for curve in device["efficiencies"]:
+            if curve["op"] == "matmul":
+                peaks[device["kind"].partition("-")[0], curve["dtype"]] = float(curve["peak_flops_per_s"])
+    return peaks
+
+
+def datasheet_peak(device_name: str, dtype: str) -> float | None:
+    """Peak FLOP/s of a device by the name its driver gives (``NVIDIA H100 80GB HBM3``); None when no preset has it.
+
+    Only SXM devices are in the presets: a PCIe card of the same model is not taken for one.
+    """
+    words = device_name.replace("-", " ").split()
+    if "PCIe" in words or "NVL" in words:
+        return None
+    return next((peak for (model, of), peak in _datasheet_peaks().items() if model in words and of == dtype), None)

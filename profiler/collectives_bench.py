@@ -76,8 +76,8 @@ class CollectiveOptions:
 
 def measure_collectives(
     shapes: Sequence[GroupShape], clock: DeviceClock, options: CollectiveOptions, source: Source
-) -> Iterator[tuple[CollectiveCurve, str]]:
-    """Each curve as it is measured, equal on every rank, with a note (empty when there is nothing to say).
+) -> Iterator[CollectiveCurve]:
+    """Each curve as it is measured, equal on every rank.
 
     Collective: every rank of the default group takes part, also where a group leaves it out.
     """
@@ -99,7 +99,7 @@ def _curve(
     options: CollectiveOptions,
     share_s: float,
     source: Source,
-) -> tuple[CollectiveCurve, str]:
+) -> CollectiveCurve:
     """One operation over growing sizes, until a call is too long or its share of the time is spent."""
     start = time.monotonic()
     size = SMALLEST_BYTES
@@ -119,7 +119,7 @@ def _curve(
         if middle * FACTOR > options.longest_s or (float(spent) > share_s and len(sizes) >= 4):
             break
         size *= FACTOR
-    curve = CollectiveCurve(
+    return CollectiveCurve(
         op=op,
         num_ranks=shape.num_ranks,
         ranks_per_node=shape.ranks_per_node,
@@ -128,9 +128,6 @@ def _curve(
         spread=tuple(spreads),
         source=source,
     )
-    worst = max(spreads)
-    where = f"{op} over {shape.num_ranks} ranks, {shape.ranks_per_node} a node"
-    return curve, f"{where}: samples of one size spread by {100 * worst:.0f} %" if worst > 1.0 else ""
 
 
 def _samples(call: Call, estimate: float, clock: DeviceClock, options: CollectiveOptions) -> list[float]:

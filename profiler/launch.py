@@ -171,7 +171,7 @@ def _child(
             torch.set_num_threads(len(cores) if cores else 1)
             dist.init_process_group(
                 backend,
-                store=dist.FileStore(store, num_ranks),  # pyright: ignore[reportPrivateImportUsage]
+                store=dist.FileStore(store, num_ranks),  # type: ignore[attr-defined]  # pyright: ignore[reportPrivateImportUsage]
                 rank=rank,
                 world_size=num_ranks,
                 timeout=timedelta(seconds=timeout_s),

@@ -230,4 +230,3 @@ def _unsteady(rate: NDArray[np.float64], spread: NDArray[np.float64]) -> tuple[s
         f"bandwidth of {len(shaky)} of {np.count_nonzero(rate)} ordered pairs varied by more than 30 % between "
         f"samples, most from rank {worst[1]} to {worst[2]} ({100 * worst[0]:.0f} %)",
     )
-

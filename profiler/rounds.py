@@ -91,6 +91,4 @@ def crowded_inside_rounds(nodes: Sequence[Sequence[int]]) -> tuple[tuple[Round, 
 def _side_by_side(plans: Sequence[Sequence[Sequence[Pair]]]) -> tuple[Round, ...]:
     """Run plans at once: round ``i`` joins what each plan has at ``i``."""
     longest = max((len(plan) for plan in plans), default=0)
-    return tuple(
-        tuple(pair for plan in plans if step < len(plan) for pair in plan[step]) for step in range(longest)
-    )
+    return tuple(tuple(pair for plan in plans if step < len(plan) for pair in plan[step]) for step in range(longest))
