@@ -1,0 +1,148 @@
+"""Seconds of collectives, recomputed by hand.
+
+The toy cluster is two nodes of four devices: 1 us and 10 GB/s inside a node, 10 us and 1 GB/s a device across.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from meshwright.cost_models.collectives import groups_of, seconds, send_seconds
+from meshwright.cost_models.placement import Placement
+from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig
+from meshwright.profiler.cluster import CollectiveCurve, LinkTier
+
+
+def price(cluster: Any, op: str, num_bytes: float, axes: tuple[str, ...], order: Any = None, **degrees: int) -> float:
+    batch = ConfigBatch.from_configs([ParallelConfig(**degrees)])
+    placement = Placement(order=order) if order else Placement()
+    return float(seconds(cluster, op, groups_of(batch, cluster, placement, *axes), num_bytes)[0])
+
+
+def test_groups_of_the_default_order(toy: Any) -> None:
+    batch = ConfigBatch.from_configs(
+        [ParallelConfig(tp=2, dp=4), ParallelConfig(tp=4, dp=2), ParallelConfig(dp=8), ParallelConfig(tp=2, pp=2, dp=2)]
+    )
+    cluster = toy.cluster()  # two nodes of four
+    tp, dp = (groups_of(batch, cluster, Placement(), axis) for axis in ("tp", "dp"))
+    assert tp.inside.tolist() == [[2, 4, 1, 2], [2, 4, 1, 2]]
+    assert dp.inside.tolist() == [[2, 1, 4, 2], [4, 2, 8, 2]]  # tp 2: every other device, two of them on a node
+    assert dp.per_node.tolist() == [2, 1, 4, 2]
+
+
+def test_groups_of_another_order(toy: Any) -> None:
+    batch = ConfigBatch.from_configs([ParallelConfig(tp=2, dp=4)])
+    groups = groups_of(batch, toy.cluster(), Placement(order=("dp", "cp", "tp", "pp")), "tp")
+    assert groups.inside.tolist() == [[1], [2]]  # dp is next to each other, tp peers are on two nodes
+
+
+def test_joined_axes_make_one_group(toy: Any) -> None:
+    batch = ConfigBatch.from_configs([ParallelConfig(tp=2, cp=2, cp_ring=2, dp=2)])
+    groups = groups_of(batch, toy.cluster(), Placement(), "dp", "cp")
+    assert (groups.size.tolist(), groups.inside[0].tolist()) == ([4], [2])
+
+
+def test_a_group_of_one_and_an_empty_message_cost_nothing(toy: Any) -> None:
+    assert price(toy.cluster(), "all_reduce", 1e9, ("tp",), dp=8) == 0.0
+    assert price(toy.cluster(), "all_reduce", 0.0, ("dp",), dp=8) == 0.0
+
+
+def test_ring_inside_a_node(toy: Any) -> None:
+    # all_gather of 4 ranks: 3 hops and 3/4 of the tensor over one device's link
+    assert price(toy.cluster(), "all_gather", 4e6, ("tp",), tp=4) == pytest.approx(3 * 1e-6 + 0.75 * 4e6 / 1e10)
+    assert price(toy.cluster(), "reduce_scatter", 4e6, ("tp",), tp=4) == pytest.approx(3 * 1e-6 + 0.75 * 4e6 / 1e10)
+    # all_reduce, large: a ring does both
+    assert price(toy.cluster(), "all_reduce", 4e6, ("tp",), tp=4) == pytest.approx(6 * 1e-6 + 1.5 * 4e6 / 1e10)
+
+
+def test_a_tree_for_a_small_all_reduce(toy: Any) -> None:
+    # 4 ranks: 2 log2(4) latencies up and down instead of 6, and twice the message
+    assert price(toy.cluster(), "all_reduce", 8.0, ("tp",), tp=4) == pytest.approx(4 * 1e-6 + 16 / 1e10)
+
+
+def test_one_rank_a_node_has_its_share_of_the_network(toy: Any) -> None:
+    # two ranks on two nodes; contended rate, since four such groups cross at once
+    assert price(toy.cluster(), "all_gather", 1e6, ("dp",), tp=4, dp=2) == pytest.approx(1e-5 + 0.5 * 1e6 / 1e9)
+
+
+def test_a_group_that_owns_its_nodes_uses_all_their_links(toy: Any) -> None:
+    # 8 ranks, 4 on each of 2 nodes: a ring crosses nodes once (1 of 7 hops), 4 GB/s there, 10 GB/s inside
+    ring = 1e-5 + 6 * 1e-6 + 7 / 8 * 1e9 / 4e9
+    # layered: 3 hops inside with 3/4, then 1 across with 1/2 of the quarter that each device is left with
+    layered = 1e-5 + 3 * 1e-6 + 0.75 * 1e9 / 1e10 + 0.5 * 1e9 / 4e9
+    assert price(toy.cluster(), "all_gather", 1e9, ("dp",), dp=8) == pytest.approx(min(ring, layered))
+    assert price(toy.cluster(), "all_gather", 1e3, ("dp",), dp=8) < 1e-5 + 6 * 1e-6
+
+
+def test_all_to_all_sends_most_of_it_across(toy: Any) -> None:
+    # 8 ranks on 2 nodes: half of each rank's input leaves the node at its own share of the network
+    expected = 1e-5 + 6 * 1e-6 + 0.5 * 1e8 / 1e9
+    assert price(toy.cluster(), "all_to_all", 1e8, ("dp",), dp=8) == pytest.approx(expected)
+
+
+def test_a_middle_tier(toy: Any) -> None:
+    # nodes of 2 in racks of 4 in a cluster of 8; one rank on each of 4 nodes: 2 hops in a rack, 1 across
+    def tier(name: str, size: int, latency: float, rate: float) -> LinkTier:
+        return LinkTier(
+            name=name,
+            group_size=size,
+            latency_s=latency,
+            bytes_per_s=rate,
+            contended_bytes_per_s=rate,
+            source=toy.source,
+        )
+
+    tiers = (tier("node", 2, 1e-6, 1e10), tier("rack", 4, 1e-5, 1e9), tier("cluster", 8, 1e-4, 1e8))
+    cluster = replace(toy.cluster(num_nodes=4, devices_per_node=2), tiers=tiers)
+    ring = 2 * 1e-5 + 1e-4 + 0.75 * 1e6 / 2e8  # the rack's two ranks lay two rings across: 2 * 1e8
+    layered = 1e-5 + 1e-4 + 0.5 * 1e6 / 1e9 + 0.5 * 1e6 / 2e8
+    assert price(cluster, "all_gather", 1e6, ("dp",), tp=2, dp=4) == pytest.approx(min(ring, layered))
+
+
+def curve(toy: Any, num_ranks: int, ranks_per_node: int, times: tuple[float, ...], op: Any = "all_gather") -> Any:
+    return CollectiveCurve(
+        op=op,
+        num_ranks=num_ranks,
+        ranks_per_node=ranks_per_node,
+        message_bytes=(1e3, 1e5, 1e6),
+        seconds=times,
+        spread=(0.0, 0.0, 0.0),
+        source=toy.source,
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "expected"),
+    [
+        (10.0, 1e-3),  # below the smallest: its time
+        (1e3, 1e-3),
+        (50_500.0, 1.5e-3),  # half way between two sizes
+        (1e6, 5e-3),
+        (2e6, 5e-3 + 1e6 * 3e-3 / 9e5),  # beyond the largest: the last slope
+    ],
+)
+def test_a_measured_shape_is_read_off(toy: Any, num_bytes: float, expected: float) -> None:
+    cluster = toy.cluster(collectives=[curve(toy, 4, 4, (1e-3, 2e-3, 5e-3))])
+    assert price(cluster, "all_gather", num_bytes, ("tp",), tp=4) == pytest.approx(expected)
+    assert price(cluster, "all_reduce", 8.0, ("tp",), tp=4) == pytest.approx(4e-6 + 1.6e-9)  # no curve of it
+
+
+def test_the_nearest_shape_is_scaled_by_latency_and_by_slope(toy: Any) -> None:
+    # 2 ranks in a node from 4: a third of the latency (1 hop of 3), two thirds of the slope (1/2 of 3/4)
+    cluster = toy.cluster(collectives=[curve(toy, 4, 4, (3e-3, 6e-3, 9e-3)), curve(toy, 8, 4, (1.0, 1.0, 1.0))])
+    assert price(cluster, "all_gather", 1e5, ("tp",), tp=2) == pytest.approx(1e-3 + 3e-3 * 2 / 3)
+
+
+def test_a_group_across_nodes_prefers_a_curve_measured_across(toy: Any) -> None:
+    cluster = toy.cluster(collectives=[curve(toy, 2, 2, (1e-6, 2e-6, 3e-6)), curve(toy, 8, 4, (1e-2, 2e-2, 3e-2))])
+    assert price(cluster, "all_gather", 1e5, ("dp",), tp=4, dp=2) > 1e-3
+
+
+def test_sends_cross_the_innermost_tier_that_holds_both(toy: Any) -> None:
+    got = send_seconds(toy.cluster(), np.array([0, 3, 2]), np.array([3, 4, 2]), 1e6)
+    assert got == pytest.approx([1e-6 + 1e-4, 1e-5 + 1e-3, 0.0])
+    assert send_seconds(toy.cluster(), 0, 4, 0.0) == 0.0
