@@ -186,6 +186,117 @@ def emulate(
     )
 
 
+@app.command(epilog="Example: meshwright profile -o cluster.json")
+def profile(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the profile to this file.")],
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ranks on this machine [default: one for each GPU, else core].", show_default=False),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda or virtual:h100/1000 [default: cuda if there is any].", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure kernels in this dtype [default: bfloat16, on a CPU float32]. Repeat for more."),
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Measure for about this long: 25s, 2min.")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the cluster [default: this host's name].")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure this machine, or under torchrun or Slurm the whole cluster: links, collectives, kernels, memory."""
+    from meshwright.profiler.artifact import save
+    from meshwright.profiler.profile import profile_cluster
+    from meshwright.profiler.units import parse_seconds
+    from meshwright.terminal.cluster_view import progress_bar, show_cluster
+    from meshwright.terminal.console import stdout_console
+
+    with progress_bar("profile") as on_progress:
+        found = profile_cluster(
+            num_ranks=nproc,
+            device=device,
+            dtypes=dtype or (),
+            budget_s=parse_seconds(budget) if budget else None,
+            name=name,
+            keep_partial=output.with_suffix(".partial.json"),
+            on_progress=on_progress,
+        )
+    if found is None:  # a rank other than 0 among a launcher's
+        return
+    save(found, output)
+    if not quiet:
+        show_cluster(found, stdout_console())
+    typer.echo(f"wrote {output}")
+
+
+cluster_app = typer.Typer(help="Show, compare and write clusters.", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster")
+
+
+@cluster_app.command("show", epilog="Example: meshwright cluster show cluster.json --heatmap links.svg")
+def cluster_show(
+    source: Annotated[str, typer.Argument(metavar="CLUSTER", help="A profile (cluster.json) or a preset: h100-sxm:8.")],
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Also draw the bandwidth of every pair to this .png or .svg.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a cluster's devices, links, operators and collectives."""
+    from meshwright.terminal.cluster_view import show_cluster
+    from meshwright.terminal.console import stdout_console
+
+    found = meshwright.load_cluster(source)
+    if as_json:
+        from meshwright.profiler.artifact import to_json
+
+        typer.echo(to_json(found))
+    else:
+        show_cluster(found, stdout_console())
+    if heatmap:
+        from meshwright.terminal.heatmap import save_heatmap
+
+        save_heatmap(found, heatmap)
+
+
+@cluster_app.command("preset", epilog="Example: meshwright cluster preset h100-sxm:8 -o mine.json")
+def cluster_preset(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Which one; without it all are listed.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it to this file.")] = None,
+) -> None:
+    """List the presets, or write one to a file, where it can be corrected."""
+    from meshwright.profiler.artifact import save
+    from meshwright.profiler.cluster import load_preset
+    from meshwright.profiler.cluster_presets import preset_names
+    from meshwright.terminal.cluster_view import show_cluster, show_presets
+    from meshwright.terminal.console import stdout_console
+
+    if source is None and output is not None:
+        raise meshwright.InputError(f"name the preset to write to {output}: one of {', '.join(preset_names())}")
+    if source is None:
+        show_presets([load_preset(f"{name}:2") for name in preset_names()], stdout_console())
+    elif output is None:
+        show_cluster(load_preset(source), stdout_console())
+    else:
+        save(load_preset(source), output)
+        typer.echo(f"wrote {output}")
+
+
+@cluster_app.command("diff", epilog="Example: meshwright cluster diff monday.json today.json")
+def cluster_diff(
+    before: Annotated[str, typer.Argument(help="A profile or a preset.")],
+    after: Annotated[str, typer.Argument(help="A profile or a preset.")],
+) -> None:
+    """Say what changed between two clusters, in percent."""
+    from meshwright.profiler.cluster_diff import diff_clusters
+    from meshwright.terminal.cluster_view import show_diff
+    from meshwright.terminal.console import stdout_console
+
+    show_diff(diff_clusters(meshwright.load_cluster(before), meshwright.load_cluster(after)), stdout_console())
+
+
 @app.command(epilog="Example: meshwright schema plan > plan.schema.json")
 def schema(
     artifact: Annotated[str, typer.Argument(help="cluster, model, plan, step-measurement or topology.")],
@@ -205,6 +316,58 @@ def check(
 
     kind, _ = load_any(file)
     typer.echo(f"{file}: a valid {kind}")
+
+
+model_app = typer.Typer(help="Look at models: their layers, their parameters, the presets.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+
+
+@model_app.command("show", epilog="Example: meshwright model show llama3-8b")
+def model_show(
+    model: ModelName,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it as a model file.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show MODEL's layers, their sizes and their parameters."""
+    from meshwright.profiler.model import save_model
+    from meshwright.profiler.model_presets import find_preset
+    from meshwright.terminal.model_view import model_line, show_model
+
+    spec = meshwright.load_model(model)
+    if output:
+        save_model(spec, output)
+    if as_json:
+        from meshwright.profiler.artifact import to_json
+
+        typer.echo(to_json(spec))
+    elif quiet:
+        typer.echo(model_line(spec))
+    else:
+        from meshwright.terminal.console import stdout_console
+
+        show_model(spec, find_preset(model), stdout_console())
+
+
+@model_app.command("presets", epilog="Example: meshwright model presets qwen3")
+def model_presets(
+    contains: Annotated[str, typer.Argument(metavar="[TEXT]", help="Only names that contain TEXT.")] = "",
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the names alone.")] = False,
+) -> None:
+    """List the models known by name."""
+    from meshwright.profiler.model_presets import presets_named
+    from meshwright.terminal.model_view import preset_json, show_presets
+
+    presets = presets_named(contains)
+    if as_json:
+        typer.echo(preset_json(presets))
+    elif quiet:
+        typer.echo("\n".join(preset.name for preset in presets))
+    else:
+        from meshwright.terminal.console import stdout_console
+
+        show_presets([(preset, meshwright.load_model(preset.name)) for preset in presets], stdout_console())
 
 
 def _workload(global_batch: int, seq_len: int, dtype_recipe: str, optimizer: str) -> Any:

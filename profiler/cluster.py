@@ -276,6 +276,11 @@ def load_cluster(source: str | Path) -> ClusterProfile:
     path = Path(source)
     if not isinstance(source, str) or path.name != source or path.suffix == ".json" or path.is_file():
         return artifact.load(ClusterProfile, path, artifact="cluster", schema_version=CLUSTER_SCHEMA_VERSION)
+    return load_preset(source)
+
+
+def load_preset(source: str) -> ClusterProfile:
+    """The preset ``NAME`` (one node) or ``NAME:NODES``, whatever files there are; raises as ``load_cluster`` does."""
     path, num_nodes = find_preset(source)
     preset = artifact.load(ClusterProfile, path, artifact="cluster", schema_version=CLUSTER_SCHEMA_VERSION)
     return replace(preset.with_nodes(num_nodes), name=source)

@@ -126,10 +126,14 @@ class PairClock:
         return self.clock.now() - start
 
     def stream(self, sends: Sequence[int], receives: Sequence[int], size: int, repeats: int) -> float:
-        """Seconds to send ``repeats`` messages to each target and receive as many from each source, from now."""
-        start = self.clock.now()
-        inbox = [torch.empty(size, dtype=torch.uint8, device=self.clock.device) for _ in receives]
+        """Seconds to send ``repeats`` messages to each target and receive as many from each source.
+
+        Collective: starts after a barrier of all ranks.
+        """
+        inbox = [torch.zeros(size, dtype=torch.uint8, device=self.clock.device) for _ in receives]
         message = self.large(size)
+        dist.barrier()
+        start = self.clock.now()
         for _ in range(repeats):
             calls: list[tuple[Callable[..., object], torch.Tensor, int]] = [
                 (dist.irecv, buffer, peer) for buffer, peer in zip(inbox, receives, strict=True)
@@ -198,8 +202,6 @@ def _crowd(sets: Sequence[Round], pairs: PairClock, rate: NDArray[np.float64], c
     wanted = slowest * pairs.options.crowd_s
     size = int(min(max(wanted / 4, 2**14), 2**22))
     repeats = int(np.clip(wanted / size, 2, 64))
-    pairs.large(size)
-    dist.barrier()
     seconds = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=pairs.clock.device)
     elapsed = pairs.stream(sends, receives, size, repeats)
     seconds[pairs.rank] = elapsed
