@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from meshwright import InputError
 from meshwright.profiler.record import record
 
 PRESETS = Path(__file__).parent / "presets" / "models"
@@ -63,6 +64,15 @@ def find_preset(name: str) -> ModelPreset | None:
         if wanted and wanted in (preset.name, hub, hub.rsplit("/", 1)[-1]):
             return preset
     return None
+
+
+def presets_named(text: str) -> tuple[ModelPreset, ...]:
+    """The presets whose names contain ``text`` (empty: all). Raises ``InputError`` if there is none."""
+    found = tuple(preset for preset in model_presets() if text.lower() in preset.name)
+    if not found:
+        families = ", ".join(dict.fromkeys(preset.family for preset in model_presets()))
+        raise InputError(f"no preset's name contains {text!r}; there are presets of {families}")
+    return found
 
 
 def nearest_presets(name: str, count: int = 4) -> list[str]:

@@ -275,7 +275,7 @@ def test_opt_350m_and_latent_attention_without_a_config_are_refused(monkeypatch:
 
 
 def test_a_changed_module_is_not_described_by_its_config() -> None:
-    module = hugging_face("llama", {})
+    module: Any = hugging_face("llama", {})
     module.model.layers[0].mlp.extra = nn.Linear(48, 7, device="meta")
     with pytest.raises(InputError, match=r"did not use: model.layers.0.mlp.extra.weight \[7, 48\]"):
         trace_model(module)
