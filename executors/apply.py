@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from meshwright import InputError
-from meshwright.executors.checks import check_cluster, check_model, check_plan
+from meshwright.executors.checks import check_environment, check_model, check_plan
 from meshwright.executors.clip import global_grad_norm, scale_grads
-from meshwright.executors.data_parallel import DataParallel, local
+from meshwright.executors.data_parallel import DataParallel, has_master_weights, local, torch_dtype
 from meshwright.executors.loss import IGNORED, LossFunction, loss_on_shards
 from meshwright.executors.mesh import Mesh, build_mesh
 from meshwright.executors.pipeline import Chunk, Pipeline
@@ -40,20 +42,20 @@ def parallelize(model: nn.Module, plan: Plan, loss_fn: LossFunction | None = Non
     check_plan(plan)
     anatomy = find_anatomy(model)
     check_model(model, anatomy, plan)
+    check_environment(plan)
     device = _rank_device()
-    check_cluster(plan, device)
     if getattr(getattr(model, "config", None), "use_cache", False):
         model.config.use_cache = False  # type: ignore[union-attr, assignment]  # a cache of keys and values is for generation
 
-    config, mesh = plan.config, build_mesh(plan, device)
+    config, recipe, mesh = plan.config, plan.workload.recipe, build_mesh(plan, device)
     tp_group = mesh.axis("tp").get_group() if config.tp > 1 else None
     loss = loss_on_shards(loss_fn, group=tp_group, vocab_size=plan.model.vocab_size)
     chunks = []
     for index, module in _own_stages(model, anatomy, plan, mesh, loss):
-        module.to(device)
+        module.to(device, torch_dtype(recipe.master) if recipe.master and has_master_weights(recipe) else None)
         for layer, block in module.blocks.items():
             apply_recompute(block, plan.stages[index].recompute[layer - plan.stages[index].first_layer])
-        sharded = DataParallel(module, list(module.blocks.values()), mesh.shard, config.zero_stage)
+        sharded = DataParallel(module, list(module.blocks.values()), mesh, config.zero_stage, recipe)
         chunks.append(Chunk(index, module, sharded))
     return ParallelModel(plan, mesh, anatomy, chunks, check_count=loss_fn is not None)
 
@@ -65,7 +67,7 @@ def _own_stages(
     if len(plan.stages) == 1:
         return [(0, whole_stage(model, anatomy, loss_fn))]
     return [
-        (index, cut_stage(model, anatomy, stage, loss_fn))
+        (index, cut_stage(model, anatomy, stage, loss_fn, torch_dtype(plan.workload.recipe.compute)))
         for index, stage in enumerate(plan.stages)
         if stage.pp_rank == mesh.index("pp")
     ]
@@ -142,7 +144,7 @@ class ParallelModel:
                 config.num_stages,
                 self.num_microbatches,
                 (config.micro_batch_size, sequence, self.plan.model.hidden),
-                next(weight.dtype for weight in self.parameters() if weight.is_floating_point()),
+                torch_dtype(self.plan.workload.recipe.compute),
             )
         return self._pipelines[sequence]
 
@@ -201,6 +203,13 @@ class ParallelModel:
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's parameters: what its optimizer updates."""
         return (weight for _, weight in self.named_parameters())
+
+    def parameter_groups(self) -> list[dict[str, list[nn.Parameter]]]:
+        """``parameters()`` as an optimizer's groups, each on one mesh, as ``fused=True`` and ``foreach=True`` need."""
+        groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+        for weight in self.parameters():
+            groups.setdefault(weight.device_mesh if isinstance(weight, DTensor) else None, []).append(weight)
+        return [{"params": weights} for weights in groups.values()]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""

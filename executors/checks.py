@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from meshwright import InputError
+from meshwright.executors.data_parallel import has_master_weights, torch_dtype
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy
+from meshwright.profiler.environment import capture_environment, environment_differences
 
 
 def check_plan(plan: Plan) -> None:
@@ -52,6 +52,13 @@ def check_model(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
         "decoder layers": anatomy.num_blocks,
         "vocabulary entries": int(head.weight.shape[0]),  # type: ignore[arg-type, union-attr]
     }
+    dtypes = {weight.dtype for weight in model.parameters()}
+    recipe = plan.workload.recipe
+    if not has_master_weights(recipe) and dtypes != {torch_dtype(recipe.params)}:
+        raise InputError(
+            f"the plan keeps weights in {recipe.params.value}, this {type(model).__name__} has "
+            f"{', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}: convert it with model.to(...)"
+        )
     planned = {
         "parameters": spec.params,
         "decoder layers": spec.num_layers,
@@ -64,24 +71,13 @@ def check_model(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
             )
 
 
-def check_cluster(plan: Plan, device: torch.device) -> None:
-    """Warn where this run's circumstances differ from those the plan's figures were measured under."""
-    profiled = plan.environment
-    if profiled is None:
+def check_environment(plan: Plan) -> None:
+    """Warn where this run's circumstances differ from those that the plan's figures were measured under."""
+    if plan.environment is None or dist.get_rank() > 0:
         return
-    differences = []
-    now = {"torch": str(torch.__version__), "backend": str(dist.get_backend())}
-    for name, value in now.items():
-        before = getattr(profiled, name)
-        if before is not None and before != value:
-            differences.append(f"{name} {before} then, {value} now")
-    before_nccl = {s.name: s.value for s in profiled.settings if s.name.startswith("NCCL_")}
-    now_nccl = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
-    for name in sorted(before_nccl.keys() | now_nccl.keys()):
-        if before_nccl.get(name) != now_nccl.get(name):
-            differences.append(f"{name} {before_nccl.get(name, 'unset')} then, {now_nccl.get(name, 'unset')} now")
-    if differences and dist.get_rank() == 0:
+    differences = environment_differences(plan.environment, capture_environment(backend=dist.get_backend()))
+    if differences:
         warnings.warn(
-            f"the cluster was profiled under other settings, so predictions may be off: {'; '.join(differences)}",
+            f"the cluster was profiled under other settings, predictions may be off: {'; '.join(differences)}",
             stacklevel=3,
         )

@@ -22,6 +22,10 @@ Gradients are sums: the loss is already divided by the global token count (``app
 which would average, is told to divide by 1. Stages 1 to 3 are FSDP2 (``torch.distributed.fsdp.fully_shard``). Stage 0
 is ours: after the last backward one all_reduce of each unit's gradients, flattened; no second copy of weights or
 gradients remains, unlike with DDP's buckets, and DTensor parameters do not matter (DDP refuses them).
+
+Where the recipe keeps master weights beside those it computes with, the parameters are the master weights, FSDP2 makes
+the copies to compute with when it gathers, and gradients are reduced and accumulated in the recipe's own dtype; at
+stage 0 FSDP2 then shards over nothing, replicates over dp, and reduces by all_reduce.
 """
 
 from __future__ import annotations
@@ -32,31 +36,43 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+from meshwright import InputError
+from meshwright.cost_models.workload import DType, DTypeRecipe
+from meshwright.executors.mesh import Mesh
 
 
 class DataParallel:
-    """Sums the gradients of ``module`` over ``mesh``; ``blocks`` and the rest of ``module`` are its units.
+    """Sums the gradients of ``module`` over ``mesh.shard``; ``blocks`` and the rest of ``module`` are its units.
 
-    ``module`` is changed in place: at ``zero_stage`` 1 to 3 its parameters become DTensors sharded over ``mesh``.
+    ``module`` is changed in place: at ``zero_stage`` 1 to 3 its parameters become DTensors sharded over ``mesh.shard``.
     Call ``before_backward`` ahead of each backward of a step and ``finish`` after the last one.
     """
 
-    def __init__(self, module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, zero_stage: int) -> None:
+    def __init__(
+        self, module: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, zero_stage: int, recipe: DTypeRecipe
+    ) -> None:
         self.zero_stage = zero_stage
-        self._mesh = mesh
+        self._mesh = mesh.shard
         self._module = module
         inside = {id(weight) for block in blocks for weight in block.parameters()}
         outer = [weight for weight in module.parameters() if id(weight) not in inside]
         self._units = [list(block.parameters()) for block in blocks] + ([outer] if outer else [])
-        if zero_stage:
-            self._shard(blocks)
+        if has_master_weights(recipe):
+            policy = MixedPrecisionPolicy(
+                param_dtype=torch_dtype(recipe.compute), reduce_dtype=torch_dtype(recipe.grads)
+            )
+            # at stage 0: replicated over dp, sharded over an axis of one rank
+            self._shard(blocks, mesh.shard if zero_stage else mesh.root["dp", "cp"], policy)
+        elif zero_stage:
+            self._shard(blocks, mesh.shard, MixedPrecisionPolicy())
 
-    def _shard(self, blocks: Sequence[nn.Module]) -> None:
+    def _shard(self, blocks: Sequence[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
         for block in blocks:
-            fully_shard(block, mesh=self._mesh, reshard_after_forward=self.zero_stage == 3)
-        fully_shard(self._module, mesh=self._mesh, reshard_after_forward=False)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self.zero_stage == 3)
+        fully_shard(self._module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         for unit in self._module.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_gradient_divide_factor(1.0)
@@ -75,11 +91,24 @@ class DataParallel:
 
     def finish(self) -> None:
         """After the last backward: sum replicated gradients; sharded ones were summed by FSDP2 on the way."""
-        if self.zero_stage or self._mesh.size() == 1:
+        if isinstance(self._module, FSDPModule) or self._mesh.size() == 1:
             return
         for unit in self._units:
             for grads in _by_dtype(unit):
                 all_reduce_flat(grads, self._mesh.get_group())
+
+
+def has_master_weights(recipe: DTypeRecipe) -> bool:
+    """Whether weights are updated in another dtype than they compute in."""
+    return recipe.master is not None and recipe.master is not recipe.compute
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """torch's object for a dtype. Raises ``InputError`` for one that torch has no arithmetic for."""
+    found = getattr(torch, dtype.value, None)
+    if not isinstance(found, torch.dtype):
+        raise InputError(f"dtype {dtype.value} cannot be run by this version")
+    return found
 
 
 def all_reduce_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from meshwright import InputError, RunError
 from meshwright.executors.apply import ParallelModel, parallelize
+from meshwright.executors.data_parallel import torch_dtype
 from meshwright.executors.spec_model import build_spec_model
 from meshwright.planner.plan import Plan
 from meshwright.profiler.clock import DeviceClock
@@ -29,6 +30,7 @@ from meshwright.profiler.environment import capture_environment
 from meshwright.profiler.launch import Rank, RankError, run_ranks
 from meshwright.profiler.model import ModelSpec
 from meshwright.profiler.steps import RankMeasurement, StepMeasurement
+from meshwright.profiler.virtual_name import DEVICE_VARIABLE
 
 MAX_NORM = 1.0
 LEARNING_RATE = 1e-4
@@ -179,9 +181,10 @@ class _Trained:
 
     def __init__(self, plan: Plan, build_model: BuildModel, device: torch.device) -> None:
         torch.manual_seed(0)
-        dtype = getattr(torch, plan.workload.recipe.params.value)
-        self.parallel: ParallelModel = parallelize(build_model(plan.model).to(dtype), plan)
-        self.optimizer = torch.optim.AdamW(self.parallel.parameters(), lr=LEARNING_RATE)
+        recipe = plan.workload.recipe
+        model = build_model(plan.model).to(torch_dtype(recipe.master or recipe.params))
+        self.parallel: ParallelModel = parallelize(model, plan)
+        self.optimizer = torch.optim.AdamW(self.parallel.parameter_groups(), lr=LEARNING_RATE, fused=True)
         rows = self.parallel.num_microbatches * plan.config.micro_batch_size
         draw = torch.Generator().manual_seed(self.parallel.data_rank)
         tokens = torch.randint(plan.model.vocab_size, (rows, plan.workload.seq_len + 1), generator=draw).to(device)
@@ -279,8 +282,8 @@ def _who_died() -> str:
 
 def _resolved(device: str) -> str:
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+        return os.environ.get(DEVICE_VARIABLE) or ("cuda" if torch.cuda.device_count() else "cpu")
+    if device == "cuda" and not torch.cuda.device_count():
         raise InputError("device cuda: torch finds no CUDA device here")
     if device not in ("cpu", "cuda") and not device.startswith("virtual:"):
         raise InputError(f"device must be auto, cpu, cuda or virtual:KIND/DIVISOR, found {device!r}")

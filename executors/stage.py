@@ -127,14 +127,18 @@ def whole_stage(model: nn.Module, anatomy: Anatomy, loss_fn: LossFunction) -> St
     return StageModule(model, blocks, loss_fn)
 
 
-def cut_stage(model: nn.Module, anatomy: Anatomy, stage: StagePlan, loss_fn: LossFunction) -> StageModule:
-    """The piece of ``model`` that ``stage`` names, sharing its parameters with ``model``, which is left as it was."""
+def cut_stage(
+    model: nn.Module, anatomy: Anatomy, stage: StagePlan, loss_fn: LossFunction, dtype: torch.dtype
+) -> StageModule:
+    """The piece of ``model`` that ``stage`` names, sharing its parameters with ``model``, which is left as it was.
+
+    ``dtype`` is that of the hidden states between stages.
+    """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     skeleton: nn.Module = copy.deepcopy(model, shared)  # type: ignore[arg-type]
     blocks = _block_list(skeleton, anatomy)
     is_first, is_last = stage.first_layer == 0, stage.last_layer == anatomy.num_blocks
     table = skeleton.get_submodule(anatomy.token_embedding)
-    dtype = next(weight.dtype for weight in blocks.parameters() if weight.is_floating_point())
     for index in range(anatomy.num_blocks):
         if not stage.first_layer <= index < stage.last_layer:
             blocks[index] = PassThrough()

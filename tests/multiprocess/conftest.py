@@ -164,7 +164,7 @@ def build_plan(case: Case, fields: dict[str, Any]) -> Plan:
     batch = sum(case.micro_batches) * config.micro_batch_size
     return Plan(
         framework="meshwright", model=spec,
-        workload=Workload(seq_len=SEQUENCE, global_batch_size=batch, recipe=RECIPES["fp64"]),
+        workload=Workload(seq_len=SEQUENCE, global_batch_size=batch, recipe=RECIPES["fp64" if case.dtype is torch.float64 else "fp32"]),
         cluster_name="test", cluster_digest="", environment=None, config=config, placement=Placement(),
         stages=default_stages(spec, config, "cpu"), micro_batches_per_data_rank=case.micro_batches,
         cost=None, memory=None, search=None,
