@@ -30,8 +30,8 @@ class BlockParts:
     """Seconds of one block on one rank, arrays of shape ``[num_configs]``.
 
     For each micro-batch: ``compute_*`` kernels, ``recompute``, ``host_*`` launches not hidden, ``tp_*`` and ``dp_*``
-    exposed communication, ``hidden`` communication behind compute. Once a step: ``tp_end``, ``dp_end`` after the last
-    backward; ``dp_first`` and ``dp_last`` beside the first forward and the last backward, overlap not taken off yet.
+    exposed communication, ``hidden`` communication behind compute. Once a step: ``dp_end`` after the last backward;
+    ``dp_first`` and ``dp_last`` beside the first forward and the last backward, overlap not taken off yet.
     ``optimizer`` and its ``optimizer_host`` are the update of the block's parameters on this rank.
     """
 
@@ -45,7 +45,6 @@ class BlockParts:
     dp_forward: FloatArray
     dp_backward: FloatArray
     hidden: FloatArray
-    tp_end: FloatArray
     dp_first: FloatArray
     dp_last: FloatArray
     dp_end: FloatArray
@@ -112,7 +111,6 @@ def _parts(
         dp_forward=dp_forward,
         dp_backward=dp_backward,
         hidden=hidden_forward + hidden_backward + hidden_tp_forward + hidden_tp_backward,
-        tp_end=spent.get(("tp", "end"), zero),
         dp_first=spent.get(("dp", "first_forward"), zero),
         dp_last=spent.get(("dp", "last_backward"), zero),
         dp_end=spent.get(("dp", "end"), zero),

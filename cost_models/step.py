@@ -38,7 +38,7 @@ from meshwright.cost_models.strategy import (
     Schedule,
     legal,
 )
-from meshwright.cost_models.traffic import hop_bytes, tied_bytes
+from meshwright.cost_models.traffic import COUNT_BYTES, LOSS_BYTES, hop_bytes, shared_grad_bytes, tied_bytes
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.cluster import ClusterProfile, Provenance
 from meshwright.profiler.model import ModelSpec
@@ -249,7 +249,10 @@ class _Group:
 
     def _by_rank(self, parts: list[BlockParts], *names: str) -> FloatArray:
         """Sum of parts over the blocks of each rank: ``[num_configs, pp]``."""
-        return self._by_chunk([_sum(part, names) for part in parts]).sum(axis=2)
+        total, on_rank = np.zeros((len(self.batch), self.counts.shape[0])), self.counts.sum(axis=1)
+        for kind, part in enumerate(parts):
+            total += _sum(part, names)[:, None] * on_rank[None, :, kind]
+        return total
 
     def cost(self, parts: list[BlockParts]) -> dict[str, FloatArray]:
         """The breakdown of the rank that finishes last."""
@@ -269,20 +272,17 @@ class _Group:
         idle = np.maximum(finish - busy, 0.0)
         waits = np.clip(finish - unhindered, 0.0, idle)
         first, first_hidden, last, last_hidden, delay = self._edges(parts)
-        end = self._by_rank(parts, "tp_end", "dp_end")
+        end, shared = self._by_rank(parts, "dp_end"), self._shared()[:, None]
         optimizer, host = self._by_rank(parts, "optimizer"), self._by_rank(parts, "optimizer_host")
         tied = self._tied()
-        total = busy + idle + delay + first + last + end + tied + optimizer + host
+        total = busy + idle + delay + first + last + end + shared + tied + optimizer + host
         slowest = np.argmax(total, axis=1)
         result = {
             "compute_s": count * self._by_rank(parts, "compute_forward", "compute_backward"),
             "recompute_s": count * self._by_rank(parts, "recompute"),
-            "tp_s": count * self._by_rank(parts, "tp_forward", "tp_backward") + self._by_rank(parts, "tp_end"),
+            "tp_s": count * self._by_rank(parts, "tp_forward", "tp_backward") + shared,
             "pp_s": waits + tied,
-            "dp_s": count * self._by_rank(parts, "dp_forward", "dp_backward")
-            + first
-            + last
-            + self._by_rank(parts, "dp_end"),
+            "dp_s": count * self._by_rank(parts, "dp_forward", "dp_backward") + first + last + end,
             "bubble_s": idle - waits + delay,
             "optimizer_s": optimizer,
             "overhead_s": count * self._by_rank(parts, "host_forward", "host_backward") + host + self._world()[:, None],
@@ -310,12 +310,12 @@ class _Group:
         pp, vpp = self.counts.shape[:2]
         stride = self._pp_stride()
         num_bytes = hop_bytes(self.model, self.workload, self.batch)
-        hops = np.zeros((len(self.batch), pp * vpp - 1))
-        for stage in range(pp * vpp - 1):
-            first, second = stage % pp * stride, (stage + 1) % pp * stride
+        hops = np.zeros((len(self.batch), pp))
+        for rank in range(pp if vpp > 1 else pp - 1):  # the last rank sends its earlier chunks' outputs to the first
+            first, second = rank * stride, (rank + 1) % pp * stride
             ends = (send_seconds(self.cluster, first + peer, second + peer, num_bytes) for peer in (0, stride - 1))
-            hops[:, stage] = np.maximum(*ends)
-        return hops
+            hops[:, rank] = np.maximum(*ends)
+        return np.tile(hops, vpp)[:, : pp * vpp - 1]
 
     def _pp_stride(self) -> IntArray:
         """Devices between a rank and its peer on the next stage."""
@@ -350,11 +350,20 @@ class _Group:
             result[:, [0, -1]] = send_seconds(self.cluster, 0, (pp - 1) * self._pp_stride(), num_bytes)[:, None]
         return result
 
+    def _shared(self) -> FloatArray:
+        """Gradients of which each tp rank has a part, added up once a step for each chunk, priced as the largest."""
+        kinds = block_kinds(self.model).kinds
+        num_bytes = self._by_chunk([shared_grad_bytes(block, self.workload, self.batch) for block in kinds])
+        groups = groups_of(self.batch, self.cluster, self.placement, "tp")
+        return seconds(self.cluster, "all_reduce", groups, num_bytes.max(axis=(1, 2))) * num_bytes.shape[2]
+
     def _world(self) -> FloatArray:
         """The count of targets before a step and the loss after it: two all_reduces of a few bytes."""
         data = groups_of(self.batch, self.cluster, self.placement, "dp", "cp")
         world = groups_of(self.batch, self.cluster, self.placement, *self.placement.order)
-        return seconds(self.cluster, "all_reduce", data, 8.0) + seconds(self.cluster, "all_reduce", world, 16.0)
+        return seconds(self.cluster, "all_reduce", data, COUNT_BYTES) + seconds(
+            self.cluster, "all_reduce", world, LOSS_BYTES
+        )
 
     def memory(self, parts: list[BlockBytes]) -> dict[str, FloatArray]:
         """The breakdown of the rank with the largest total."""

@@ -71,6 +71,29 @@ def tied_bytes(model: ModelSpec, workload: Workload, batch: ConfigBatch) -> Floa
     return np.asarray(rows * model.hidden * workload.recipe.grads.num_bytes)
 
 
+def shared_grad_bytes(block: Block, workload: Workload, batch: ConfigBatch) -> FloatArray:
+    """Bytes a block adds to the one all_reduce over tp that ends a step: gradients of which each rank has a part.
+
+    Norms and biases of row splits with sequence parallelism, norms on queries and keys always, and where tp exceeds
+    the key/value heads the gradients of keys and values, whole (``executors/tensor_parallel.py``). With ZeRO each rank
+    adds up its shard.
+    """
+    numbers = np.zeros(len(batch))
+    for layer in block.layers:
+        on_shards = 0.0
+        if isinstance(layer, NormLayer):
+            on_shards = float(layer.params)
+        elif isinstance(layer, MlpLayer):
+            on_shards = float(layer.hidden * layer.bias)
+        elif isinstance(layer, AttentionLayer):
+            on_shards = float(layer.hidden * layer.out_bias)
+            kv = layer.num_kv_heads * (layer.head_dim + layer.value_head_dim) * (layer.hidden + layer.qkv_bias)
+            numbers = numbers + layer.qk_norm_params + np.where(batch.tp > layer.num_kv_heads, kv, 0.0)
+        numbers = numbers + batch.sequence_parallel * on_shards
+    shards = np.where(batch.zero_stage > 0, batch.dp_shard, 1)
+    return np.where(batch.tp > 1, numbers * workload.recipe.grads.num_bytes / shards, 0.0)
+
+
 def rank_traffic(
     model: ModelSpec, workload: Workload, config: ParallelConfig, pp_rank: int
 ) -> dict[tuple[str, str], tuple[int, int]]:
@@ -95,6 +118,9 @@ def rank_traffic(
             often = microbatches if entry.phase in PER_MICROBATCH else 1
             calls = float(entry.calls[0]) * often * int(counts[:, index].sum())
             add(entry.op, entry.axis, float(entry.message_bytes[0]), calls)
+    shared = [float(shared_grad_bytes(kind, workload, batch)[0]) for kind in kinds.kinds]
+    for chunk in counts:
+        add("all_reduce", "tp", sum(count * each for count, each in zip(chunk.tolist(), shared, strict=True)), 1)
     stages = [chunk * config.pp + pp_rank for chunk in range(config.vpp)]
     sends = sum((stage < config.num_stages - 1) + (stage > 0) for stage in stages) if config.pp > 1 else 0
     add("send", "pp", float(hop_bytes(model, workload, batch)[0]), sends * microbatches)
@@ -130,15 +156,16 @@ def _decoder(block: Block, workload: Workload, model: ModelSpec, batch: ConfigBa
             _tp("all_gather", phase, np.where(on & sp, gathers, 0.0), hidden, batch),  # type: ignore[arg-type]
             _tp("reduce_scatter", phase, np.where(on & sp, sums, 0.0), hidden, batch),  # type: ignore[arg-type]
         ]
-    norms = sum(layer.params for layer in block.layers if isinstance(layer, NormLayer))
-    grads = np.full(len(batch), float(norms * workload.recipe.grads.num_bytes))
-    return [*entries, _tp("all_reduce", "end", sp * 1.0, grads, batch)]
+    return entries
 
 
 def _embedding(workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Collective]:
+    """Rows of the token table summed, onto sequence shards (with sp) where nothing lies between table and blocks."""
     hidden, vocab, sp = _hidden_bytes(model, workload, batch), batch.vocab_parallel, batch.sequence_parallel
+    onto_shards = sp & (not model.embedding.num_positions)
     return [
-        _tp("all_reduce", "forward", vocab * 1.0, hidden, batch),
+        _tp("all_reduce", "forward", (vocab & ~onto_shards) * 1.0, hidden, batch),
+        _tp("reduce_scatter", "forward", (vocab & onto_shards) * 1.0, hidden, batch),
         _tp("all_gather", "backward", sp * 1.0, hidden, batch),
     ]
 
