@@ -8,6 +8,9 @@ from meshwright import InputError
 from meshwright.profiler.record import record
 
 
+MAX_SIZE = 2**31  # of a batch in sequences and of a sequence in tokens: a slip, not a workload
+
+
 class DType(StrEnum):
     """Number formats, named as torch names them."""
 
@@ -76,7 +79,7 @@ RECIPES: dict[str, DTypeRecipe] = {
 class Workload:
     """One optimizer step: ``global_batch_size`` sequences of ``seq_len`` tokens.
 
-    Raises ``InputError`` when a size is below 1.
+    Raises ``InputError`` when a size is below 1 or above ``MAX_SIZE``.
     """
 
     seq_len: int
@@ -89,6 +92,8 @@ class Workload:
         for name in ("seq_len", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, found {getattr(self, name)}")
+            if getattr(self, name) > MAX_SIZE:
+                raise InputError(f"{name} must be at most {MAX_SIZE}, found {getattr(self, name)}")
 
     @property
     def tokens_per_step(self) -> int:

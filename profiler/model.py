@@ -51,6 +51,8 @@ __all__ = [
 
 MODEL_SCHEMA_VERSION = 1
 
+MAX_LAYERS = 10_000  # far above any model; a file with a slip in it should not start an endless search
+
 
 class BlockKind(StrEnum):
     """Where a block stands: before, among or after the decoder layers."""
@@ -97,6 +99,8 @@ class ModelSpec:
             raise InputError("blocks must be one embedding block, decoder blocks, then one head block")
         if any(block.repeat < 1 for block in self.blocks) or self.blocks[0].repeat * self.blocks[-1].repeat != 1:
             raise InputError("repeat must be at least 1, and 1 for the embedding and the head block")
+        if self.num_layers > MAX_LAYERS:
+            raise InputError(f"{self.num_layers} decoder layers: at most {MAX_LAYERS} are supported")
         self._check_layers()
 
     def _check_layers(self) -> None:
