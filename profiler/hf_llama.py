@@ -37,6 +37,7 @@ class LlamaLike:
     head_dim: int | None = None
     max_seq_len: int = 32768
     qkv_bias: bool = False
+    bias_field: str = ""  # the flag over it; "attention_bias" is for the way out too
     hidden_must_divide: bool = False  # the config class refuses hidden sizes that the heads do not divide
     qk_norm: bool = False
 
@@ -44,7 +45,7 @@ class LlamaLike:
 LLAMA_LIKE = {
     "llama": LlamaLike(
         vocab_size=32000, hidden=4096, ffn_size=11008, num_layers=32, num_heads=32, max_seq_len=2048,
-        hidden_must_divide=True,
+        bias_field="attention_bias", hidden_must_divide=True,
     ),
     "mistral": LlamaLike(
         vocab_size=32000, hidden=4096, ffn_size=14336, num_layers=32, num_heads=32, num_kv_heads=8, max_seq_len=131072
@@ -57,15 +58,15 @@ LLAMA_LIKE = {
     ),
     "qwen3": LlamaLike(
         vocab_size=151936, hidden=4096, ffn_size=22016, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
-        qk_norm=True,
+        bias_field="attention_bias", qk_norm=True,
     ),
     "qwen2_moe": LlamaLike(
         vocab_size=151936, hidden=2048, ffn_size=5632, num_layers=24, num_heads=16, num_kv_heads=16,
-        kv_heads_nullable=False, qkv_bias=True,
+        kv_heads_nullable=False, qkv_bias=True, bias_field="qkv_bias",
     ),
     "qwen3_moe": LlamaLike(
         vocab_size=151936, hidden=2048, ffn_size=6144, num_layers=24, num_heads=32, num_kv_heads=4,
-        kv_heads_nullable=False, qk_norm=True,
+        kv_heads_nullable=False, bias_field="attention_bias", qk_norm=True,
     ),
 }  # fmt: skip
 
@@ -75,9 +76,9 @@ def llama_like(fields: Fields, model_type: str) -> Parts:
     family = LLAMA_LIKE[model_type]
     hidden = fields.size("hidden_size", family.hidden)
     num_layers = fields.num_layers(family.num_layers)
-    attention = _llama_attention(fields, model_type, family, hidden)
+    attention = _llama_attention(fields, family, hidden)
     norm = NormLayer(norm_kind=NormKind.RMS, hidden=hidden)
-    feed_forward = FEED_FORWARD.get(model_type, _dense)(fields, family, hidden, num_layers)
+    feed_forward = FEED_FORWARD.get(model_type, _dense)(fields, model_type, hidden, num_layers)
     windows = _windows(fields, model_type, num_layers)
     layers = tuple((norm, attention(window), norm, mlp) for window, mlp in zip(windows, feed_forward, strict=True))
     return Parts(
@@ -88,19 +89,13 @@ def llama_like(fields: Fields, model_type: str) -> Parts:
     )
 
 
-def _llama_attention(
-    fields: Fields, model_type: str, family: LlamaLike, hidden: int
-) -> Callable[[int], AttentionLayer]:
+def _llama_attention(fields: Fields, family: LlamaLike, hidden: int) -> Callable[[int], AttentionLayer]:
     num_heads = fields.size("num_attention_heads", family.num_heads)
     num_kv_heads = fields.kv_heads(num_heads, family.num_kv_heads, nullable=family.kv_heads_nullable)
     if family.hidden_must_divide:
         check_divides(fields, hidden, num_heads)
     head_dim = fields.head_dim(hidden, num_heads, family.head_dim)
-    has_flag = model_type in ("llama", "qwen3", "qwen3_moe")
-    out_bias = has_flag and fields.flag("attention_bias", False)
-    qkv_bias = out_bias if has_flag else family.qkv_bias
-    if model_type == "qwen2_moe":
-        qkv_bias = fields.flag("qkv_bias", True)
+    qkv_bias = fields.flag(family.bias_field, family.qkv_bias) if family.bias_field else family.qkv_bias
     made: dict[int, AttentionLayer] = {}
 
     def attention(window: int) -> AttentionLayer:
@@ -114,7 +109,7 @@ def _llama_attention(
                 value_head_dim=head_dim,
                 window=window,
                 qkv_bias=qkv_bias,
-                out_bias=out_bias,
+                out_bias=qkv_bias and family.bias_field == "attention_bias",
                 qk_norm_params=2 * head_dim if family.qk_norm else 0,
             )
         return made[window]
@@ -146,32 +141,32 @@ def _windows(fields: Fields, model_type: str, num_layers: int) -> list[int]:
     return [window if kind == "sliding_attention" else 0 for kind in kinds]
 
 
-def _dense(fields: Fields, family: LlamaLike, hidden: int, num_layers: int) -> list[LayerSpec]:
+def _dense(fields: Fields, model_type: str, hidden: int, num_layers: int) -> list[LayerSpec]:
     mlp = MlpLayer(
         hidden=hidden,
-        ffn_size=fields.size("intermediate_size", family.ffn_size),
-        bias=family is LLAMA_LIKE["llama"] and fields.flag("mlp_bias", False),
+        ffn_size=fields.size("intermediate_size", LLAMA_LIKE[model_type].ffn_size),
+        bias=model_type == "llama" and fields.flag("mlp_bias", False),
         activation=fields.word("hidden_act", "silu"),
     )
     return [mlp] * num_layers
 
 
-def _mixtral(fields: Fields, family: LlamaLike, hidden: int, num_layers: int) -> list[LayerSpec]:
+def _mixtral(fields: Fields, model_type: str, hidden: int, num_layers: int) -> list[LayerSpec]:
     num_experts = fields.size("num_local_experts", 8)
     moe = MoeLayer(
         hidden=hidden,
         num_experts=num_experts,
         top_k=top_k(fields, num_experts, 2),
-        expert_ffn_size=fields.size("intermediate_size", family.ffn_size),
+        expert_ffn_size=fields.size("intermediate_size", LLAMA_LIKE[model_type].ffn_size),
         activation=fields.word("hidden_act", "silu"),
     )
     return [moe] * num_layers
 
 
-def _qwen_moe(fields: Fields, family: LlamaLike, hidden: int, num_layers: int) -> list[LayerSpec]:
+def _qwen_moe(fields: Fields, model_type: str, hidden: int, num_layers: int) -> list[LayerSpec]:
     """Experts in every ``decoder_sparse_step``-th layer not in ``mlp_only_layers``; qwen2_moe shares one more."""
-    dense = _dense(fields, family, hidden, num_layers)[0]
-    is_qwen2 = family is LLAMA_LIKE["qwen2_moe"]
+    dense = _dense(fields, model_type, hidden, num_layers)[0]
+    is_qwen2 = model_type == "qwen2_moe"
     num_experts = fields.size("num_experts", 60 if is_qwen2 else 128, least=0)
     step = fields.size("decoder_sparse_step", 1)
     only_dense = set(fields.items("mlp_only_layers", int) or ())
@@ -190,7 +185,7 @@ def _qwen_moe(fields: Fields, family: LlamaLike, hidden: int, num_layers: int) -
     return [moe if layer not in only_dense and (layer + 1) % step == 0 else dense for layer in range(num_layers)]
 
 
-FEED_FORWARD: dict[str, Callable[[Fields, LlamaLike, int, int], list[LayerSpec]]] = {
+FEED_FORWARD: dict[str, Callable[[Fields, str, int, int], list[LayerSpec]]] = {
     "mixtral": _mixtral,
     "qwen2_moe": _qwen_moe,
     "qwen3_moe": _qwen_moe,

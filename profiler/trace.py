@@ -112,20 +112,13 @@ def _watch(module: nn.Module, anatomy: Anatomy, name: str) -> Recording:
     taken = {size for parameter in module.parameters() for size in parameter.shape}
     num_tokens = next((length for length in TRIAL_LENGTHS if length not in taken), TRIAL_LENGTHS[-1])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    weightless = _weightless(module, mode)
-    recorder = Recorder(dict(weightless.named_parameters()), num_tokens)
-
-    def enter(index: int | None) -> Any:
-        def hook(*_: Any) -> None:
-            recorder.block = index
-
-        return hook
-
-    for index, block in enumerate(weightless.get_submodule(anatomy.blocks).children()):
-        block.register_forward_pre_hook(enter(index))
-        block.register_forward_hook(enter(None))
     options = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
     try:
+        weightless = _weightless(module, mode)
+        recorder = Recorder(dict(weightless.named_parameters()), num_tokens)
+        for index, block in enumerate(weightless.get_submodule(anatomy.blocks).children()):
+            block.register_forward_pre_hook(recorder.entering(index))
+            block.register_forward_hook(recorder.entering(None))
         with torch.no_grad(), _quiet_fake_tensors(), mode:
             tokens = torch.zeros(1, num_tokens, dtype=torch.long)
             recorder.mark_tokens(tokens)

@@ -7,7 +7,7 @@ attention. That is enough to tell queries from keys and values, and the way into
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,14 @@ class Recorder(TorchFunctionMode):
         # by id, with the tensor kept alive so that no id is used twice
         self._origins: dict[int, tuple[Tensor, frozenset[str]]] = {}
         self._parameters = {id(tensor): (tensor, name) for name, tensor in parameters.items()}
+
+    def entering(self, block: int | None) -> Callable[..., None]:
+        """A hook that says which block runs from here on."""
+
+        def hook(*_: Any) -> None:
+            self.block = block
+
+        return hook
 
     def mark_tokens(self, tokens: Tensor) -> None:
         """What the pass begins with."""
