@@ -35,7 +35,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def sharded_cross_entropy(logits: Tensor, targets: Tensor, *, group: Group, vocab_size: int) -> tuple[Tensor, Tensor]:
     """``cross_entropy`` of logits of which each rank holds its columns: no rank ever holds a whole row.
 
-    ``logits`` ``[..., padded_vocab / tp]``: rank ``r`` holds the columns from ``r * padded_vocab / tp`` on; columns from
+    ``logits`` ``[..., padded_vocab / tp]``: rank ``r`` holds the columns from ``r * padded_vocab / tp`` on; those from
     ``vocab_size`` on are padding and count neither in the sum nor in the gradient. Every rank returns the same values.
 
     Two all_reduces forward, none backward: the row maxima ``[tokens]``, then the sum of exponentials and the target's

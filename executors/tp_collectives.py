@@ -28,24 +28,29 @@ from torch import Tensor
 Group = dist.ProcessGroup
 
 
+_ops = torch.ops._c10d_functional  # functional forms: selective recompute can keep their outputs
+
+
+def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
+    """The sum of every rank's ``x``, in a tensor of its own; one all_reduce."""
+    return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group.group_name))  # type: ignore[no-any-return]
+
+
 def all_gather_dim(x: Tensor, dim: int, group: Group) -> Tensor:
     """Every rank's ``x`` side by side along ``dim``, in rank order; one all_gather."""
     num_ranks = group.size()
-    x = x.contiguous()
-    stacked = x.new_empty(num_ranks, *x.shape)
-    dist.all_gather_into_tensor(stacked.flatten(0, 1), x, group=group)
+    gathered = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), num_ranks, group.group_name))
     dim %= x.dim()
-    return stacked.movedim(0, dim).reshape(*x.shape[:dim], num_ranks * x.shape[dim], *x.shape[dim + 1 :])
+    stacked = gathered.unflatten(0, (num_ranks, x.shape[0]))
+    return stacked.movedim(0, dim).reshape(*x.shape[:dim], num_ranks * x.shape[dim], *x.shape[dim + 1 :])  # type: ignore[no-any-return]
 
 
 def reduce_scatter_dim(x: Tensor, dim: int, group: Group) -> Tensor:
     """The sum over ranks, of which each rank keeps its part of ``dim``; one reduce_scatter."""
     num_ranks = group.size()
     dim %= x.dim()
-    parts = x.unflatten(dim, (num_ranks, x.shape[dim] // num_ranks)).movedim(dim, 0).contiguous()
-    mine = x.new_empty(parts.shape[1:])
-    dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=group)
-    return mine
+    parts = x.unflatten(dim, (num_ranks, x.shape[dim] // num_ranks)).movedim(dim, 0).flatten(0, 1).contiguous()
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(parts, "sum", num_ranks, group.group_name))  # type: ignore[no-any-return]
 
 
 def own_part(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -62,17 +67,13 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return all_reduce_sum(grads[0], ctx.group), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        dist.all_reduce(x, group=group)
-        ctx.mark_dirty(x)
-        return x
+        return all_reduce_sum(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -123,39 +124,14 @@ class _GatherVocabulary(torch.autograd.Function):
         return own_part(grads[0], -1, ctx.group), None
 
 
-class _PlaceSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        size = x.shape[-2]
-        whole = x.new_zeros(*x.shape[:-2], size * group.size(), x.shape[-1])
-        whole.narrow(-2, group.rank() * size, size).copy_(x)
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return own_part(grads[0], -2, ctx.group), None
-
-
-class _TakeSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return own_part(x, -2, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _PlaceSequence.forward(ctx, grads[0], ctx.group), None
-
-
 def enter(x: Tensor, group: Group) -> Tensor:
     """Replicated ``x`` into a column split: identity; the gradient's partial sums are added (all_reduce)."""
     return _Enter.apply(x, group)  # type: ignore[no-any-return]
 
 
 def leave(x: Tensor, group: Group) -> Tensor:
-    """Partial sums out of a row split, added (all_reduce, in place: ``x`` must be fresh); the gradient passes."""
-    return _Leave.apply(x.contiguous(), group)  # type: ignore[no-any-return]
+    """Partial sums out of a row split, added (all_reduce); the gradient passes."""
+    return _Leave.apply(x, group)  # type: ignore[no-any-return]
 
 
 def gather_sequence(x: Tensor, group: Group) -> Tensor:
@@ -176,14 +152,3 @@ def slice_sequence(x: Tensor, group: Group) -> Tensor:
 def gather_vocabulary(x: Tensor, group: Group) -> Tensor:
     """Logits ``[..., vocab / tp]`` to ``[..., vocab]`` on every rank (all_gather); backward keeps the own part."""
     return _GatherVocabulary.apply(x, group)  # type: ignore[no-any-return]
-
-
-def place_sequence(x: Tensor, group: Group) -> Tensor:
-    """A tensor as long as the whole sequence, holding this rank's part and zeros elsewhere: a shape to pass through
-    code that counts positions. No communication, forward or backward."""
-    return _PlaceSequence.apply(x, group)  # type: ignore[no-any-return]
-
-
-def take_sequence(x: Tensor, group: Group) -> Tensor:
-    """The inverse of ``place_sequence``: this rank's part, never a view. No communication."""
-    return _TakeSequence.apply(x, group)  # type: ignore[no-any-return]

@@ -88,18 +88,22 @@ def find_anatomy(module: nn.Module) -> Anatomy:
 
 def _order_of_running(module: nn.Module, blocks_name: str, names: list[str]) -> list[str]:
     """``names`` and ``blocks_name`` in the order in which the model first calls them; never called: as registered."""
+    import torch
+
     from meshwright.profiler.skeleton import call_with_tokens, hollow
 
     registered = [name for name, _ in module.named_modules() if name in names or name == blocks_name]
     called: list[str] = []
-    copy = hollow(module, blocks_name)
+    with torch.device("cpu"):  # whatever the caller's default
+        copy = hollow(module, blocks_name)
     blocks = copy.get_submodule(blocks_name)
     for name, part in [(name, copy.get_submodule(name)) for name in names] + [
         (blocks_name, b) for b in blocks.children()
     ]:
         part.register_forward_pre_hook(lambda _part, _args, name=name: called.append(name))
     try:
-        call_with_tokens(copy)
+        with torch.device("cpu"):
+            call_with_tokens(copy)
     except InputError:
         return registered
     if blocks_name not in called:

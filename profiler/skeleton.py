@@ -127,30 +127,22 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, stand_ins).eval()
 
 
-def call_with_tokens(model: nn.Module) -> Any:
-    """``model(tokens)`` with ``[BATCH, SEQUENCE]`` token ids, without a key-value cache where the model offers one.
-
-    Raises ``InputError`` when the model does not run on token ids alone.
-    """
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    tokens = (torch.arange(BATCH * SEQUENCE) % 3 + 3).view(BATCH, SEQUENCE)  # clear of special tokens 0, 1 and 2
-    try:
-        return model(tokens, **options)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise InputError(f"{type(model).__name__} does not run on token ids alone: {error}") from error
-
-
 def stand_in(module: nn.Module, function: Callable[..., Any]) -> None:
     """Let ``function`` answer when ``module`` is called; hooks still run."""
     object.__setattr__(module, "forward", function)
 
 
 def hollow(model: nn.Module, blocks_name: str) -> nn.Module:
-    """A skeleton whose blocks answer with the hidden states they were given and whose other matrices with ones."""
+    """A skeleton whose blocks answer with the hidden states they were given and whose other matrices with ones.
+
+    Blocks answer in a tuple while the skeleton's ``blocks_in_tuple`` is true.
+    """
     copied = skeleton(model)
+    copied.blocks_in_tuple = False  # type: ignore[assignment]
 
     def hidden_states(*args: Any, **kwargs: Any) -> Any:
-        return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        hidden = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        return (hidden,) if copied.blocks_in_tuple else hidden
 
     for block in copied.get_submodule(blocks_name).children():
         stand_in(block, hidden_states)
@@ -158,6 +150,25 @@ def hollow(model: nn.Module, blocks_name: str) -> nn.Module:
         if not name.startswith(blocks_name + "."):
             stand_in(copied.get_submodule(name), partial(_ones, outputs=matrix.outputs))
     return copied
+
+
+def call_with_tokens(hollow_model: nn.Module) -> None:
+    """Run a hollow model on ``[BATCH, SEQUENCE]`` token ids, without a key-value cache where it offers one.
+
+    Blocks that return a tuple are noticed by the failure of a run in which they do not; it is then run again.
+    Raises ``InputError`` when the model does not run on token ids alone.
+    """
+    options = {"use_cache": False} if "use_cache" in inspect.signature(hollow_model.forward).parameters else {}
+    tokens = (torch.arange(BATCH * SEQUENCE) % 3 + 3).view(BATCH, SEQUENCE)  # clear of special tokens 0, 1 and 2
+    failures = []
+    for in_tuple in (False, True):
+        hollow_model.blocks_in_tuple = in_tuple  # type: ignore[assignment]
+        try:
+            hollow_model(tokens, **options)
+            return
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            failures.append(error)
+    raise InputError(f"{type(hollow_model).__name__} does not run on token ids alone: {failures[0]}") from failures[0]
 
 
 def _ones(x: Tensor, outputs: int) -> Tensor:

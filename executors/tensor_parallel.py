@@ -1,0 +1,384 @@
+"""Tensor parallelism: split a model, or one pipeline stage of it, over the ranks of a tp mesh.
+
+    rules = find_tensor_parallel_rules(model)                    # once, on the whole model (meta device is fine)
+    rules.check(tp, sequence_parallel=True)
+    split = apply_tensor_parallel(stage, rules, mesh["tp"], sequence_parallel=True)
+    ...                                                          # recompute, fully_shard, forward, backward
+    split.finish_gradients()                                     # once per step, after all backwards
+
+Parameters become DTensors on the tp mesh (``Shard`` or ``Replicate``); the computation is local with explicit
+collectives (Megatron-LM, arXiv 1909.08053; with sequence parallelism arXiv 2205.05198), so that exactly the following
+are issued, all over the tp group. One *message* is ``batch * sequence * hidden`` elements in the activations' type.
+Bytes are what all_reduce is given, all_gather returns and reduce_scatter is given.
+
+===========================  ======================================  ===========================================
+for each micro-batch         without sequence parallelism            with it
+===========================  ======================================  ===========================================
+each block, forward          2 all_reduce of a message               2 all_gather, 2 reduce_scatter of a message
+each block, backward         2 all_reduce                            2 reduce_scatter, 2 all_gather
+recomputed in full           1 all_reduce (of the first region;      2 all_gather, 1 reduce_scatter
+                             that of the last is not needed again)
+embedding, forward           1 all_reduce                            1 reduce_scatter; where something lies between
+                                                                     table and blocks (learned positions): 1 all_reduce
+embedding, backward          none                                    1 all_gather
+head, forward                none                                    1 all_gather
+head, backward               1 all_reduce                            1 reduce_scatter
+default loss, forward        2 all_reduce of ``tokens`` and          the same
+                             ``2 * tokens`` elements, float32 for
+                             half types
+a user's loss, forward       1 all_gather of the logits              the same
+===========================  ======================================  ===========================================
+
+A block has two regions (attention, feed-forward), each one entry and one exit; query, key and value, or gate and up,
+share an entry. Once per step ``finish_gradients`` adds up, in one all_reduce for each gradient type, the gradients of
+replicated parameters of which each rank saw a part: under sequence parallelism the norms and the biases of row splits,
+always the norms on each head's queries and keys, and, where tp exceeds the key/value heads, the copies of keys and
+values (``kv_heads`` times this rank's share of the gradient, each rank filling the slot of its head).
+
+With sequence parallelism each rank holds its part of the sequence from the first block's input to the final norm's
+output (Hugging Face models count positions on the whole sequence before); what passes between pipeline stages is the
+shard ``[batch, sequence / tp, hidden]``: a later stage's first block takes it, a stage's last block returns it, as they
+are, without communication. The gathered input of each region is kept for backward, not gathered again.
+
+The vocabulary is padded inside to a multiple of tp with rows of zeros that get no gradient; logits come out as this
+rank's columns (``loss.loss_on_shards``). ``TensorParallel.whole`` gives whole weights, unpadded, in their own layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from meshwright import InputError
+from meshwright.executors.tp_collectives import (
+    Group,
+    all_reduce_sum,
+    enter,
+    gather_sequence,
+    leave,
+    scatter_sequence,
+    slice_sequence,
+)
+from meshwright.executors.tp_find import find_tensor_parallel_rules
+from meshwright.executors.tp_modules import ColumnSplit, Entry, RowSplit, VocabularySplit, compute_locally
+from meshwright.executors.tp_rules import IntArray, Region, TensorParallelRules
+from meshwright.profiler.record import record
+
+__all__ = [
+    "TensorParallel",
+    "TensorParallelRules",
+    "apply_tensor_parallel",
+    "find_tensor_parallel_rules",
+    "no_tensor_parallel",
+]
+
+
+@record
+class Layout:
+    """How one parameter is stored: for each rank, the positions along ``dim`` of the whole that it holds, -1 padding.
+
+    ``copies`` is on how many tp ranks each element is held. ``summed``: each rank's gradient is a part of the sum.
+    """
+
+    dim: int | None  # None: replicated
+    positions: tuple[IntArray, ...]
+    whole_size: int
+    copies: int
+    summed: bool
+
+
+class TensorParallel:
+    """What was split, and how: to finish gradients, and to go between stored tensors and whole ones.
+
+    Names are the module's parameter names, the same as before splitting.
+    """
+
+    def __init__(self, module: nn.Module, tp_mesh: DeviceMesh | None, layouts: dict[str, Layout]) -> None:
+        self._module = module
+        self._mesh = tp_mesh
+        self._layouts = layouts
+
+    @property
+    def tp(self) -> int:
+        """Ranks that share the module."""
+        return 1 if self._mesh is None else self._mesh.size()
+
+    def copies(self, name: str) -> int:
+        """How many tp ranks hold each element of a parameter: tp for a replicated one, ``tp / kv_heads`` for copies
+        of keys and values, else 1. A norm over parameters divides by it; padding is zero and counts nothing."""
+        return 1 if self._mesh is None else self._layouts[name].copies
+
+    def finish_gradients(self) -> None:
+        """Add up the partial gradients of replicated and copied parameters over tp; once per step, before they are
+        used, after every backward and after data parallelism's reduction (or before it: sums commute).
+
+        One all_reduce for each gradient type. Works on what each parameter's ``grad`` holds locally: a DTensor's local
+        tensor, also when sharded further over dp.
+        """
+        if self._mesh is None:
+            return
+        group, rank = self._mesh.get_group(), self._mesh.get_local_rank()
+        buckets: dict[torch.dtype, list[tuple[Tensor, int, int]]] = {}
+        for name, weight in self._module.named_parameters():
+            layout = self._layouts[name]
+            if layout.summed and weight.grad is not None:
+                local = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+                num_slots = self.tp // layout.copies
+                buckets.setdefault(local.dtype, []).append((local, num_slots, rank // layout.copies))
+        for entries in buckets.values():
+            parts = []
+            for local, num_slots, slot in entries:
+                part = local.new_zeros(num_slots, local.numel())
+                part[slot] = local.reshape(-1)
+                parts.append(part.flatten())
+            total = all_reduce_sum(torch.cat(parts), group).split([part.numel() for part in parts])
+            for (local, num_slots, slot), summed in zip(entries, total, strict=True):
+                local.copy_(summed.view(num_slots, -1)[slot].view_as(local))
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """The whole, unpadded tensor in the model's own layout, from a parameter, its gradient or its optimizer state.
+
+        ``tensor`` has the parameter's stored layout: a DTensor (also sharded further over dp; gathered here, so every
+        rank of its mesh must call) or, without tensor parallelism, anything.
+        """
+        stored = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        layout = self._layouts.get(name)
+        if layout is None or layout.dim is None:
+            return stored
+        positions = torch.from_numpy(np.concatenate(layout.positions)).to(stored.device)
+        shape = list(stored.shape)
+        shape[layout.dim] = layout.whole_size
+        result = stored.new_empty(shape)
+        real = positions >= 0
+        kept = stored.index_select(layout.dim, real.nonzero().flatten())
+        return result.index_copy_(layout.dim, positions[real], kept)
+
+    def stored_part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a whole tensor, as stored: padded and in the stored layout. No communication."""
+        if self._mesh is None:
+            return whole
+        return _take(whole, self._layouts[name], self._mesh.get_local_rank())
+
+
+def no_tensor_parallel(module: nn.Module) -> TensorParallel:
+    """The same handle for a module that is not split."""
+    return TensorParallel(module, None, {})
+
+
+def apply_tensor_parallel(
+    module: nn.Module, rules: TensorParallelRules, tp_mesh: DeviceMesh, *, sequence_parallel: bool = False
+) -> TensorParallel:
+    """Split ``module`` in place: the model that ``rules`` were found on, or a stage of it under the same dotted names.
+
+    What the module no longer has (blocks, token table, final norm or head replaced by parts without parameters) is
+    passed over. Weights may be real, equal on all ranks, or on the meta device; each rank keeps its slice, nothing is
+    sent. Apply before recompute and ``fully_shard``; a block's ``forward`` may be wrapped, its hooks must stay outside.
+
+    Raises ``InputError`` when tp or sequence parallelism does not suit the model.
+    """
+    tp = tp_mesh.size()
+    rules.check(tp, sequence_parallel=sequence_parallel)
+    if tp == 1:
+        return no_tensor_parallel(module)
+    return _Splitter(module, rules, tp_mesh, sequence_parallel).split()
+
+
+class _Splitter:
+    """One application: plans every parameter's layout, replaces parameters, then modules, then places the hooks."""
+
+    def __init__(
+        self, module: nn.Module, rules: TensorParallelRules, tp_mesh: DeviceMesh, sequence_parallel: bool
+    ) -> None:
+        self.module = module
+        self.rules = rules
+        self.mesh = tp_mesh
+        self.sequence_parallel = sequence_parallel
+        self.tp = tp_mesh.size()
+        self.rank = tp_mesh.get_local_rank()
+        self.group: Group = tp_mesh.get_group()
+        self.owned = {name: part for name, part in module.named_modules() if _has_parameters(part)}
+        self.layouts: dict[str, Layout] = {}
+        self.splits: dict[str, ColumnSplit | RowSplit | VocabularySplit] = {}
+
+    def split(self) -> TensorParallel:
+        for region in self.rules.regions:
+            if region.row in self.owned:
+                self._plan_region(region)
+        self._plan_vocabulary()
+        self._replace_parameters()
+        for name, part in self.owned.items():
+            compute_locally(part, self.splits.get(name))
+        self._place_sequence_ends()
+        return TensorParallel(self.module, self.mesh, self.layouts)
+
+    def _plan_region(self, region: Region) -> None:
+        tp, matrices = self.tp, self.rules.matrices
+        into: Callable[[Tensor, Group], Tensor] = gather_sequence if self.sequence_parallel else enter
+        out_of: Callable[[Tensor, Group], Tensor] = scatter_sequence if self.sequence_parallel else leave
+        entry = None if region.container else Entry(partial(into, group=self.group), len(region.columns))
+        if region.container:
+            enter_container = partial(
+                _enter_container, where=region.argument, collective=partial(into, group=self.group)
+            )
+            self.module.get_submodule(region.container).register_forward_pre_hook(enter_container, with_kwargs=True)
+        for index, name in enumerate(region.columns):
+            copies = region.copies(index, tp)
+            layout = Layout(
+                dim=matrices[name].output_dim,
+                positions=tuple(region.outputs(index, tp, rank) for rank in range(tp)),
+                whole_size=matrices[name].outputs,
+                copies=copies,
+                summed=copies > 1,
+            )
+            self._plan_matrix(name, layout, ColumnSplit(transposed=matrices[name].transposed, entry=entry))
+        row = matrices[region.row]
+        everywhere = np.arange(row.inputs)
+        self.layouts[f"{region.row}.weight"] = Layout(
+            dim=1 - row.output_dim,
+            positions=tuple(everywhere[region.inputs(tp, rank)] for rank in range(tp)),
+            whole_size=row.inputs,
+            copies=1,
+            summed=False,
+        )
+        self.splits[region.row] = RowSplit(transposed=row.transposed, leave=partial(out_of, group=self.group))
+        for item in region.attributes:
+            setattr(self.module.get_submodule(item.module), item.name, region.share(item.share, tp))
+
+    def _plan_matrix(self, name: str, layout: Layout, split: ColumnSplit) -> None:
+        """A matrix whose outputs are split: its weight along ``layout.dim``, its bias along its only dimension."""
+        self.layouts[f"{name}.weight"] = layout
+        self.layouts[f"{name}.bias"] = Layout(
+            dim=0,
+            positions=layout.positions,
+            whole_size=layout.whole_size,
+            copies=layout.copies,
+            summed=layout.summed,
+        )
+        self.splits[name] = split
+
+    def _plan_vocabulary(self) -> None:
+        anatomy, matrix = self.rules.anatomy, self.rules.matrices[self.rules.anatomy.head]
+        rows = np.arange(self.rules.padded_vocab_size(self.tp))
+        rows[self.rules.vocab_size :] = -1
+        num_rows = len(rows) // self.tp
+        layout = Layout(
+            dim=0,
+            positions=tuple(np.split(rows, self.tp)),
+            whole_size=self.rules.vocab_size,
+            copies=1,
+            summed=False,
+        )
+        if anatomy.token_embedding in self.owned:
+            partial_sums = self.sequence_parallel and self.rules.embedding_reaches_blocks
+            self.layouts[f"{anatomy.token_embedding}.weight"] = layout
+            self.splits[anatomy.token_embedding] = VocabularySplit(
+                first_row=self.rank * num_rows,
+                num_rows=num_rows,
+                leave=None if partial_sums else partial(leave, group=self.group),
+            )
+        if anatomy.head in self.owned:
+            entry: Callable[[Tensor], Tensor] | None = partial(enter, group=self.group)
+            if self.sequence_parallel:
+                entry = None if self._norm_before_head() else partial(gather_sequence, group=self.group)
+            self._plan_matrix(anatomy.head, layout, ColumnSplit(transposed=matrix.transposed, entry=entry))
+
+    def _norm_before_head(self) -> str | None:
+        """The last module with parameters between blocks and head; the sequence is gathered at its output."""
+        return next((name for name in reversed(self.rules.anatomy.after) if name in self.owned), None)
+
+    def _replace_parameters(self) -> None:
+        """Every parameter by a DTensor; parameters that are one object stay one object."""
+        done: dict[int, nn.Parameter] = {}
+        for name, part in self.owned.items():
+            for key, weight in part._parameters.items():
+                if weight is None:
+                    continue
+                full_name = f"{name}.{key}" if name else key
+                layout = self.layouts.setdefault(full_name, self._replicated(full_name))
+                if id(weight) not in done:
+                    done[id(weight)] = self._stored(weight, layout)
+                part._parameters[key] = done[id(weight)]
+
+    def _replicated(self, name: str) -> Layout:
+        anatomy = self.rules.anatomy
+        holder = name.rpartition(".")[0]
+        on_sequence = name.startswith(anatomy.blocks + ".") or holder in anatomy.after
+        summed = name in self.rules.partial or (self.sequence_parallel and on_sequence)
+        return Layout(dim=None, positions=(), whole_size=0, copies=self.tp, summed=summed)
+
+    def _stored(self, weight: nn.Parameter, layout: Layout) -> nn.Parameter:
+        placement = Replicate() if layout.dim is None else Shard(layout.dim)
+        with torch.no_grad():
+            local = _take(weight.detach(), layout, self.rank)
+        stored = DTensor.from_local(local, self.mesh, [placement], run_check=False)
+        return nn.Parameter(stored, requires_grad=weight.requires_grad)
+
+    def _place_sequence_ends(self) -> None:
+        """With sequence parallelism the sequence is cut before the first block and gathered before the head."""
+        anatomy = self.rules.anatomy
+        if not self.sequence_parallel:
+            return
+        if anatomy.token_embedding in self.owned:
+            cut = scatter_sequence if self.rules.embedding_reaches_blocks else slice_sequence
+            first = self.module.get_submodule(f"{anatomy.blocks}.0")
+            hook = partial(_enter_blocks, where=self.rules.hidden_argument, cut=cut, group=self.group)
+            first.register_forward_pre_hook(hook, with_kwargs=True)
+        norm = self._norm_before_head()
+        if norm is not None and anatomy.head in self.owned:
+            self.module.get_submodule(norm).register_forward_hook(
+                lambda _module, _args, output: gather_sequence(output, self.group)
+            )
+
+
+def _has_parameters(part: nn.Module) -> bool:
+    return any(weight is not None for weight in part._parameters.values())
+
+
+def _take(whole: Tensor, layout: Layout, rank: int) -> Tensor:
+    """The part of a whole tensor that ``rank`` stores; always a tensor of its own."""
+    if layout.dim is None:
+        return whole.clone()
+    positions = torch.from_numpy(layout.positions[rank]).to(whole.device)
+    part = whole.index_select(layout.dim, positions.clamp(min=0))
+    padding = (layout.positions[rank] < 0).sum().item()
+    if padding:
+        part.narrow(layout.dim, part.shape[layout.dim] - padding, padding).zero_()
+    return part
+
+
+def _enter_container(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    where: Any,
+    collective: Callable[[Tensor], Tensor],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Put the collective at a region's entry on the argument that feeds it."""
+    if isinstance(where, int):
+        return (*args[:where], collective(args[where]), *args[where + 1 :]), kwargs
+    return args, {**kwargs, where: collective(kwargs[where])}
+
+
+def _enter_blocks(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    where: Any,
+    cut: Callable[[Tensor, Group], Tensor],
+    group: Group,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    hidden = args[where] if isinstance(where, int) else kwargs[where]
+    if hidden.shape[-2] % group.size():
+        raise InputError(
+            f"sequence_parallel needs tp={group.size()} to divide the sequence of {hidden.shape[-2]} tokens"
+        )
+    return _enter_container(module, args, kwargs, where=where, collective=partial(cut, group=group))
