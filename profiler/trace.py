@@ -73,8 +73,11 @@ def _from_structure(module: nn.Module, name: str, seq_len: int) -> ModelSpec:
     anatomy = find_anatomy(module)
     shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
     rows, hidden = shapes[f"{anatomy.token_embedding}.weight"]
-    reader = BlockReader(model=name, recording=_watch(module, anatomy, name), shapes=shapes, hidden=hidden)
-    layers = tuple(reader.read(index, f"{anatomy.blocks}.{index}.") for index in range(anatomy.num_blocks))
+    models = _first_alike(list(module.get_submodule(anatomy.blocks).children()))
+    recording = _watch(module, anatomy, models, name)
+    reader = BlockReader(model=name, recording=recording, shapes=shapes, hidden=hidden)
+    read = {index: reader.read(index, f"{anatomy.blocks}.{index}.") for index in sorted(set(models))}
+    layers = tuple(read[model] for model in models)
     positions = 0
     norms_before = []
     for part in anatomy.before:
@@ -107,8 +110,31 @@ def _without_rotary(layer: LayerSpec) -> LayerSpec:
     return replace(layer, rotary=False) if isinstance(layer, AttentionLayer) else layer
 
 
-def _watch(module: nn.Module, anatomy: Anatomy, name: str) -> Recording:
-    """One forward pass of a weightless copy, seen by a ``Recorder``."""
+def _first_alike(blocks: list[nn.Module]) -> list[int]:
+    """For each block the position of the first that is built like it: same classes, shapes and settings throughout."""
+    seen: dict[Any, int] = {}
+    return [seen.setdefault(_signature(block, index), index) for index, block in enumerate(blocks)]
+
+
+def _signature(block: nn.Module, index: int) -> Any:
+    """What decides how a block computes; its own position, which many blocks keep, is not part of it."""
+    parts = []
+    for name, part in block.named_modules():
+        settings = {key: value for key, value in vars(part).items() if type(value) in (bool, int, float, str)}
+        own = tuple(
+            (key, None if type(value) is int and value == index else value) for key, value in sorted(settings.items())
+        )
+        shapes = tuple((key, tuple(weight.shape)) for key, weight in part.named_parameters(recurse=False))
+        parts.append((name, type(part), own, shapes))
+    return tuple(parts)
+
+
+def _watch(module: nn.Module, anatomy: Anatomy, models: list[int], name: str) -> Recording:
+    """One forward pass of a weightless copy, seen by a ``Recorder``.
+
+    A block built like an earlier one (``models`` names it) is passed over with that one's output: the pass takes as
+    long as the distinct blocks do.
+    """
     taken = {size for parameter in module.parameters() for size in parameter.shape}
     num_tokens = next((length for length in TRIAL_LENGTHS if length not in taken), TRIAL_LENGTHS[-1])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -117,8 +143,11 @@ def _watch(module: nn.Module, anatomy: Anatomy, name: str) -> Recording:
         weightless = _weightless(module, mode)
         recorder = Recorder(dict(weightless.named_parameters()), num_tokens)
         for index, block in enumerate(weightless.get_submodule(anatomy.blocks).children()):
-            block.register_forward_pre_hook(recorder.entering(index))
-            block.register_forward_hook(recorder.entering(None))
+            if models[index] == index:
+                block.register_forward_pre_hook(recorder.entering(index))
+                block.register_forward_hook(recorder.leaving(index))
+            else:
+                block.forward = recorder.output_of(models[index])
         with torch.no_grad(), _quiet_fake_tensors(), mode:
             tokens = torch.zeros(1, num_tokens, dtype=torch.long)
             recorder.mark_tokens(tokens)

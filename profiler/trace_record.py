@@ -83,18 +83,32 @@ class Recorder(TorchFunctionMode):
         self.block: int | None = None
         self._num_tokens = num_tokens
         self._order = 0
+        self._outputs: dict[int, Any] = {}
         self._pending: tuple[int, int, frozenset[str], frozenset[str]] | None = None
         # by id, with the tensor kept alive so that no id is used twice
         self._origins: dict[int, tuple[Tensor, frozenset[str]]] = {}
         self._parameters = {id(tensor): (tensor, name) for name, tensor in parameters.items()}
 
-    def entering(self, block: int | None) -> Callable[..., None]:
+    def entering(self, block: int) -> Callable[..., None]:
         """A hook that says which block runs from here on."""
 
         def hook(*_: Any) -> None:
             self.block = block
 
         return hook
+
+    def leaving(self, block: int) -> Callable[..., None]:
+        """A hook that says that a block has ended, and keeps what it returned."""
+
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            self.block = None
+            self._outputs[block] = output
+
+        return hook
+
+    def output_of(self, block: int) -> Callable[..., Any]:
+        """A function that returns what an earlier block returned."""
+        return lambda *_args, **_kwargs: self._outputs[block]
 
     def mark_tokens(self, tokens: Tensor) -> None:
         """What the pass begins with."""
