@@ -27,6 +27,7 @@ from meshwright.profiler.cluster_presets import datasheet_peak
 from meshwright.profiler.environment import Environment
 from meshwright.profiler.fit import MIN_SAMPLES, best_rate, fit_efficiency
 from meshwright.profiler.record import record
+from meshwright.profiler.virtual_name import parse_virtual_device
 
 COMMAND = "meshwright profile"
 FITTED = ("matmul", "attention_forward", "attention_backward", "grouped_matmul")
@@ -241,7 +242,7 @@ def _efficiencies(
             if len(mine) < MIN_SAMPLES or not matmuls:
                 notes.append(f"{op} in {dtype}: {len(mine)} samples, too few for a curve")
                 continue
-            peak = datasheet_peak(facts.kind, dtype) or best_rate(matmuls)
+            peak = _known_peak(facts.kind, dtype) or best_rate(matmuls)
             curve = fit_efficiency(
                 mine, peak_flops_per_s=peak, memory_bytes_per_s=facts.memory_bytes_per_s, source=source
             )
@@ -249,6 +250,13 @@ def _efficiencies(
                 notes.append(f"{op} in {dtype}: the curve misses half of its samples by {curve.residual:.0%} or more")
             curves.append(curve)
     return tuple(curves)
+
+
+def _known_peak(kind: str, dtype: str) -> float | None:
+    """The datasheet's or a virtual device's stated peak; None of a processor, which has no such figure."""
+    if kind.startswith("virtual:"):
+        return parse_virtual_device(kind).efficiency("matmul", dtype).peak_flops_per_s
+    return datasheet_peak(kind, dtype)
 
 
 def _node_groups(ranks: Sequence[RankFacts]) -> tuple[NodeGroup, ...]:

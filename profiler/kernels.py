@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from meshwright.profiler.clock import DeviceClock, Timing
+from meshwright.profiler.cluster import Device
 from meshwright.profiler.record import record
 
 Call = Callable[[], object]
@@ -74,17 +75,22 @@ GPU_SCALE = Scale(
     max_flops=4e12,
     rotate_bytes=2**28,
 )
-# operators are slept, not computed: large enough that the host's own Python hides behind the stated time
-VIRTUAL_SCALE = Scale(
-    tokens=(256, 512, 1024, 2048),
-    widths=(256, 512, 1024, 2048, 4096),
-    sequences=(512, 1024, 2048),
-    heads=(4, 8, 16),
-    copies_bytes=(),
-    optimizer_params=2**16,
-    max_flops=1e11,
-    rotate_bytes=2**26,
-)
+VIRTUAL_CALL_S = 0.01  # operators of a virtual device are slept, not computed: this long at most
+
+
+def virtual_scale(device: Device) -> Scale:
+    """The grid of a described device: shapes that it is said to do in at most 10 ms."""
+    slowest = min(curve.peak_flops_per_s * curve.max_share for curve in device.efficiencies)
+    return Scale(
+        tokens=(64, 128, 256, 512, 1024, 2048),
+        widths=(64, 128, 256, 512, 1024, 2048, 4096),
+        sequences=(128, 256, 512, 1024, 2048),
+        heads=(1, 2, 4, 8, 16),
+        copies_bytes=(),
+        optimizer_params=2**16,
+        max_flops=max(slowest * VIRTUAL_CALL_S, 1e8),
+        rotate_bytes=2**25,
+    )
 
 
 def element_size(dtype: str) -> int:

@@ -1,7 +1,8 @@
 """Time pairs of ranks over a real process group: latency, bandwidth alone, and each device's share in a crowd.
 
-*Alone*: ping-pong. Half the round trip of 8 bytes is the latency; a large message answered by 8 bytes takes
-``bytes / bandwidth + 2 latencies``. Messages grow until one takes long enough for the clock, both directions apart.
+*Alone*: ping-pong. Half the median round trip of 8 bytes is the latency; a large message answered by 8 bytes takes
+``bytes / bandwidth + 2 latencies`` (here the quickest, or a busy host would be taken for a fast link). Messages grow
+until one takes long enough for the clock, both directions apart.
 *Crowded*: every device of a node sends to one of another node (or of its own) at once. What counts is when the last is
 done, as in a collective: a device's share is the bytes of the set over the slowest time, over the number of senders.
 """
@@ -39,8 +40,8 @@ class LinkOptions:
     """``message_s``: how long the timed message should take; ``crowd_s``: how long a crowd talks."""
 
     message_s: float = 0.02
-    crowd_s: float = 0.08
-    repeats: int = 3
+    crowd_s: float = 0.25
+    repeats: int = 5
 
 
 class PairClock:
@@ -75,8 +76,8 @@ class PairClock:
         for work in works:
             work.wait()
 
-    def latency(self, pair: Pair) -> float | None:
-        """One-way seconds of 8 bytes, known to the pair's first rank."""
+    def latency(self, pair: Pair) -> tuple[float, float] | None:
+        """One-way seconds of 8 bytes, the median and the quickest, known to the pair's first rank."""
         first, second = pair
         samples = []
         for turn in range(WARM_UP + PING_PONGS):
@@ -89,9 +90,9 @@ class PairClock:
                 self.send(self.small, first)
             if turn >= WARM_UP:
                 samples.append((self.clock.now() - start) / 2)
-        return float(np.median(samples)) if self.rank == first else None
+        return (float(np.median(samples)), min(samples)) if self.rank == first else None
 
-    def bandwidth(self, source: int, target: int, latency_s: float | None) -> tuple[float, float] | None:
+    def bandwidth(self, source: int, target: int, quickest_s: float) -> tuple[float, float] | None:
         """Bytes a second from ``source`` to ``target`` and the spread of its samples, known to ``source``.
 
         The source leads: it announces each size (0 ends), sends, and is answered.
@@ -103,7 +104,6 @@ class PairClock:
                     return None
                 self.receive(self.large(size), source)
                 self.send(self.small, source)
-        assert latency_s is not None
         size, largest = FIRST_BYTES, LARGEST_BYTES[self.clock.device.type]
         self._timed(size, target)  # warms the connection up, and empties a traffic shaper's bucket
         while (seconds := self._timed(size, target)) < self.options.message_s and size < largest:
@@ -112,7 +112,7 @@ class PairClock:
         samples = [seconds, *(self._timed(size, target) for _ in range(self.options.repeats - 1))]
         self.small.fill_(0)
         self.send(self.small, target)
-        rates = size / np.maximum(np.asarray(samples) - 2 * latency_s, np.asarray(samples) / 2)
+        rates = size / np.maximum(np.asarray(samples) - 2 * quickest_s, np.asarray(samples) / 2)
         low, middle, high = np.percentile(rates, [10, 50, 90])
         return float(middle), float((high - low) / middle)
 
@@ -186,9 +186,9 @@ def _alone(
         return
     for source, target in (mine, mine[::-1]):
         seconds = pairs.latency((source, target))
-        found = pairs.bandwidth(source, target, seconds)
-        if found and seconds is not None:
-            latency[source, target] = seconds
+        found = pairs.bandwidth(source, target, seconds[1] if seconds else 0.0)
+        if found and seconds:
+            latency[source, target] = seconds[0]
             rate[source, target], spread[source, target] = found
 
 
