@@ -25,6 +25,7 @@ from meshwright.executors.pipeline import Chunk, Pipeline
 from meshwright.executors.recompute import apply_recompute
 from meshwright.executors.stage import StageModule, cut_stage, whole_stage
 from meshwright.executors.state import gather_stages, whole_gradients, whole_weights
+from meshwright.executors.tensor_parallel import apply_tensor_parallel, find_tensor_parallel_rules, no_tensor_parallel
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy, find_anatomy
 
@@ -50,13 +51,18 @@ def parallelize(model: nn.Module, plan: Plan, loss_fn: LossFunction | None = Non
     config, recipe, mesh = plan.config, plan.workload.recipe, build_mesh(plan, device)
     tp_group = mesh.axis("tp").get_group() if config.tp > 1 else None
     loss = loss_on_shards(loss_fn, group=tp_group, vocab_size=plan.model.vocab_size)
+    rules = find_tensor_parallel_rules(model) if config.tp > 1 else None
     chunks = []
     for index, module in _own_stages(model, anatomy, plan, mesh, loss):
         module.to(device, torch_dtype(recipe.master) if recipe.master and has_master_weights(recipe) else None)
+        split = no_tensor_parallel(module.model)
+        if rules:
+            tp_mesh = mesh.axis("tp")
+            split = apply_tensor_parallel(module.model, rules, tp_mesh, sequence_parallel=config.sequence_parallel)
         for layer, block in module.blocks.items():
             apply_recompute(block, plan.stages[index].recompute[layer - plan.stages[index].first_layer])
         sharded = DataParallel(module, list(module.blocks.values()), mesh, config.zero_stage, recipe)
-        chunks.append(Chunk(index, module, sharded))
+        chunks.append(Chunk(index, module, split, sharded))
     return ParallelModel(plan, mesh, anatomy, chunks, check_count=loss_fn is not None)
 
 
@@ -123,6 +129,7 @@ class ParallelModel:
             self._accumulate(self._chunks[0], tokens, targets)
         for chunk in self._chunks:
             chunk.data_parallel.finish()
+            chunk.tensor_parallel.finish_gradients()
         if self._tied:
             self._sum_tied_grads(*self._tied)
         return self._mean_loss(count)
@@ -137,13 +144,14 @@ class ParallelModel:
     def _pipeline(self, sequence: int) -> Pipeline:
         if sequence not in self._pipelines:
             config = self.plan.config
+            shards = config.tp if config.sequence_parallel else 1
             self._pipelines[sequence] = Pipeline(
                 self._chunks,
                 self._mesh,
                 config.schedule,
                 config.num_stages,
                 self.num_microbatches,
-                (config.micro_batch_size, sequence, self.plan.model.hidden),
+                (config.micro_batch_size, sequence // shards, self.plan.model.hidden),
                 torch_dtype(self.plan.workload.recipe.compute),
             )
         return self._pipelines[sequence]
@@ -154,7 +162,10 @@ class ParallelModel:
         ours = local(weight.grad).contiguous()
         theirs = torch.empty_like(ours)
         group = self._mesh.axis("pp").get_group()
-        ends = [dist.P2POp(dist.isend, ours, peer, group), dist.P2POp(dist.irecv, theirs, peer, group)]
+        ends = [
+            dist.P2POp(dist.isend, ours, group=group, group_peer=peer),
+            dist.P2POp(dist.irecv, theirs, group=group, group_peer=peer),
+        ]
         for work in dist.batch_isend_irecv(ends):
             work.wait()
         local(weight.grad).add_(theirs)
@@ -182,7 +193,7 @@ class ParallelModel:
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Whole gradients under the original names, on the CPU of every rank: those of this rank's stages."""
-        return {name: grad for chunk in self._chunks for name, grad in whole_gradients(chunk.module.model).items()}
+        return {name: grad for chunk in self._chunks for name, grad in whole_gradients(chunk).items()}
 
     def state_dict(self, *, full: bool = True) -> dict[str, Tensor]:
         """The weights under the names of the model that was given.
@@ -192,7 +203,7 @@ class ParallelModel:
         """
         if not full:
             return {name: value for chunk in self._chunks for name, value in chunk.module.model.state_dict().items()}
-        own = {name: value for chunk in self._chunks for name, value in whole_weights(chunk.module.model).items()}
+        own = {name: value for chunk in self._chunks for name, value in whole_weights(chunk).items()}
         return gather_stages(own, self._mesh)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -235,13 +246,14 @@ class ParallelModel:
 
         The norm is that of the whole model: replicas and the second copy of a tied weight count once.
         """
+        replicas = 1 if self.plan.config.zero_stage else self._mesh.shard.size()
         counted = [
-            weight
+            (weight, replicas * chunk.tensor_parallel.copies(name))
             for chunk in self._chunks
-            for weight in chunk.module.parameters()
+            for name, weight in chunk.module.model.named_parameters()
             if not (self._tied and weight is self._tied[0] and chunk.index > 0)
         ]
-        norm = global_grad_norm(counted, self._mesh)
+        norm = global_grad_norm(counted, self._mesh.device)
         scale_grads(self.parameters(), max_norm, norm)
         return norm
 
@@ -254,7 +266,6 @@ def _tied_across_stages(plan: Plan, anatomy: Anatomy, chunks: list[Chunk]) -> tu
     for chunk in chunks:
         for index, name, peer in ((0, anatomy.token_embedding, last), (len(plan.stages) - 1, anatomy.head, first)):
             if chunk.index == index:
-                weight = chunk.module.model.get_submodule(name).weight
-                assert isinstance(weight, nn.Parameter)
+                weight = dict(chunk.module.model.named_parameters())[f"{name}.weight"]
                 return weight, peer
     return None

@@ -30,6 +30,8 @@ def check_plan(plan: Plan) -> None:
     for name in ("cp", "ep", "etp"):
         if getattr(config, name) > 1:
             raise InputError(f"{name}={getattr(config, name)}: this version runs {name}=1 only")
+    if config.vocab_parallel != (config.tp > 1):
+        raise InputError(f"tp={config.tp} splits embedding and head by vocabulary: vocab_parallel must say so")
     if config.zero_stage and config.dp_shard != config.dp * config.cp:
         raise InputError(
             f"dp_shard={config.dp_shard}: this version shards over all dp*cp={config.dp * config.cp} ranks"

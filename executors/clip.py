@@ -13,20 +13,21 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
 
 from meshwright.executors.data_parallel import local
-from meshwright.executors.mesh import Mesh
 
 
-def global_grad_norm(weights: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
-    """The 2-norm of all gradients of the model, on every rank; ``weights`` are those this rank answers for."""
+def global_grad_norm(weights: Iterable[tuple[nn.Parameter, int]], device: torch.device) -> Tensor:
+    """The 2-norm of all gradients of the model, on every rank.
+
+    ``weights`` are this rank's parameters, each with the number of ranks that hold the same elements of it.
+    """
     by_copies: dict[int, list[Tensor]] = defaultdict(list)
-    for weight in weights:
+    for weight, copies in weights:
         if weight.grad is not None:
-            by_copies[_copies(weight, mesh)].append(local(weight.grad))
-    squares = torch.zeros((), dtype=torch.float64, device=mesh.device)
+            by_copies[copies].append(local(weight.grad))
+    squares = torch.zeros((), dtype=torch.float64, device=device)
     for copies, grads in by_copies.items():
         squares += get_total_norm(grads).double() ** 2 / copies
     dist.all_reduce(squares)
@@ -40,14 +41,3 @@ def scale_grads(weights: Iterable[nn.Parameter], max_norm: float, norm: Tensor) 
         if weight.grad is not None:
             grad = local(weight.grad)
             grad.mul_(factor.to(grad.dtype))
-
-
-def _copies(weight: nn.Parameter, mesh: Mesh) -> int:
-    """Ranks of one pipeline stage that hold each element of ``weight``'s gradient."""
-    ranks = mesh.shard.size() * mesh.size("tp")
-    if not isinstance(weight, DTensor):
-        return ranks
-    for direction, placement in enumerate(weight.placements):
-        if not isinstance(placement, Replicate):
-            ranks //= weight.device_mesh.size(direction)
-    return ranks

@@ -1,8 +1,9 @@
 """Pipeline parallelism: the stages of this rank under a schedule of ``torch.distributed.pipelining``.
 
-Stages exchange hidden states ``[micro_batch_size, sequence, hidden]`` and their gradients point to point; shapes are
-given to torch beforehand, so it runs no trial forward. Tokens and targets are not sent: pipeline peers are given the
-same batch. The runtime accumulates gradients and leaves them unscaled.
+Stages exchange hidden states ``[micro_batch_size, sequence, hidden]`` (with sequence parallelism this rank's shard of
+the sequence) and their gradients point to point; shapes are given to torch beforehand, so it runs no trial forward.
+Tokens and targets are not sent: pipeline peers are given the same batch. The runtime accumulates gradients and leaves
+them unscaled.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ from meshwright.cost_models.strategy import Schedule
 from meshwright.executors.data_parallel import DataParallel
 from meshwright.executors.mesh import Mesh
 from meshwright.executors.stage import StageModule
+from meshwright.executors.tensor_parallel import TensorParallel
 
 
 class Chunk:
-    """One stage on this rank, ready to run: its module, its place in the pipeline, and its data parallelism."""
+    """One stage on this rank, ready to run: its place in the pipeline, its module, and how that was split."""
 
-    def __init__(self, index: int, module: StageModule, data_parallel: DataParallel) -> None:
+    def __init__(
+        self, index: int, module: StageModule, tensor_parallel: TensorParallel, data_parallel: DataParallel
+    ) -> None:
         self.index = index
         self.module = module
+        self.tensor_parallel = tensor_parallel
         self.data_parallel = data_parallel
 
 

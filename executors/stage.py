@@ -34,14 +34,18 @@ class PassThrough(nn.Module):
 
 
 class Takeover(PassThrough):
-    """Stands for the block after a stage's last: keeps in ``hidden`` what goes to the next stage."""
+    """Stands for the block after a stage's last: keeps in ``hidden`` what goes to the next stage.
+
+    The skeleton goes on with zeros that are as long as the whole sequence, of which ``hidden`` may be a rank's shard.
+    """
 
     hidden: Tensor | None = None
+    sequence: int = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The hidden states, kept."""
+        """Zeros in place of the hidden states, which are kept."""
         self.hidden = super().forward(*args, **kwargs)
-        return self.hidden
+        return self.hidden.new_zeros(()).expand(self.hidden.shape[0], self.sequence, self.hidden.shape[-1])
 
 
 class NoPositions(nn.Module):
@@ -102,6 +106,8 @@ class StageModule(nn.Module):
         """Run the stage on one micro-batch: ``tokens`` and ``targets`` are ``[micro_batch_size, sequence]``."""
         if self.source is not None:
             (self.source.hidden,) = hidden
+        if self.sink is not None:
+            self.sink.sequence = tokens.shape[1]
         output = self.model(tokens)
         if self.sink is not None:
             leaving, self.sink.hidden = self.sink.hidden, None

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from meshwright.executors.mesh import Mesh
+from meshwright.executors.pipeline import Chunk
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and saved buffers of one stage, whole, on the CPU of each of its ranks."""
-    return {name: _whole(value).cpu() for name, value in model.state_dict().items()}
+def whole_weights(chunk: Chunk) -> dict[str, Tensor]:
+    """Weights and saved buffers of one stage, whole and unpadded, on the CPU of each of its ranks."""
+    stored = chunk.module.model.state_dict()
+    return {name: chunk.tensor_parallel.whole(name, value).detach().cpu() for name, value in stored.items()}
 
 
-def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients of one stage, whole, on the CPU of each of its ranks."""
-    return {name: _whole(weight.grad).cpu() for name, weight in model.named_parameters() if weight.grad is not None}
+def whole_gradients(chunk: Chunk) -> dict[str, Tensor]:
+    """Gradients of one stage, whole and unpadded, on the CPU of each of its ranks."""
+    weights = chunk.module.model.named_parameters()
+    grads = {name: weight.grad for name, weight in weights if weight.grad is not None}
+    return {name: chunk.tensor_parallel.whole(name, grad).cpu() for name, grad in grads.items()}
 
 
 def gather_stages(own: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
@@ -35,7 +38,3 @@ def gather_stages(own: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
             dist.broadcast(value, group=group, group_src=rank)
             gathered.setdefault(name, value.cpu())
     return gathered
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value.detach()

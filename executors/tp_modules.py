@@ -123,6 +123,7 @@ def _local_class(base: type[nn.Module], names: tuple[str, ...], split: type | No
 def _local_property(name: str) -> property:
     def local(self: nn.Module) -> Tensor | None:
         weight = self._parameters[name]
-        return weight.to_local() if isinstance(weight, DTensor) else weight
+        # sharded further over dp it is not computed with: that is FSDP2 asking for its own parameter
+        return weight.to_local() if isinstance(weight, DTensor) and weight.device_mesh.ndim == 1 else weight
 
     return property(local)

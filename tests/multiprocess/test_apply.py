@@ -32,6 +32,16 @@ example             | pp2 full                   | n2
 example             | dp2 zero3 full             | n2
 example             | dp2 zero3 selective        | n2
 gpt2                | dp2 selective              | n2
+example             | tp2                        | n2
+example tied vocab65 | tp2 dp2 zero2 sp          | n2
+example kv1         | tp2 pp2                    | n2
+llama               | tp2 pp2 sp interleaved     | n2
+qwen3               | tp2 dp2 zero3 sp full      | n2
+gpt2 vocab65        | tp2 pp2 dp2 zero1 sp       | n2
+opt                 | tp2 pp2                    | n2
+gpt_neox            | tp4                        | n2
+example             | tp2 selective              | n2
+example             | tp2 sp selective           | n2
 """
 
 
