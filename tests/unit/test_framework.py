@@ -1,0 +1,103 @@
+"""What the target runs: one config for each rule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from meshwright import InputError
+from meshwright.cost_models.framework import (
+    MESHWRIGHT,
+    framework_named,
+    microbatches_per_round,
+    num_microbatches,
+    supported,
+)
+from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Schedule
+from meshwright.cost_models.workload import Workload
+from meshwright.profiler.layers import MoeLayer
+from meshwright.profiler.model import Block
+
+WORKLOAD = Workload(seq_len=32, global_batch_size=24)
+
+
+def runs(model: Any, workload: Workload = WORKLOAD, **changes: Any) -> bool:
+    batch = ConfigBatch.from_configs([ParallelConfig(**changes)])
+    return bool(supported(batch, MESHWRIGHT, model, workload)[0])
+
+
+def test_the_default_config_runs(toy: Any) -> None:
+    assert runs(toy.model())
+
+
+def test_context_and_expert_parallel_are_not_there_yet(toy: Any) -> None:
+    assert not runs(toy.model(), cp=2, cp_ring=2)
+    assert not runs(toy.model(), dp=2, ep=2)
+    assert not runs(toy.model(), tp=2, etp=2, vocab_parallel=True)
+
+
+def test_the_vocabulary_is_split_exactly_where_tensors_are(toy: Any) -> None:
+    assert runs(toy.model(), tp=2, vocab_parallel=True)
+    assert not runs(toy.model(), tp=2)
+    assert not runs(toy.model(), vocab_parallel=True)
+
+
+def test_zero_shards_over_all_data_ranks(toy: Any) -> None:
+    assert runs(toy.model(), dp=4, zero_stage=3, dp_shard=4)
+    assert not runs(toy.model(), dp=4, zero_stage=3, dp_shard=2)
+    assert not runs(toy.model(), dp=4, zero_stage=0, dp_shard=4)
+
+
+@pytest.mark.parametrize("schedule", [Schedule.ZB_H1, Schedule.ZBV, Schedule.DUALPIPEV])
+def test_zero_bubble_schedules_are_not_there_yet(toy: Any, schedule: Schedule) -> None:
+    assert not runs(toy.model(), pp=2, vpp=1 if schedule is Schedule.ZB_H1 else 2, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pp", "global_batch", "expected"),
+    [
+        (Schedule.ONE_F_ONE_B, 4, 4, True),
+        (Schedule.ONE_F_ONE_B, 4, 3, False),  # torch wants as many micro-batches as stages
+        (Schedule.GPIPE, 4, 3, True),
+        (Schedule.INTERLEAVED, 4, 3, True),  # one round of three
+        (Schedule.INTERLEAVED, 4, 10, True),  # two rounds of five
+        (Schedule.INTERLEAVED, 4, 9, False),  # two rounds do not divide nine
+        (Schedule.INTERLEAVED, 4, 13, False),  # nor three thirteen
+    ],
+)
+def test_micro_batches_that_torch_takes(
+    toy: Any, schedule: Schedule, pp: int, global_batch: int, expected: bool
+) -> None:
+    workload = replace(WORKLOAD, global_batch_size=global_batch)
+    vpp = 2 if schedule is Schedule.INTERLEAVED else 1
+    assert runs(toy.model(num_layers=8), workload, pp=pp, vpp=vpp, schedule=schedule) is expected
+
+
+def test_a_batch_that_does_not_divide_has_a_reason_of_its_own(toy: Any) -> None:
+    assert runs(toy.model(), pp=4, dp=5)  # 24 sequences over 5 ranks: BATCH says so, not the target
+
+
+def test_experts_are_not_cut_by_tensor_parallelism(toy: Any) -> None:
+    dense = toy.model()
+    block = dense.blocks[1]
+    moe = MoeLayer(hidden=64, num_experts=4, top_k=2, expert_ffn_size=32)
+    model = replace(
+        dense, blocks=(dense.blocks[0], Block(kind=block.kind, layers=(*block.layers[:3], moe)), dense.blocks[2])
+    )
+    assert runs(model, dp=2)
+    assert not runs(model, tp=2, vocab_parallel=True)
+
+
+def test_micro_batches_and_rounds() -> None:
+    batch = ConfigBatch.from_configs(
+        [ParallelConfig(pp=4, dp=2, micro_batch_size=2), ParallelConfig(pp=4), ParallelConfig(pp=4, dp=8)]
+    )
+    assert num_microbatches(batch, WORKLOAD).tolist() == [6, 24, 3]
+    assert microbatches_per_round(batch, WORKLOAD).tolist() == [6, 4, 3]
+
+
+def test_an_unknown_target_is_refused() -> None:
+    with pytest.raises(InputError, match="expected one of meshwright"):
+        framework_named("megatorn")

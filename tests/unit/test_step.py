@@ -1,0 +1,171 @@
+"""The composition: hand-computed steps, and what they are made of."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from meshwright import InputError
+from meshwright.cost_models.framework import MESHWRIGHT, PointwiseCost
+from meshwright.cost_models.step import SECONDS, CostBreakdown, assumptions, estimate, estimate_batch
+from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
+from meshwright.cost_models.workload import Optimizer, Workload
+
+WORKLOAD = Workload(seq_len=32, global_batch_size=8)
+RATE = 0.5e12
+SCORES = 2 * 8 * (32 * 33 / 2) * 16  # forward FLOPs of one block's attention scores
+BLOCK = 2 * 32 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)  # of its projections, one sequence
+HEAD = 2 * 32 * 64 * 256
+
+
+def cost(toy: Any, config: ParallelConfig, *, cluster: Any = None, framework: Any = None, model: Any = None) -> Any:
+    """With memory so fast that only matmuls, attention and communication take time."""
+    device = toy.device(memory_bytes_per_s=1e18)
+    cluster = cluster or toy.cluster(device=device)
+    batch = ConfigBatch.from_configs([config])
+    found = estimate_batch(model or toy.model(), WORKLOAD, cluster, framework or toy.framework(), batch)
+    return found.estimate(0, batch).cost
+
+
+def test_one_device_computes_and_nothing_else(toy: Any) -> None:
+    got = cost(toy, ParallelConfig())
+    expected = 8 * (4 * (3 * BLOCK + 3.5 * SCORES) + 3 * HEAD) / RATE
+    assert got.compute_s == pytest.approx(expected)
+    assert got.step_s == pytest.approx(expected, rel=1e-6)
+    assert [got.tp_s, got.pp_s, got.dp_s, got.bubble_s, got.recompute_s, got.hidden_s] == [0.0] * 6
+
+
+def test_full_recompute_is_the_forward_without_the_last_projection(toy: Any) -> None:
+    got = cost(toy, ParallelConfig(recompute=Recompute.FULL))
+    assert got.recompute_s == pytest.approx(8 * 4 * (BLOCK + SCORES - 2 * 32 * 64 * 128) / RATE)
+
+
+def test_tensor_parallel_sums(toy: Any) -> None:
+    # a micro-batch: 18 sums of 32 * 64 bf16 numbers over 2 ranks, and the loss's of 32 and 64 float32 numbers
+    got = cost(toy, ParallelConfig(tp=2, vocab_parallel=True))
+    message, maxima, sums = 32 * 64 * 2, 32 * 4, 64 * 4
+    assert got.tp_s == pytest.approx(
+        8 * sum(times * (2e-6 + n / 1e10) for times, n in ((18, message), (1, maxima), (1, sums)))
+    )
+    assert got.compute_s == pytest.approx(8 * (4 * (3 * BLOCK + 3.5 * SCORES) + 3 * HEAD) / 2 / RATE)
+
+
+def test_a_pipeline_of_equal_stages_has_the_textbook_bubble(toy: Any) -> None:
+    # no head to speak of: 4 stages of one block; 8 micro-batches; links that cost nothing
+    cluster = toy.cluster(device=toy.device(memory_bytes_per_s=1e18), node=(0.0, 1e30), network=(0.0, 1e30))
+    got = cost(toy, ParallelConfig(pp=4), cluster=cluster, model=toy.model(vocab_size=1))
+    stage = (3 * BLOCK + 3.5 * SCORES) / RATE
+    assert got.step_s == pytest.approx(11 * stage, rel=1e-2)
+    assert got.bubble_s == pytest.approx(3 * stage, rel=1e-2)
+    assert got.pp_s == pytest.approx(0.0, abs=1e-12)
+
+
+def test_transfers_of_a_pipeline_are_told_from_its_bubble(toy: Any) -> None:
+    model = toy.model(vocab_size=1)
+    device = toy.device(memory_bytes_per_s=1e18)
+    free = toy.cluster(device=device, node=(0.0, 1e30), network=(0.0, 1e30))
+    slow = toy.cluster(device=device, node=(1e-4, 1e30), network=(1e-4, 1e30))
+    without, with_transfers = (
+        cost(toy, ParallelConfig(pp=4), cluster=cluster, model=model) for cluster in (free, slow)
+    )
+    assert with_transfers.bubble_s == pytest.approx(without.bubble_s)
+    assert with_transfers.pp_s == pytest.approx(with_transfers.step_s - without.step_s - (with_transfers.overhead_s))
+
+
+def test_replicas_sum_their_gradients_after_the_last_backward(toy: Any) -> None:
+    got = cost(toy, ParallelConfig(dp=4))
+    units = [numbers * 4 for numbers in (36992, 36992, 36992, 36992, 2 * 256 * 64 + 64)]
+    assert got.dp_s == pytest.approx(sum(min(6e-6 + 1.5 * n / 1e10, 4e-6 + 2 * n / 1e10) for n in units))
+    assert got.hidden_s == 0.0
+
+
+def test_a_gpu_hides_reductions_behind_compute_and_a_cpu_does_not(toy: Any) -> None:
+    # FSDP on 4 devices: 5 gathers and 5 reductions; compute is much longer than one of them
+    config = ParallelConfig(dp=4, zero_stage=1, dp_shard=4)
+    slow = {"memory_bytes_per_s": 1e18, "efficiencies": toy.device(half_k=1e4).efficiencies}
+    on_cpu = cost(toy, config, cluster=toy.cluster(device=toy.device(**slow)))
+    on_gpu = cost(toy, config, cluster=toy.cluster(device=toy.device("gpu", **slow)))
+    numbers = [36992] * 4 + [2 * 256 * 64 + 64]
+    spent = sum(3e-6 + 0.75 * n * width / 1e10 for n in numbers for width in (2, 4))
+    assert on_cpu.dp_s == pytest.approx(spent)
+    assert on_cpu.hidden_s == 0.0
+    assert on_gpu.dp_s == pytest.approx(0.0)
+    assert on_gpu.hidden_s == pytest.approx(spent)
+
+
+def test_compute_is_slower_beside_a_collective(toy: Any) -> None:
+    config = ParallelConfig(dp=4, zero_stage=1, dp_shard=4)
+    device = toy.device(
+        "gpu", memory_bytes_per_s=1e18, communication_slowdown=0.25, efficiencies=toy.device(half_k=1e4).efficiencies
+    )
+    got = cost(toy, config, cluster=toy.cluster(device=device))
+    assert got.dp_s == pytest.approx(0.25 * got.hidden_s)
+
+
+@pytest.mark.parametrize(("optimizer", "passes"), [(Optimizer.ADAMW, 20), (Optimizer.SGD, 3)])
+def test_the_optimizer_passes_over_this_ranks_own_parameters(toy: Any, optimizer: Optimizer, passes: int) -> None:
+    workload = replace(WORKLOAD, optimizer=optimizer)
+    config = ParallelConfig(dp=4, zero_stage=1, dp_shard=4)
+    got = estimate(toy.model(), workload, toy.cluster(), config).cost
+    num_bytes = toy.model().params / 4 * (passes * 4 + 4 + 2)  # and the bf16 weights out of the float32 master
+    assert got.optimizer_s == pytest.approx(num_bytes / 1e11)
+
+
+def test_gradients_of_later_micro_batches_are_added(toy: Any) -> None:
+    add = PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=3)
+    free, spent = (
+        estimate_batch(
+            toy.model(), WORKLOAD, toy.cluster(), framework, ConfigBatch.from_configs([ParallelConfig()])
+        ).compute_s
+        for framework in (toy.framework(), toy.framework(accumulate=add))
+    )
+    assert spent - free == pytest.approx([7 * 3 * 4 * toy.model().params / 1e11])
+
+
+def test_the_sum_of_the_parts_is_the_step(toy: Any) -> None:
+    batch = ConfigBatch.from_configs([ParallelConfig(tp=2, pp=2, dp=2, vocab_parallel=True, zero_stage=2, dp_shard=2)])
+    many = estimate_batch(toy.model(), WORKLOAD, toy.cluster(), MESHWRIGHT, batch)
+    one = many.estimate(0, batch)
+    assert one.cost.step_s == many.step_s[0]
+    assert one.memory.peak_bytes == many.peak_bytes[0]
+    assert tuple(field.name for field in fields(CostBreakdown)) == SECONDS
+    assert one.config == batch.config(0)
+
+
+def test_what_fits_is_capacity_less_reserved(toy: Any) -> None:
+    batch = ConfigBatch.from_configs([ParallelConfig()])
+    peak = int(estimate_batch(toy.model(), WORKLOAD, toy.cluster(), MESHWRIGHT, batch).peak_bytes[0])
+    for spare, fits in ((0, True), (-1, False)):
+        device = toy.device(memory_bytes=peak + 2**30 + spare)
+        found = estimate_batch(toy.model(), WORKLOAD, toy.cluster(device=device), MESHWRIGHT, batch)
+        assert found.fits.tolist() == [fits]
+        assert found.estimate(0, batch).memory.headroom_bytes == spare
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (ParallelConfig(tp=16, vocab_parallel=True), "HEADS"),
+        (ParallelConfig(dp=8, zero_stage=1, dp_shard=4), "does not run"),
+        (ParallelConfig(dp=16), "BATCH"),
+        (ParallelConfig(tp=4, dp=4, vocab_parallel=True), "needs 16 devices, toy has 8"),
+    ],
+)
+def test_what_cannot_run_is_not_priced(toy: Any, config: ParallelConfig, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        estimate(toy.model(), WORKLOAD, toy.cluster(), config)
+
+
+def test_a_schedule_without_a_model_is_refused(toy: Any) -> None:
+    batch = ConfigBatch.from_configs([ParallelConfig(pp=2, schedule=Schedule.ZB_H1)])
+    with pytest.raises(InputError, match="zb-h1"):
+        estimate_batch(toy.model(), WORKLOAD, toy.cluster(), MESHWRIGHT, batch)
+
+
+def test_assumptions_say_what_was_not_measured(toy: Any) -> None:
+    said = assumptions(toy.model(window=16), WORKLOAD, toy.cluster(), MESHWRIGHT)
+    assert said[0] == "rates of attention_backward, attention_forward, grouped_matmul, matmul on cpu are not measured"
+    assert "latency and bandwidth of links (node, cluster) are not measured" in said
+    assert any("sliding window" in words for words in said)
