@@ -79,10 +79,11 @@ class VirtualDevice(TorchDispatchMode):
 
     The device works through its operators in order, like a GPU's stream, while the host runs ahead: an operator ends at
     ``deadline = max(deadline, now) + stated``, and the host sleeps up to the deadline where it has to wait for the
-    device: when it is 5 ms ahead, before it communicates, when it reads a value, and in ``settle``. So the host's own
-    Python hides behind stated compute as launches hide behind kernels; and a clock read without ``settle`` is up to
-    5 ms early, as one read without synchronizing a GPU is. A sleep that ends late is not the device's idleness: that
-    much is forgiven to the next operators, or eight ranks' late wake-ups would add up.
+    device: when it is 5 ms ahead, before it communicates, and in ``settle``. So the host's own Python hides behind
+    stated compute as launches hide behind kernels; and a clock read without ``settle`` is up to 5 ms early, as one read
+    without synchronizing a GPU is. Reading a value does not wait, since optimizers keep their step counts in tensors
+    that a GPU job has on the host. A sleep that ends late is not the device's idleness: that much is forgiven to the
+    next operators, or eight ranks' late wake-ups would add up.
     """
 
     def __init__(self, device: Device, *, numbers: bool = False) -> None:
@@ -140,7 +141,7 @@ class VirtualDevice(TorchDispatchMode):
             return NotImplemented  # DTensor and others take themselves apart; their local operators come back here
         kwargs = kwargs or {}
         role = _role(func)
-        if role == "free":
+        if role == "free" or (args and isinstance(args[0], Tensor) and args[0].is_meta):  # shapes only, no work
             return func(*args, **kwargs)
         if role == "waits":
             self.settle()
@@ -203,11 +204,9 @@ def _role(func: Any) -> str:
     name = func._schema.name.split("::")[1]
     if func.namespace in _COMMUNICATION:
         return "free" if name.startswith("wait_tensor") else "waits"
-    if name == "_local_scalar_dense":
-        return "waits"
     if func.overloadpacket in _FLOPS:
         return "product"
-    if func.is_view or name in _NO_TRAFFIC or name in ("detach", "alias"):
+    if func.is_view or name in _NO_TRAFFIC or name in ("detach", "alias", "_local_scalar_dense"):
         return "free"
     return "bytes"
 
