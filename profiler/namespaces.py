@@ -50,6 +50,10 @@ def address(host: int) -> str:
     return f"10.77.0.{host + 1}"
 
 
+def _hardware_address(host: int) -> str:
+    return f"02:00:00:00:00:{host + 1:02x}"
+
+
 class HostNamespaces:
     """The namespaces of a topology's hosts: a context that makes them and takes them away, with all that runs inside.
 
@@ -110,7 +114,8 @@ class HostNamespaces:
         for host in hosts:
             inside = f"/proc/{os.getpid()}/fd/{self._descriptors[host]}"
             lines += [
-                f"link add port{host} mtu {_MTU} type veth peer name {INTERFACE} mtu {_MTU} netns {inside}",
+                f"link add port{host} mtu {_MTU} type veth "
+                f"peer name {INTERFACE} address {_hardware_address(host)} mtu {_MTU} netns {inside}",
                 f"link set port{host} master switch up",
             ]
         self.run_in(switch, lambda: _batch("ip", lines))
@@ -136,6 +141,11 @@ class HostNamespaces:
                 "link set lo up",
                 f"addr add {address(host)}/24 dev {INTERFACE}",
                 f"link set {INTERFACE} gso_max_size {packet} up",
+                *(  # known neighbours: on a machine at its limits an unanswered ARP request is a stall of seconds
+                    f"neigh add {address(other)} lladdr {_hardware_address(other)} dev {INTERFACE} nud permanent"
+                    for other in range(len(self.topology.hosts))
+                    if other != host
+                ),
             ],
         )
         _batch("tc", self._host_classes(host))

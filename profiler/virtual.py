@@ -226,7 +226,7 @@ def _tensor_bytes(values: Sequence[Any]) -> int:
     total = 0
     for value in values:
         if isinstance(value, Tensor):
-            total += value.nbytes
+            total += 0 if value.is_meta else value.nbytes
         elif isinstance(value, (list, tuple)):
             total += _tensor_bytes(value)
     return total
