@@ -53,6 +53,8 @@ _PUBLIC = {
     "load_cluster": "meshwright.profiler.cluster",
     "ModelSpec": "meshwright.profiler.model",
     "load_model": "meshwright.profiler.model",
+    "save_model": "meshwright.profiler.model",
+    "trace_model": "meshwright.profiler.trace",
     "StepMeasurement": "meshwright.profiler.steps",
     "Workload": "meshwright.cost_models.workload",
     "ParallelConfig": "meshwright.cost_models.strategy",

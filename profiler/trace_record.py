@@ -7,11 +7,13 @@ attention. That is enough to tell queries from keys and values, and the way into
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 ATTENTION = "@attention"
@@ -136,7 +138,9 @@ class Recorder(TorchFunctionMode):
                 self._parameters[id(tensor)] = (tensor, self._name(parameters[0]))
             return
         matrices = [tensor for tensor in parameters if tensor.dim() > 1]
-        if name == "scaled_dot_product_attention":
+        if name == "multi_head_attention_forward":
+            origins = self._whole_attention(args, kwargs, origins)
+        elif name == "scaled_dot_product_attention":
             origins = self._attention(args, kwargs, made[0])
         elif name in _MATMULS and len(matrices) == 1 and origins:
             origins = self._product(matrices[0], parameters, activations, made[0], origins)
@@ -188,6 +192,31 @@ class Recorder(TorchFunctionMode):
             origins=(self._of(query), self._of(key), self._of(value)),
         )
         return frozenset({ATTENTION})
+
+    def _whole_attention(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], origins: frozenset[str]
+    ) -> frozenset[str]:
+        """``nn.MultiheadAttention``: one function from the residual stream back to it, projections and all."""
+        given = inspect.signature(functional.multi_head_attention_forward).bind(*args, **kwargs).arguments
+        way_in, way_out, num_heads = given["in_proj_weight"], given["out_proj_weight"], given["num_heads"]
+        if way_in is None or any(given.get(name) is not None for name in ("bias_k", "bias_v", "q_proj_weight")):
+            return frozenset()
+        hidden = way_out.shape[0]
+        projection, projection_bias = self._name(way_in), given["in_proj_bias"]
+        output, output_bias = self._name(way_out), given["out_proj_bias"]
+        biases = [None if bias is None else self._name(bias) for bias in (projection_bias, output_bias)]
+        made = frozenset({projection})
+        products = self.recording.products
+        products.append(Product(self._order, self.block, projection, biases[0], hidden, 3 * hidden, origins))
+        self._mix(
+            num_heads=num_heads,
+            head_dim=hidden // num_heads,
+            value_head_dim=hidden // num_heads,
+            causal=bool(given.get("is_causal")) or given.get("attn_mask") is not None,
+            origins=(made, made, made),
+        )
+        products.append(Product(self._order, self.block, output, biases[1], hidden, hidden, frozenset({ATTENTION})))
+        return frozenset({output})
 
     def _eager(self, left: Tensor, right: Tensor, result: Tensor, origins: frozenset[str]) -> frozenset[str]:
         """Attention written out: queries times keys is [..., tokens, tokens], and that times values ends it."""

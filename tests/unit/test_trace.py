@@ -213,6 +213,60 @@ def test_a_model_written_by_hand() -> None:
     assert spec.num_layers == 3 and len(spec.decoder_blocks) == 1
 
 
+class FusedBlock(nn.Module):
+    """A norm written out, one matrix for queries, keys and values, one for gate and up; no mask."""
+
+    def __init__(self, hidden: int, gated_attention: bool = False) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(hidden))
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.out = nn.Linear(hidden, hidden)
+        self.gate_up = nn.Linear(hidden, 96)
+        self.down = nn.Linear(48, hidden)
+        self.gate = nn.Linear(hidden, hidden) if gated_attention else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.scale
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(normed).chunk(3, -1))
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.out(mixed if self.gate is None else mixed * self.gate(x).sigmoid())
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return x + self.down(functional.silu(gate) * up)
+
+
+def test_fused_projections_and_no_mask() -> None:
+    module = HandModel(FusedBlock(24), FusedBlock(24))
+    spec = trace_model(module)
+    mlp = next(layer for layer in spec.layers() if layer.kind == "mlp")
+    assert kinds(spec) == ["norm", "attention", "mlp"]
+    assert (spec.attention.num_heads, spec.attention.head_dim, spec.attention.causal) == (2, 12, False)
+    assert (mlp.ffn_size, mlp.gated, mlp.bias, mlp.activation) == (48, True, True, "silu")
+    assert spec.params == count(module)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_torchs_own_encoder_layer(norm_first: bool) -> None:
+    def block() -> nn.Module:
+        return nn.TransformerEncoderLayer(24, 2, 40, batch_first=True, norm_first=norm_first)
+
+    module = HandModel(block(), block())
+    spec = trace_model(module)
+    first = ["norm", "attention", "norm", "mlp"]
+    assert kinds(spec) == (first if norm_first else first[1:] + first[:1])
+    assert (spec.attention.num_heads, spec.attention.qkv_bias, spec.attention.out_bias) == (2, True, True)
+    assert spec.params == count(module)
+
+
+def test_blocks_that_differ_are_each_read() -> None:
+    module = HandModel(
+        HandBlock(24, HandAttention(24, 2, 8, 6)), HandBlock(24, HandAttention(24, 3, 8, 6)), FusedBlock(24)
+    )
+    spec = trace_model(module)
+    heads = [layer.num_heads for layer in spec.layers() if layer.kind == "attention"]
+    assert heads == [2, 3, 2]
+    assert spec.params == count(module)
+
+
 class TwoAttentions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -254,6 +308,7 @@ class Experts(nn.Module):
             lambda: HandModel(*[HandBlock(24, HandAttention(24, 2, 8, 6))] * 2),
             "block 0: one of its matrices is used twice",
         ),
+        (lambda: HandModel(FusedBlock(24, gated_attention=True)), "no single projection takes what attention gives"),
         (lambda: nn.Linear(3, 3), "no ModuleList of decoder blocks"),
     ],
 )
