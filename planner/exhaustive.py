@@ -71,7 +71,7 @@ class Ranking:
         picked: list[IntArray] = []
         start, wanted = 0, min(count, len(self.order))
         while start < wanted:
-            end = int(np.searchsorted(sorted_s, sorted_s[start] * (1 + TIE), side="right"))
+            end = max(int(np.searchsorted(sorted_s, sorted_s[start] * (1 + TIE), side="right")), start + 1)
             picked.append(self._by_headroom(self.order[start:end]))
             start = end
         return np.concatenate(picked)[:wanted] if picked else np.zeros(0, dtype=np.int64)

@@ -15,7 +15,7 @@ from meshwright import InputError
 from meshwright.profiler import artifact
 from meshwright.profiler.cluster_presets import find_preset
 from meshwright.profiler.environment import Environment
-from meshwright.profiler.record import record
+from meshwright.profiler.record import check_numbers, record
 
 CLUSTER_SCHEMA_VERSION = 1
 
@@ -65,6 +65,10 @@ class Efficiency:
     residual: float = 0.0
     source: Source
 
+    def __post_init__(self) -> None:
+        sizes = ("half_m", "half_n", "half_k", "overhead_s", "residual")
+        check_numbers(self, positive=("peak_flops_per_s", "max_share"), not_negative=sizes)
+
 
 @record
 class KernelSample:
@@ -101,6 +105,10 @@ class Device:
     peak_memory_bytes_per_s: float | None = None  # the datasheet's; memory_bytes_per_s is what a large copy reaches
     source: Source  # of memory, bandwidth and launch
     figure_sources: tuple[FigureSource, ...] = ()
+
+    def __post_init__(self) -> None:
+        rates = ("memory_bytes", "memory_bytes_per_s", "peak_memory_bytes_per_s")
+        check_numbers(self, positive=rates, not_negative=("reserved_bytes", "launch_s"))
 
     def efficiency(self, op: str, dtype: str) -> Efficiency:
         """The curve of an operator in a dtype. Raises ``InputError`` saying what is known and how to measure it."""
@@ -141,6 +149,10 @@ class LinkTier:
     source: Source
     figure_sources: tuple[FigureSource, ...] = ()
 
+    def __post_init__(self) -> None:
+        rates = ("bytes_per_s", "contended_bytes_per_s", "peak_bytes_per_s")
+        check_numbers(self, positive=rates, not_negative=("latency_s",))
+
 
 @record
 class LinkMatrix:
@@ -152,6 +164,15 @@ class LinkMatrix:
     latency_s: tuple[tuple[float, ...], ...]
     bytes_per_s: tuple[tuple[float, ...], ...]
     contended_bytes_per_s: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        size = len(self.latency_s)
+        for name in ("latency_s", "bytes_per_s", "contended_bytes_per_s"):
+            rows = getattr(self, name)
+            if (rows or name != "contended_bytes_per_s") and [len(row) for row in rows] != [size] * size:
+                raise InputError(f"{name} of the link matrix must have {size} rows of {size}, as latency_s has rows")
+            if any(number < 0 for row in rows for number in row):
+                raise InputError(f"{name} of the link matrix must be at least 0")
 
 
 CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"]
@@ -181,6 +202,11 @@ class CollectiveCurve:
             raise InputError("message_bytes, seconds and spread of a collective curve must have one length, at least 1")
         if list(self.message_bytes) != sorted(set(self.message_bytes)):
             raise InputError("message_bytes of a collective curve must increase")
+        if min(*self.message_bytes, *self.seconds, *self.spread) < 0:
+            raise InputError("message_bytes, seconds and spread of a collective curve must be at least 0")
+        if list(self.seconds) != sorted(self.seconds):
+            raise InputError("seconds of a collective curve must not fall as message_bytes grow")
+        check_numbers(self, positive=("num_ranks", "ranks_per_node"))
 
 
 @record
