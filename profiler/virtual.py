@@ -149,6 +149,8 @@ class VirtualDevice(TorchDispatchMode):
         issued = time.perf_counter()
         if role == "bytes":
             result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and result.is_meta:
+                return result
             self.charge(_moved_bytes(func, args, kwargs, result) / self.device.memory_bytes_per_s, issued)
             return result
         stated_s, outputs = self._product(func, args, kwargs)
@@ -226,7 +228,7 @@ def _tensor_bytes(values: Sequence[Any]) -> int:
     total = 0
     for value in values:
         if isinstance(value, Tensor):
-            total += 0 if value.is_meta else value.nbytes
+            total += value.nbytes
         elif isinstance(value, (list, tuple)):
             total += _tensor_bytes(value)
     return total
