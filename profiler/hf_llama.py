@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from meshwright.profiler.hf_fields import Fields
+from meshwright.profiler.hf_fields import Fields, shorten
 from meshwright.profiler.hf_parts import Parts, check_divides, head_layer, top_k
 from meshwright.profiler.layers import (
     AttentionKind,
@@ -137,7 +137,7 @@ def _windows(fields: Fields, model_type: str, num_layers: int) -> list[int]:
         return [window if layer >= from_layer else 0 for layer in range(num_layers)]
     if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
         expected = f'{num_layers} (num_hidden_layers) times "full_attention" or "sliding_attention"'
-        raise fields.error("layer_types", f"expected {expected}, found {len(kinds)}: {', '.join(sorted(set(kinds)))}")
+        raise fields.error("layer_types", f"expected {expected}, found {len(kinds)}: {shorten(sorted(set(kinds)))}")
     return [window if kind == "sliding_attention" else 0 for kind in kinds]
 
 
