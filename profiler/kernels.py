@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import cycle
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from meshwright.profiler.cluster import Device
 from meshwright.profiler.record import record
 
 Call = Callable[[], object]
+T = TypeVar("T")
 
 
 @record
@@ -129,30 +132,27 @@ def matmul_cases(dtype: str, scale: Scale) -> list[KernelCase]:
 
 def attention_cases(dtype: str, scale: Scale) -> list[KernelCase]:
     """Causal attention, forward and backward, over sequence length, heads times sequences, and head size."""
-    size, cases = element_size(dtype), []
+    size, pairs = element_size(dtype), []
     for length in scale.sequences:
         for heads in scale.heads:
             for head_dim in (32, 64, 128):
-                forward = 2.0 * heads * (length * (length + 1) / 2) * 2 * head_dim
+                flops = 2.0 * heads * (length * (length + 1) / 2) * 2 * head_dim
                 num_bytes = float(size * heads * 4 * length * head_dim)
-                if forward * 2.5 > scale.max_flops:
+                if flops * 2.5 > scale.max_flops:
                     continue
-                for op, flops, moved in (
-                    ("attention_forward", forward, num_bytes),
-                    ("attention_backward", 2.5 * forward, 2.0 * num_bytes),
-                ):
-                    case = KernelCase(
-                        op=op,
-                        dtype=dtype,
-                        m=length,
-                        n=heads,
-                        k=length,
-                        variant=str(head_dim),
-                        flops=flops,
-                        num_bytes=moved,
-                    )
-                    cases.append(case)
-    return _shuffled(cases)
+                forward = KernelCase(
+                    op="attention_forward",
+                    dtype=dtype,
+                    m=length,
+                    n=heads,
+                    k=length,
+                    variant=str(head_dim),
+                    flops=flops,
+                    num_bytes=num_bytes,
+                )
+                backward = replace(forward, op="attention_backward", flops=2.5 * flops, num_bytes=2.0 * num_bytes)
+                pairs.append((forward, backward))
+    return [case for pair in _shuffled(pairs) for case in pair]
 
 
 def grouped_cases(dtype: str, scale: Scale) -> list[KernelCase]:
@@ -300,6 +300,6 @@ _BUILDERS: dict[str, Callable[[KernelCase, torch.device, Scale], Call]] = {
 }
 
 
-def _shuffled(cases: list[KernelCase]) -> list[KernelCase]:
+def _shuffled(cases: list[T]) -> list[T]:
     order = np.random.default_rng(0).permutation(len(cases))
     return [cases[index] for index in order]

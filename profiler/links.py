@@ -37,11 +37,12 @@ Progress = Callable[[float], None]
 
 @record
 class LinkOptions:
-    """``message_s``: how long the timed message should take; ``crowd_s``: how long a crowd talks."""
+    """``message_s``: how long a timed message should take; ``crowd_s``: how long a crowd talks, each of its turns."""
 
     message_s: float = 0.02
-    crowd_s: float = 0.25
+    crowd_s: float = 0.15
     repeats: int = 5
+    turns: int = 3
 
 
 class PairClock:
@@ -202,12 +203,14 @@ def _crowd(sets: Sequence[Round], pairs: PairClock, rate: NDArray[np.float64], c
     wanted = slowest * pairs.options.crowd_s
     size = int(min(max(wanted / 4, 2**14), 2**22))
     repeats = int(np.clip(wanted / size, 2, 64))
-    seconds = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=pairs.clock.device)
-    elapsed = pairs.stream(sends, receives, size, repeats)
-    seconds[pairs.rank] = elapsed
+    seconds = torch.zeros(pairs.options.turns, dist.get_world_size(), dtype=torch.float64, device=pairs.clock.device)
+    for turn in range(pairs.options.turns):
+        elapsed = pairs.stream(sends, receives, size, repeats)
+        seconds[turn, pairs.rank] = elapsed
     dist.all_reduce(seconds)
     for group in sets:
-        last = max(float(seconds[rank]) for pair in group for rank in pair)
+        ranks = sorted({rank for pair in group for rank in pair})
+        last = float(np.median(seconds[:, ranks].amax(dim=1).cpu().numpy()))
         for source, target in group:
             crowded[source, target] = size * repeats / last
 
