@@ -79,8 +79,7 @@ class Framework:
     windowed_attention: bool  # attention kernels skip what a sliding window masks
     eager_rms_norm: bool  # RMSNorm written out in float32, which keeps more for backward than a fused one
     regathers_sequence: bool  # with sp, saves the sharded input of a matmul and gathers it again in backward
-    overlap_zero0_reduce: float  # gradients of replicas
-    overlap_dp_reduce: float  # gradients of ZeRO 1 to 3
+    overlap_dp_reduce: float  # gradients reduced during backward
     overlap_dp_gather: float  # weights of ZeRO 1 to 3
     overlap_tp: float
     overlap_pp: float
@@ -136,7 +135,6 @@ MESHWRIGHT = Framework(
     windowed_attention=False,
     eager_rms_norm=True,
     regathers_sequence=False,
-    overlap_zero0_reduce=0.0,  # after the last backward
     overlap_dp_reduce=1.0,  # FSDP2 reduces a unit while the backward of the one before it runs
     overlap_dp_gather=1.0,  # FSDP2 gathers the next unit while the one at hand runs
     overlap_tp=0.0,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models.blocks import BlockKinds, rank_params, vocab_rows
-from meshwright.cost_models.framework import Framework
+from meshwright.cost_models.framework import Framework, num_microbatches
 from meshwright.cost_models.strategy import ConfigBatch, Recompute
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.layers import (
@@ -193,9 +193,9 @@ def rank_bytes(
     ``in_flight`` is of shape ``[num_configs, vpp]``. Resident by ZeRO stage, with ``P`` numbers on the rank and ``d``
     ranks sharing them: weights ``P`` (0), ``P`` gathered and ``P / d`` of one's own (1, 2), ``P / d`` and two gathered
     units (3: the one in use and the one prefetched; the unit outside the blocks stays whole meanwhile); gradients ``P``
-    (0, 1; 1 also ``P / d``, the result), ``P / d`` and two whole units (2, 3); optimizer states and master weights
-    ``P`` (0) or ``P / d``. Where the recipe has master weights, one's own part *is* the master. ``received_bytes`` are
-    the pipeline's receive buffers.
+    (0, and 1 with more than one micro-batch, whose last backward frees a unit's as it reduces them) or ``P / d``, and
+    from 1 on two whole units being reduced; optimizer states and master weights ``P`` (0) or ``P / d``. Where the
+    recipe has master weights, one's own part *is* the master. ``received_bytes`` are the pipeline's receive buffers.
     """
     recipe, zero = workload.recipe, batch.zero_stage
     shards = np.where(zero > 0, batch.dp_shard, 1).astype(np.float64)
@@ -217,12 +217,14 @@ def rank_bytes(
     weight, grad = float(recipe.params.num_bytes), float(recipe.grads.num_bytes)
     own = numbers / shards * (0.0 if recipe.master else weight)
     params = np.where(zero == 0, numbers * weight, np.where(zero == 3, own, numbers * weight + own))
-    grads = np.where(zero >= 2, numbers / shards, numbers + np.where(zero == 1, numbers / shards, 0.0)) * grad
+    accumulates = (zero == 0) | ((zero == 1) & (num_microbatches(batch, workload) > 1))
+    grads = np.where(accumulates, numbers, numbers / shards) * grad
     states = workload.optimizer.num_states * recipe.optimizer.num_bytes
     master = recipe.master.num_bytes if recipe.master else 0
     gathered = np.where(zero == 3, units * weight, 0.0)
-    reducing = np.where(zero >= 2, np.minimum(2.0 * np.maximum(largest, outer), numbers) * grad, 0.0)
-    flattened = np.where((zero == 0) & (batch.dp * batch.cp > 1), np.maximum(largest, outer) * grad, 0.0)
+    unit = np.maximum(largest, outer)
+    reducing = np.where(zero >= 1, np.minimum(2.0 * unit, numbers) * grad, 0.0)
+    flattened = np.where((zero == 0) & (batch.dp * batch.cp > 1), unit * grad, 0.0)
     momentary = np.maximum(working + reducing, flattened)
     return RankBytes(
         params=params,

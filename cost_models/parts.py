@@ -20,9 +20,9 @@ from meshwright.profiler.model import ModelSpec
 
 FloatArray = NDArray[np.float64]
 
-# local copies around a collective of data parallelism, in passes over the whole tensor: into and out of the flat
-# buffer (FSDP2 copies gathered weights out and gradients in; all_reduce flattens and copies back)
-_COPIES = {"all_gather": 2.0, "reduce_scatter": 2.0, "all_reduce": 4.0}
+# local copies around a collective of data parallelism, in passes over the whole tensor: FSDP2 copies gathered weights
+# out of a flat buffer and gradients into one; the all_reduce after the last backward flattens and copies back
+_COPIES, _COPIES_AT_END = 2.0, 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def hide(
 
 def _price(entry: Collective, cluster: ClusterProfile, groups: dict[str, Groups]) -> FloatArray:
     once = seconds(cluster, entry.op, groups[entry.axis], np.where(entry.calls > 0, entry.message_bytes, 0.0))
-    copies = _COPIES.get(entry.op, 0.0) if entry.axis == "dp" else 0.0
+    copies = (_COPIES_AT_END if entry.phase == "end" else _COPIES) if entry.axis == "dp" else 0.0
     return np.asarray(entry.calls * (once + copies * entry.message_bytes / cluster.device.memory_bytes_per_s))
 
 

@@ -203,7 +203,8 @@ def _data_parallel(kinds: BlockKinds, index: int, workload: Workload, batch: Con
         return Collective("dp", op, phase, np.where(on & when, 1.0, 0.0), message_bytes)
 
     return [
-        entry("all_reduce", "end", zero == 0, grads),
+        # replicas: FSDP2 reduces as backward goes where it casts master weights, else the executor does afterwards
+        entry("all_reduce", "last_backward" if workload.recipe.has_master else "end", zero == 0, grads),
         entry("all_gather", "first_forward", (zero == 1) | (zero == 2), weights),
         entry("all_gather", "forward", zero == 3, weights),
         entry("all_gather", "backward", (zero == 3) & (not outer), weights),

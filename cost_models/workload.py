@@ -7,7 +7,6 @@ from enum import StrEnum
 from meshwright import InputError
 from meshwright.profiler.record import record
 
-
 MAX_SIZE = 2**31  # of a batch in sequences and of a sequence in tokens: a slip, not a workload
 
 
@@ -57,6 +56,11 @@ class DTypeRecipe:
     grads: DType = DType.FLOAT32
     master: DType | None = DType.FLOAT32
     optimizer: DType = DType.FLOAT32
+
+    @property
+    def has_master(self) -> bool:
+        """Whether weights are updated in another dtype than they compute in."""
+        return self.master is not None and self.master is not self.compute
 
 
 RECIPES: dict[str, DTypeRecipe] = {

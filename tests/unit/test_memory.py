@@ -132,7 +132,7 @@ def test_logits_and_loss(toy: Any) -> None:
     ("zero_stage", "params_bytes", "grads", "states"),
     [
         (0, 2.0, 4.0, 12.0),
-        (1, 2.0, 4.0 + 1.0, 3.0),  # whole weights and gradients, and the reduced quarter
+        (1, 2.0, 4.0, 3.0),
         (2, 2.0, 1.0, 3.0),
         (3, 0.0, 1.0, 3.0),  # one's own weights are the master copy
     ],
@@ -146,6 +146,13 @@ def test_what_each_zero_stage_keeps(
     assert memory.params_bytes == params_bytes * numbers
     assert memory.grads_bytes == grads * numbers
     assert memory.optimizer_bytes == states * numbers
+
+
+def test_one_micro_batch_accumulates_nothing(toy: Any) -> None:
+    # dp 8: one sequence each, reduced unit by unit as its backward goes
+    config = ParallelConfig(dp=8, zero_stage=1, dp_shard=8)
+    memory = estimate(toy.model(), WORKLOAD, toy.cluster(), config).memory
+    assert memory.grads_bytes == 4 * toy.model().params / 8
 
 
 def test_without_master_weights_one_keeps_a_shard_beside_the_gathered(toy: Any) -> None:

@@ -11,7 +11,7 @@ from meshwright import InputError
 from meshwright.cost_models.framework import MESHWRIGHT, PointwiseCost
 from meshwright.cost_models.step import SECONDS, CostBreakdown, assumptions, estimate, estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
-from meshwright.cost_models.workload import Optimizer, Workload
+from meshwright.cost_models.workload import RECIPES, Optimizer, Workload
 
 WORKLOAD = Workload(seq_len=32, global_batch_size=8)
 RATE = 0.5e12
@@ -74,11 +74,17 @@ def test_transfers_of_a_pipeline_are_told_from_its_bubble(toy: Any) -> None:
     assert with_transfers.pp_s == pytest.approx(with_transfers.step_s - without.step_s - (with_transfers.overhead_s))
 
 
-def test_replicas_sum_their_gradients_after_the_last_backward(toy: Any) -> None:
-    got = cost(toy, ParallelConfig(dp=4))
+def test_replicas_without_master_weights_sum_their_gradients_after_the_last_backward(toy: Any) -> None:
+    cluster = toy.cluster(device=toy.device("gpu", memory_bytes_per_s=1e18))
+    batch = ConfigBatch.from_configs([ParallelConfig(dp=4)])
+    workload = replace(WORKLOAD, recipe=RECIPES["fp32"])
+    got = estimate_batch(toy.model(), workload, cluster, toy.framework(), batch)
     units = [numbers * 4 for numbers in (36992, 36992, 36992, 36992, 2 * 256 * 64 + 64)]
-    assert got.dp_s == pytest.approx(sum(min(6e-6 + 1.5 * n / 1e10, 4e-6 + 2 * n / 1e10) for n in units))
-    assert got.hidden_s == 0.0
+    assert got.dp_s == pytest.approx([sum(min(6e-6 + 1.5 * n / 1e10, 4e-6 + 2 * n / 1e10) for n in units)])
+    assert got.hidden_s == [0.0]
+    mixed = estimate_batch(toy.model(), WORKLOAD, cluster, toy.framework(), batch)
+    assert mixed.hidden_s + mixed.dp_s == pytest.approx(got.dp_s)  # FSDP2 reduces them as the backward goes
+    assert mixed.hidden_s > 0
 
 
 def test_a_gpu_hides_reductions_behind_compute_and_a_cpu_does_not(toy: Any) -> None:
