@@ -297,6 +297,50 @@ def cluster_diff(
     show_diff(diff_clusters(meshwright.load_cluster(before), meshwright.load_cluster(after)), stdout_console())
 
 
+@app.command(epilog="Example: meshwright measure plan.json --steps 20 -o measurement.json")
+def measure(
+    plans: Annotated[list[Path], typer.Argument(metavar="PLAN...", help="Plans for one number of ranks.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the measurement; of several plans, into this folder.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before those.")] = 3,
+    model: Annotated[
+        Path | None, typer.Option(help="A Hugging Face config.json to build the model from [default: a plain decoder].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or virtual:h100/1000.")] = "auto",
+    timeout: Annotated[str, typer.Option(help="Stop after this long.")] = "10min",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run real steps of each PLAN, on ranks started here or by torchrun or Slurm, and compare with its prediction."""
+    from meshwright.executors.measure import measure_files
+    from meshwright.profiler.artifact import to_json
+    from meshwright.profiler.units import parse_seconds
+    from meshwright.terminal.cluster_view import progress_bar
+    from meshwright.terminal.console import stdout_console
+    from meshwright.terminal.steps_view import measurement_line, show_measurements
+
+    with progress_bar("measure") as on_progress:
+        found = measure_files(
+            plans,
+            model=model,
+            steps=steps,
+            warmup=warmup,
+            device=device,
+            timeout_s=parse_seconds(timeout),
+            output=output,
+            on_progress=on_progress,
+        )
+    if as_json and found:
+        typer.echo("[" + ",\n".join(to_json(measurement) for measurement in found) + "]")
+    elif quiet:
+        for measurement in found:
+            typer.echo(measurement_line(measurement))
+    elif found:
+        show_measurements(found, stdout_console())
+
+
 @app.command(epilog="Example: meshwright schema plan > plan.schema.json")
 def schema(
     artifact: Annotated[str, typer.Argument(help="cluster, model, plan, step-measurement or topology.")],

@@ -24,7 +24,7 @@ from meshwright.executors.mesh import Mesh, build_mesh
 from meshwright.executors.pipeline import Chunk, Pipeline
 from meshwright.executors.recompute import apply_recompute
 from meshwright.executors.stage import StageModule, cut_stage, whole_stage
-from meshwright.executors.state import gather_stages, whole_gradients, whole_weights
+from meshwright.executors.state import gather_stages, load_parts, load_whole, whole_gradients, whole_weights
 from meshwright.executors.tensor_parallel import apply_tensor_parallel, find_tensor_parallel_rules, no_tensor_parallel
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy, find_anatomy
@@ -205,6 +205,15 @@ class ParallelModel:
             return {name: value for chunk in self._chunks for name, value in chunk.module.model.state_dict().items()}
         own = {name: value for chunk in self._chunks for name, value in whole_weights(chunk).items()}
         return gather_stages(own, self._mesh)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor], *, full: bool = True) -> None:
+        """Take weights from ``state``: the whole model's (of any plan), or what ``state_dict(full=False)`` gave here.
+
+        Raises ``InputError`` for a missing name or another shape.
+        """
+        for chunk in self._chunks:
+            load_whole(chunk, state) if full else load_parts(chunk, state)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters, whole or in part, under their names in the model that was given."""

@@ -29,11 +29,13 @@ from meshwright.profiler.clock import DeviceClock
 from meshwright.profiler.environment import capture_environment
 from meshwright.profiler.launch import Rank, RankError, run_ranks
 from meshwright.profiler.model import ModelSpec
+from meshwright.profiler.profile import core_shares, launcher_ranks
 from meshwright.profiler.steps import RankMeasurement, StepMeasurement
 from meshwright.profiler.virtual_name import DEVICE_VARIABLE
 
 MAX_NORM = 1.0
 LEARNING_RATE = 1e-4
+REPLY_S = 50.0  # how long a rank among a launcher's waits for another before it is taken for dead
 LOST_PEER_WAIT_S = 5.0  # how long a rank that lost its peers waits for the others to say that they live
 
 BuildModel = Callable[[ModelSpec], nn.Module]
@@ -85,41 +87,26 @@ def measure_plans(
         raise InputError(f"plans measured together must be for one number of ranks, found {sorted(worlds)}")
     if steps < 1 or warmup < 0:
         raise InputError(f"steps must be at least 1 and warmup at least 0, found {steps} and {warmup}")
-    num_ranks = worlds.pop()
-    record = _Record(plans, warmup, on_step)
-    job = (plans, build_model, warmup + steps, _resolved(device))
+    num_ranks, device, joined = worlds.pop(), _resolved(device), launcher_ranks()
+    record = _Record(plans, warmup, on_step if not joined or joined[0] == 0 else None)
+    job = (plans, build_model, warmup + steps, device)
     try:
-        if found_ranks():
-            _join_ranks(timeout_s, _resolved(device))
+        if joined:
+            _join_ranks(joined, device)
             _run(*job, tell=record.add)
         else:
-            cores = None if device.startswith("virtual:") else _own_cores(num_ranks)
-            backend = "nccl" if _resolved(device) == "cuda" else "gloo"
             run_ranks(
                 _started,
                 num_ranks,
                 *job,
                 timeout_s=timeout_s,
-                backend=backend,
-                cores=cores,
+                backend="nccl" if device == "cuda" else "gloo",
+                cores=core_shares(num_ranks) if device == "cpu" else None,
                 on_report=lambda rank, row: record.add(*row),
             )
     except RankError as error:
         raise UnfinishedRun(str(error), record.measurements()) from None
     return record.measurements()
-
-
-def found_ranks() -> bool:
-    """Whether this process is one of several ranks that torchrun or Slurm started; sets what torch reads for Slurm."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return True
-    if int(os.environ.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in os.environ:
-        return False
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        raise InputError("started by Slurm: set MASTER_ADDR to the first host's name and MASTER_PORT to a free port")
-    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    os.environ.update({name: os.environ[slurm] for name, slurm in names.items()})
-    return True
 
 
 class _Record:
@@ -281,6 +268,7 @@ def _who_died() -> str:
 
 
 def _resolved(device: str) -> str:
+    """The device by its own name. Raises ``InputError`` for one that is not there."""
     if device == "auto":
         return os.environ.get(DEVICE_VARIABLE) or ("cuda" if torch.cuda.device_count() else "cpu")
     if device == "cuda" and not torch.cuda.device_count():
@@ -290,13 +278,9 @@ def _resolved(device: str) -> str:
     return device
 
 
-def _join_ranks(timeout_s: float, device: str) -> None:
+def _join_ranks(joined: tuple[int, int, int], device: str) -> None:
+    rank, size, local_rank = joined
+    os.environ["LOCAL_RANK"] = str(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
-
-
-def _own_cores(num_ranks: int) -> list[list[int]] | None:
-    """The processors of each rank, as equal shares of those this process may use; None where there are too few."""
-    cores = sorted(os.sched_getaffinity(0))
-    share = len(cores) // num_ranks
-    return [cores[rank * share : (rank + 1) * share] for rank in range(num_ranks)] if share else None
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=REPLY_S))

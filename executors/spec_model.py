@@ -98,12 +98,14 @@ class Decoder(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_build(layer) for layer in block.layers)
+        self.order = [f"{layer.kind}_{index}" for index, layer in enumerate(block.layers)]
+        for name, layer in zip(self.order, block.layers, strict=True):
+            self.add_module(name, _build(layer))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x + layer(norm(x))`` for each layer."""
         normed = x
-        for layer in self.layers:
+        for layer in map(self.get_submodule, self.order):
             if isinstance(layer, Attention | Mlp):
                 normed = x = x + layer(normed)
             else:

@@ -1,11 +1,16 @@
-"""Whole tensors from the parts that ranks hold: weights and gradients under their original names."""
+"""Whole tensors from the parts that ranks hold, and back: weights and gradients under their original names."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from meshwright import InputError
+from meshwright.executors.data_parallel import local
 from meshwright.executors.mesh import Mesh
 from meshwright.executors.pipeline import Chunk
 
@@ -38,3 +43,41 @@ def gather_stages(own: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
             dist.broadcast(value, group=group, group_src=rank)
             gathered.setdefault(name, value.cpu())
     return gathered
+
+
+def load_whole(chunk: Chunk, weights: Mapping[str, Tensor]) -> None:
+    """Copy this rank's part of whole weights into a stage, in place; no communication.
+
+    Raises ``InputError`` naming weights that are missing or have another shape.
+    """
+    for name, stored in chunk.module.model.state_dict().items():
+        if name not in weights:
+            raise InputError(f"state_dict has no {name!r}")
+        part = chunk.tensor_parallel.stored_part(name, weights[name])
+        if isinstance(stored, DTensor) and stored.to_local().shape != part.shape:
+            part = _shard_of(part, stored)
+        target = local(stored)
+        if part.shape != target.shape:
+            raise InputError(f"{name} has the shape {list(weights[name].shape)} in state_dict, the model another")
+        target.copy_(part)
+
+
+def load_parts(chunk: Chunk, parts: Mapping[str, Tensor]) -> None:
+    """Copy parts, as ``state_dict(full=False)`` gave them on this rank under the same plan, into a stage, in place.
+
+    Raises ``InputError`` naming parts that are missing or have another shape.
+    """
+    for name, stored in chunk.module.model.state_dict().items():
+        found = local(parts[name]) if name in parts else None
+        if found is None or found.shape != local(stored).shape:
+            raise InputError(f"{name} is missing in state_dict or was split otherwise: load a full state_dict instead")
+        local(stored).copy_(found)
+
+
+def _shard_of(part: Tensor, stored: DTensor) -> Tensor:
+    """What FSDP2 holds of a tensor: its chunk along the first dimension; later chunks may be short or empty."""
+    mesh = stored.device_mesh
+    assert mesh.mesh_dim_names is not None
+    size, index = mesh.size(0), mesh.get_local_rank(0)
+    rows = -(-part.shape[0] // size)
+    return part[min(index * rows, part.shape[0]) : min((index + 1) * rows, part.shape[0])]
