@@ -28,8 +28,9 @@ def main() -> None:
     priced = plan_for(config, model, workload, cluster)
     print(f"{config.describe()} would take {format_seconds(summarize(priced, cluster).step_s)} a step")
 
+    short = meshwright.Workload(seq_len=2048, global_batch_size=128)
     try:
-        meshwright.make_plan(meshwright.load_model("gpt3-175b"), workload, cluster, gpus=8)
+        meshwright.make_plan(meshwright.load_model("gpt3-175b"), short, cluster, gpus=8)
     except meshwright.Error as error:
         print(f"GPT-3 on 8 devices: {error}")
 

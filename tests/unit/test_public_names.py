@@ -43,7 +43,7 @@ def test_every_public_name_has_a_docstring(path: Path) -> None:
 def test_each_promised_name_is_there_and_documented(name: str) -> None:
     found = getattr(meshwright, name)
     text = inspect.getdoc(found) or ""
-    assert len(text) > 20 and text.split("\n")[0].rstrip().endswith((".", ":", ";", ",")) or "\n" in text, name
+    assert len(text) > 20 and "." in text, name
     assert dataclasses.is_dataclass(found) or callable(found)
 
 
@@ -56,7 +56,7 @@ def test_dir_lists_the_promised_names_and_others_are_refused() -> None:
 def test_public_functions_name_the_errors_that_they_raise() -> None:
     # what a user calls first must say what can go wrong
     for name in ("load_cluster", "load_model", "load_plan", "make_plan", "estimate", "parallelize"):
-        assert "Raise" in (inspect.getdoc(getattr(meshwright, name)) or ""), name
+        assert "raise" in (inspect.getdoc(getattr(meshwright, name)) or "").lower(), name
 
 
 def test_the_example_that_plans_from_python_runs() -> None:
