@@ -112,7 +112,7 @@ def sum_of_ranks(rank: Rank) -> tuple[float, str, str, float]:
     with device_of_this_rank() as device:
         dist.all_reduce(total)
         assert isinstance(device, VirtualDevice)
-        torch.ones(64, 64) @ torch.ones(64, 64)
+        torch.mm(torch.ones(64, 64), torch.ones(64, 64))
         charged_s = device.charged_s
     return total.item(), os.environ["MESHWRIGHT_HOST"], os.environ["LOCAL_RANK"], charged_s
 

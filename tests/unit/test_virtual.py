@@ -15,8 +15,8 @@ from meshwright.profiler.cluster import Device, Provenance, load_cluster
 from meshwright.profiler.virtual import VirtualDevice, synchronize, virtual_device
 from meshwright.profiler.virtual_name import parse_virtual_device, split_virtual_name
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from llama import Llama, LlamaConfig
+sys.path.insert(0, str(Path(__file__).parents[2]))  # examples/ lies beside tests/, not in the package
+from examples.llama import Llama, LlamaConfig  # noqa: E402
 
 H100_FP32 = 67e12 * 0.85  # the datasheet's peak times the share that matmuls reach, FLOP/s
 QUICK = "virtual:h100/1"  # charges nanoseconds: these tests compare stated time, and need not wait for it
@@ -175,7 +175,7 @@ def test_recompute_is_charged_again() -> None:
 
 def test_unknown_dtype_is_refused() -> None:
     with pytest.raises(InputError, match="no float64 rate for matmul"), virtual_device(QUICK):
-        torch.ones(4, 4, dtype=torch.float64) @ torch.ones(4, 4, dtype=torch.float64)
+        torch.mm(torch.ones(4, 4, dtype=torch.float64), torch.ones(4, 4, dtype=torch.float64))
 
 
 def test_the_clock_sleeps_what_it_charges_and_hides_the_host() -> None:
@@ -184,12 +184,12 @@ def test_the_clock_sleeps_what_it_charges_and_hides_the_host() -> None:
     with device:
         start = time.perf_counter()
         for _ in range(10):
-            square @ square
+            torch.mm(square, square)
         synchronize()
         assert time.perf_counter() - start >= device.charged_s - 1e-3
         assert device.charged_s == pytest.approx(0.020)
         slept = device.slept_s
-        square @ square
+        torch.mm(square, square)
         while time.perf_counter() - start < 0.1:
             pass  # the host is busy for longer than the device: nothing is left to wait for
         device.settle()
