@@ -123,7 +123,10 @@ def make_plan(
     memory_margin: float = MEMORY_MARGIN,
     gpus: int | None = None,
 ) -> Plan:
-    """The fastest plan that fits, with the ``top - 1`` next in its report. Arguments and errors as for ``search``."""
+    """The fastest plan that fits, with the ``top - 1`` next in its report.
+
+    Takes the arguments of ``search``. Raises ``InputError`` and ``InfeasibleError`` as it does.
+    """
     found = search(
         model,
         workload,
@@ -147,7 +150,10 @@ def candidates(
     memory_margin: float = MEMORY_MARGIN,
     gpus: int | None = None,
 ) -> tuple[Plan, ...]:
-    """The ``count`` best plans in order; fewer when fewer fit. Arguments and errors as for ``search``."""
+    """The ``count`` best plans in order; fewer when fewer fit.
+
+    Takes the arguments of ``search``. Raises ``InputError`` and ``InfeasibleError`` as it does.
+    """
     found = search(
         model,
         workload,
