@@ -50,7 +50,8 @@ class Case:
 
 
 AXES = ("tp", "pp", "dp", "vpp", "mbs", "zero")
-OPTIONS = {"vocab": "vocab_size", "kv": "num_kv_heads", "layers": "num_layers"}  # of the example; others by HF_NAMES
+# words of a model, and what its config calls them
+OPTIONS = {"vocab": "vocab_size", "kv": "num_kv_heads", "layers": "num_layers"}
 HF_NAMES = {"vocab": "vocab_size", "kv": "num_key_value_heads", "layers": "num_hidden_layers"}
 
 
@@ -84,6 +85,7 @@ def parse(line: str) -> Case:
     axes["dp_shard"] = axes.get("dp", 1) if axes.get("zero_stage") else 1
     config = ParallelConfig(vocab_parallel=axes.get("tp", 1) > 1, **axes)
     counts, *rest = batch_words
+    assert all(word.startswith("ignored") or word == "float32" for word in rest), f"cannot read {rest}"
     shares = tuple(int(count) for count in counts.removeprefix("n").split("+"))
     ignored = [float(word.removeprefix("ignored")) for word in rest if word.startswith("ignored")]
     return Case(
