@@ -83,10 +83,11 @@ def measure_collectives(
     """
     share_s = options.budget_s / max(1, len(shapes) * len(OPS))
     for shape in shapes:
-        mine = None
+        mine: dist.ProcessGroup | None = None
         for ranks in shape.groups:  # every rank makes every group, in the same order
             group = dist.new_group(list(ranks))
-            mine = group if dist.get_rank() in ranks else mine
+            if isinstance(group, dist.ProcessGroup) and dist.get_rank() in ranks:
+                mine = group
         for op in OPS:
             yield _curve(op, shape, mine, clock, options, share_s, source)
 

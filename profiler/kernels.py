@@ -263,11 +263,11 @@ def _attention(case: KernelCase, device: torch.device, scale: Scale) -> Call:
 def _grouped(case: KernelCase, device: torch.device, scale: Scale) -> Call:
     xs, ws = _tensors((case.m, case.k), case, device, scale), _tensors((case.n, case.k), case, device, scale)
     pairs = [(next(xs), next(ws)) for _ in range(case.batch)]
-    if device.type == "cuda" and case.dtype == "bfloat16" and hasattr(torch, "_grouped_mm"):
+    if device.type == "cuda" and case.dtype == "bfloat16":
         tokens = torch.cat([x for x, _ in pairs])
         stacked = torch.stack([w for _, w in pairs]).transpose(-2, -1)
         ends = torch.arange(1, case.batch + 1, device=device, dtype=torch.int32) * case.m
-        return lambda: torch._grouped_mm(tokens, stacked, offs=ends)
+        return lambda: functional.grouped_mm(tokens, stacked, offs=ends)
     return lambda: [functional.linear(x, w) for x, w in pairs]
 
 

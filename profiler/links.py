@@ -10,6 +10,7 @@ done, as in a collective: a device's share is the bytes of the set over the slow
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ LARGEST_BYTES = {"cpu": 2**26, "cuda": 2**28}
 WARM_UP, PING_PONGS = 5, 30
 
 Progress = Callable[[float], None]
+Transfer = Callable[[torch.Tensor, int], Any]  # dist.isend or dist.irecv
 
 
 @record
@@ -69,11 +71,11 @@ class PairClock:
         """Receive into the tensor."""
         self._run([(dist.irecv, tensor, source)]) if self.batched else dist.recv(tensor, source)
 
-    def _run(self, calls: Sequence[tuple[Callable[..., object], torch.Tensor, int]]) -> None:
+    def _run(self, calls: Sequence[tuple[Transfer, torch.Tensor, int]]) -> None:
         if self.batched:
             works = dist.batch_isend_irecv([dist.P2POp(call, tensor, peer) for call, tensor, peer in calls])
         else:
-            works = [call(tensor, peer) for call, tensor, peer in calls]  # type: ignore[misc]
+            works = [call(tensor, peer) for call, tensor, peer in calls]
         for work in works:
             work.wait()
 
@@ -136,7 +138,7 @@ class PairClock:
         dist.barrier()
         start = self.clock.now()
         for _ in range(repeats):
-            calls: list[tuple[Callable[..., object], torch.Tensor, int]] = [
+            calls: list[tuple[Transfer, torch.Tensor, int]] = [
                 (dist.irecv, buffer, peer) for buffer, peer in zip(inbox, receives, strict=True)
             ]
             calls += [(dist.isend, message, peer) for peer in sends]

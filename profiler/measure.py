@@ -265,14 +265,15 @@ def _communication_slowdown(clock: DeviceClock) -> float:
     a = torch.ones(size, size, device=clock.device, dtype=dtype)
     message = torch.zeros(2**27 if gpu else 2**22, device=clock.device)
     dist.all_reduce(message)
-    alone = clock.measure(lambda: a @ a, repeats=15, budget_s=0.1).seconds
+    alone = clock.measure(lambda: torch.mm(a, a), repeats=15, budget_s=0.1).seconds
     beside = []
     for _ in range(7):
         dist.barrier()
         work = dist.all_reduce(message, async_op=True)
+        assert work is not None
         start, count = time.perf_counter(), 0
         while not work.is_completed():
-            a @ a
+            torch.mm(a, a)
             count += 1
             if gpu and count % 4 == 0:
                 torch.cuda.current_stream().synchronize()  # of the matmuls only

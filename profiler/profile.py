@@ -231,11 +231,10 @@ def _silent_ranks(rank: int, size: int) -> list[int]:
         store = _get_default_store()
         store.set(f"meshwright/saw/{rank}", "1")
         deadline = time.monotonic() + 6.0
-        while time.monotonic() < deadline:
-            silent = [other for other in range(size) if not store.check([f"meshwright/saw/{other}"])]
-            if not silent:
-                return []
-            time.sleep(0.2)
+        silent = list(range(size))
+        while silent and time.monotonic() < deadline:
+            time.sleep(0.1)
+            silent = [other for other in silent if not store.check([f"meshwright/saw/{other}"])]
         return silent
     except (RuntimeError, dist.DistError):  # the store itself was on the rank that died
         return [0]
