@@ -148,7 +148,7 @@ class TensorParallel:
         ``tensor`` has the parameter's stored layout: a DTensor (also sharded further over dp; gathered here, so every
         rank of its mesh must call) or, without tensor parallelism, anything.
         """
-        stored = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        stored = _gathered(tensor)
         layout = self._layouts.get(name)
         if layout is None or layout.dim is None:
             return stored
@@ -332,13 +332,23 @@ class _Splitter:
             first.register_forward_pre_hook(hook, with_kwargs=True)
         norm = self._norm_before_head()
         if norm is not None and anatomy.head in self.owned:
-            self.module.get_submodule(norm).register_forward_hook(
-                lambda _module, _args, output: gather_sequence(output, self.group)
-            )
+            gather = partial(_gather_output, group=self.group)
+            self.module.get_submodule(norm).register_forward_hook(gather)
 
 
 def _has_parameters(part: nn.Module) -> bool:
     return any(weight is not None for weight in part._parameters.values())
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """The stored tensor, of which ``tensor`` may be a shard over several mesh directions."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placements = list(tensor.placements)
+    for direction in range(len(placements)):  # one at a time: torch warns when it has to do so itself
+        placements[direction] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
 
 
 def _take(whole: Tensor, layout: Layout, rank: int) -> Tensor:
@@ -381,4 +391,12 @@ def _enter_blocks(
         raise InputError(
             f"sequence_parallel needs tp={group.size()} to divide the sequence of {hidden.shape[-2]} tokens"
         )
-    return _enter_container(module, args, kwargs, where=where, collective=partial(cut, group=group))
+
+    def own_part(x: Tensor) -> Tensor:
+        return cut(x, group)
+
+    return _enter_container(module, args, kwargs, where=where, collective=own_part)
+
+
+def _gather_output(module: nn.Module, args: Any, output: Tensor, *, group: Group) -> Tensor:
+    return gather_sequence(output, group)

@@ -231,7 +231,7 @@ def _units(run: BlockRun, row: str, columns: tuple[str, ...]) -> tuple[int, int,
     if not any((a & b).any() for a, b in zip(first, second, strict=True)):
         return width, width, 1, _single_outputs(run, row, columns, first, second)
     extents = [
-        np.flatnonzero(run.affected_by(column, output, row))
+        np.flatnonzero(run.affected_by(column, int(output), row))
         for column, used in zip(columns, first, strict=True)
         for output in np.flatnonzero(used & ~np.concatenate(([False], used[:-1])))
     ]

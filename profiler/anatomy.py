@@ -5,6 +5,7 @@ Read by ``trace`` (module -> ModelSpec) and by the executors (what to cut). torc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from meshwright import InputError
@@ -97,10 +98,14 @@ def _order_of_running(module: nn.Module, blocks_name: str, names: list[str]) -> 
     with torch.device("cpu"):  # whatever the caller's default
         copy = hollow(module, blocks_name)
     blocks = copy.get_submodule(blocks_name)
-    for name, part in [(name, copy.get_submodule(name)) for name in names] + [
-        (blocks_name, b) for b in blocks.children()
-    ]:
-        part.register_forward_pre_hook(lambda _part, _args, name=name: called.append(name))
+
+    def note(name: str) -> Callable[[nn.Module, object], None]:
+        return lambda _part, _args: called.append(name)
+
+    for name in names:
+        copy.get_submodule(name).register_forward_pre_hook(note(name))
+    for block in blocks.children():
+        block.register_forward_pre_hook(note(blocks_name))
     try:
         with torch.device("cpu"):
             call_with_tokens(copy)
