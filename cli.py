@@ -7,6 +7,7 @@ An error is one sentence on standard error. ``--json`` prints one JSON document 
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -447,7 +448,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; an error of ours becomes one sentence on stderr and exit code 2 or 3."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without our characters shows others, it does not stop us
     try:
         code = app(args=args, prog_name="meshwright", standalone_mode=False)

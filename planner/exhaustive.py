@@ -95,12 +95,12 @@ class Ranking:
 
     def _by_headroom(self, group: IntArray) -> IntArray:
         batch = self.batch.take(group)
-        axes = sum(
-            np.asarray(getattr(batch, axis) > 1, dtype=np.int64) for axis in ("tp", "cp", "pp", "dp", "ep", "etp")
-        )
+        in_use = [getattr(batch, axis) > 1 for axis in ("tp", "cp", "pp", "dp", "ep", "etp")]
+        num_axes = np.sum(in_use, axis=0)
         headroom = self.usable_bytes[group] - self.peak_bytes[group]
-        simplicity = (batch.sequence_parallel, batch.recompute, batch.zero_stage, batch.vpp, axes)
-        return np.asarray(group[np.lexsort((*simplicity, -headroom))])
+        # lexsort's last key counts most
+        keys = (batch.sequence_parallel, batch.recompute, batch.zero_stage, batch.vpp, num_axes, -headroom)
+        return np.asarray(group[np.lexsort(np.stack([np.asarray(key, dtype=np.float64) for key in keys]))])
 
 
 def rank(batch: ConfigBatch, scorer: Scorer, *, memory_margin: float) -> Ranking:

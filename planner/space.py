@@ -318,7 +318,7 @@ def _zero_options(group_values: list[int]) -> _Table:
     def offered(table: _Table, framework: Framework) -> BoolArray:
         stage, shard = table.columns["zero_stage"], table.columns["dp_shard"]
         whole = (stage == 0) | (shard == table.keys[table.owner])
-        return np.isin(stage, framework.zero_stages) & (whole | framework.partial_sharding)
+        return np.asarray(np.isin(stage, framework.zero_stages) & (whole | framework.partial_sharding))
 
     return _Table.build(("zero_stage", "dp_shard"), options, lambda c: c["dp"] * c["cp"], offered)
 

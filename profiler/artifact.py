@@ -34,6 +34,10 @@ def _adapter(record_type: Any) -> TypeAdapter[Any]:
     return TypeAdapter(record_type)
 
 
+def _adapter_of(record_type: Any) -> TypeAdapter[Any]:
+    return _adapter(record_type)  # checkers do not know that classes are hashable
+
+
 def to_json(value: Any, *, indent: int | None = 2) -> str:
     """JSON text of a record (SI units, tuples as arrays, enums as their words).
 
@@ -136,7 +140,7 @@ def loads(record_type: type[T], text: str | bytes, *, artifact: str, schema_vers
             f"make the {artifact} again with this version, or use the version that wrote it"
         )
     try:
-        value: T = _adapter(record_type).validate_json(text, strict=True)
+        value: T = _adapter_of(record_type).validate_json(text, strict=True)
         return value
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
@@ -186,7 +190,7 @@ def _finite(number: str) -> float:
 
 def json_schema(record_type: type[Any]) -> dict[str, Any]:
     """The published JSON Schema of an artifact."""
-    return _adapter(record_type).json_schema()
+    return _adapter_of(record_type).json_schema()
 
 
 def _problem(problem: Any) -> str:

@@ -186,26 +186,25 @@ def a_field_twice(draw: random.Random, kind: str, text: str) -> str:
 
 def not_json(draw: random.Random, kind: str, text: str) -> str | bytes:
     tree = json.loads(text)
-    return draw.choice(
-        [
-            b"",
-            b"  \n\t",
-            draw.randbytes(200),
-            text.encode("utf-16"),
-            b"\xef\xbb\xbf" + b"\xff" + text.encode(),
-            text.replace(":", "=", 1),
-            text.replace('"', "'"),
-            text + text,
-            text + ",",
-            "// a comment\n" + text,
-            json.dumps([tree]),
-            json.dumps(text),
-            "null",
-            "true",
-            "17",
-            repr(tree),
-        ]
-    )
+    broken: list[str | bytes] = [
+        b"",
+        b"  \n\t",
+        draw.randbytes(200),
+        text.encode("utf-16"),
+        b"\xef\xbb\xbf" + b"\xff" + text.encode(),
+        text.replace(":", "=", 1),
+        text.replace('"', "'"),
+        text + text,
+        text + ",",
+        "// a comment\n" + text,
+        json.dumps([tree]),
+        json.dumps(text),
+        "null",
+        "true",
+        "17",
+        repr(tree),
+    ]
+    return draw.choice(broken)
 
 
 MUTATIONS: tuple[Mutation, ...] = (
