@@ -102,7 +102,7 @@ def plan(
         save_plan(best, output)
     if emit:
         save_candidates(found.candidates(count), emit)
-    _print_plan(best, profile, as_json=as_json, quiet=quiet)
+    _print_plan(best, profile, as_json=as_json, quiet=quiet, written=[path for path in (output, emit) if path])
 
 
 @app.command(
@@ -154,7 +154,7 @@ def estimate(
     priced = plan_for(config, meshwright.load_model(model), workload, profile, framework=target)
     if output:
         save_plan(priced, output)
-    _print_plan(priced, profile, as_json=as_json, quiet=quiet)
+    _print_plan(priced, profile, as_json=as_json, quiet=quiet, written=[output] if output else [])
     if priced.memory is not None and priced.memory.headroom_bytes < 0:
         raise meshwright.InfeasibleError(shortage(priced, profile))
 
@@ -426,7 +426,7 @@ def _workload(global_batch: int, seq_len: int, dtype_recipe: str, optimizer: str
     )
 
 
-def _print_plan(plan: Any, cluster: Any, *, as_json: bool, quiet: bool) -> None:
+def _print_plan(plan: Any, cluster: Any, *, as_json: bool, quiet: bool, written: Sequence[Path]) -> None:
     from meshwright.terminal.plan_view import pick_line, show_plan
 
     if as_json:
@@ -439,6 +439,8 @@ def _print_plan(plan: Any, cluster: Any, *, as_json: bool, quiet: bool) -> None:
         from meshwright.terminal.console import stdout_console
 
         show_plan(plan, cluster, stdout_console())
+        for path in written:
+            typer.echo(f"written: {path}")
 
 
 # typer carries its own copy of click under a private name; what users get wrong in a command line is this class
