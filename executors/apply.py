@@ -46,7 +46,7 @@ def parallelize(model: nn.Module, plan: Plan, loss_fn: LossFunction | None = Non
     check_environment(plan)
     device = _rank_device()
     if getattr(getattr(model, "config", None), "use_cache", False):
-        model.config.use_cache = False  # type: ignore[union-attr, assignment]  # a cache of keys and values is for generation
+        model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values is for generation
 
     config, recipe, mesh = plan.config, plan.workload.recipe, build_mesh(plan, device)
     tp_group = mesh.axis("tp").get_group() if config.tp > 1 else None
@@ -136,7 +136,9 @@ class ParallelModel:
 
     def _accumulate(self, chunk: Chunk, tokens: Tensor, targets: Tensor) -> None:
         size = self.plan.config.micro_batch_size
-        for index, (inputs, wanted) in enumerate(zip(tokens.split(size), targets.split(size), strict=True)):
+        for index, (inputs, wanted) in enumerate(
+            zip(torch.split(tokens, size), torch.split(targets, size), strict=True)
+        ):
             loss = chunk.module(tokens=inputs, targets=wanted)
             chunk.data_parallel.before_backward(last=index == self.num_microbatches - 1)
             loss.backward()

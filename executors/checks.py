@@ -48,11 +48,11 @@ def check_plan(plan: Plan) -> None:
 
 def check_model(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
     """The model is the one that was planned for. Raises ``InputError``."""
-    spec, head = plan.model, model.get_submodule(anatomy.head)
+    spec, head = plan.model, dict(model.named_parameters(remove_duplicate=False))[f"{anatomy.head}.weight"]
     found = {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "decoder layers": anatomy.num_blocks,
-        "vocabulary entries": int(head.weight.shape[0]),  # type: ignore[arg-type, union-attr]
+        "vocabulary entries": head.shape[0],
     }
     dtypes = {weight.dtype for weight in model.parameters()}
     recipe = plan.workload.recipe

@@ -38,6 +38,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshwright.profiler.record import record
@@ -81,11 +83,11 @@ class Traffic:
     message_bytes: int
 
 
-class CollectiveCounter(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while it is entered; ``axis_of_group`` names process groups, unnamed ones are called by their size."""
 
     def __init__(self, axis_of_group: Mapping[str, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._axis_of_group = axis_of_group
         self._calls: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[tuple[str, str]] = Counter()
@@ -108,7 +110,7 @@ class CollectiveCounter(TorchDispatchMode):
         elif namespace == "_c10d_functional" and name in _FUNCTIONAL:
             operator, place = _FUNCTIONAL[name]
             group_name = next(arg for arg in reversed(args) if isinstance(arg, str))
-            size = dist.distributed_c10d._resolve_process_group(group_name).size()
+            size = _resolve_process_group(GroupName(group_name)).size()
             self._note(operator, group_name, size, result if place is None else args[place])
         return result
 

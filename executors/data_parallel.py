@@ -115,7 +115,7 @@ def all_reduce_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None
     """Sum ``tensors`` (one dtype) over ``group`` in place, by one collective over a flattened copy."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat, group=group)
-    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, summed in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(summed.view_as(tensor))
 
 

@@ -27,7 +27,7 @@ class HuggingFaceModel:
             raise InputError("Hugging Face models need transformers: pip install 'meshwright[hf]'") from None
         try:
             config = AutoConfig.from_pretrained(self.source, local_files_only=True)
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"transformers cannot build a causal LM from {self.source}: {error}") from None
         return model

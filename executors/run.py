@@ -254,7 +254,7 @@ def _who_died() -> str:
     store = dist.distributed_c10d._get_default_store()
     rank, world = dist.get_rank(), dist.get_world_size()
     store.set(f"meshwright/alive/{rank}", "yes")
-    silent = []
+    silent: list[int] = []
     for other in range(world):
         try:
             store.wait([f"meshwright/alive/{other}"], timedelta(seconds=LOST_PEER_WAIT_S if not silent else 0.1))

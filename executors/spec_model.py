@@ -73,7 +73,8 @@ class Attention(nn.Module):
         windowed = 0 < self.window < sequence
         mask = _window_mask(sequence, self.window, x.device) if windowed else None
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not windowed)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, sequence, -1))
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, sequence, -1))
+        return out
 
 
 class Mlp(nn.Module):
@@ -88,9 +89,13 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Up, through the activation, and down."""
+        up = self.up_proj(x)
         if self.gate_proj is None:
-            return self.down_proj(_activate(self.up_proj(x), self.activation))
-        return self.down_proj(_activate(self.gate_proj(x), self.activation) * self.up_proj(x))
+            inner = _activate(up, self.activation)
+        else:
+            inner = _activate(self.gate_proj(x), self.activation) * up
+        out: Tensor = self.down_proj(inner)
+        return out
 
 
 class Decoder(nn.Module):
@@ -141,7 +146,8 @@ class SpecModel(nn.Module):
         x = self.embedding_norms(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norms(x))
+        logits: Tensor = self.head(self.norms(x))
+        return logits
 
 
 def rotate(x: Tensor) -> Tensor:

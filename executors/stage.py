@@ -141,7 +141,7 @@ def cut_stage(
     ``dtype`` is that of the hidden states between stages.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    skeleton: nn.Module = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+    skeleton: nn.Module = copy.deepcopy(model, shared)
     blocks = _block_list(skeleton, anatomy)
     is_first, is_last = stage.first_layer == 0, stage.last_layer == anatomy.num_blocks
     table = skeleton.get_submodule(anatomy.token_embedding)

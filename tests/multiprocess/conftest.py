@@ -164,9 +164,10 @@ def build_model(case: Case) -> tuple[nn.Module, dict[str, Any]]:
 def build_plan(case: Case, fields: dict[str, Any]) -> Plan:
     config, spec = case.config, load_model(fields)
     batch = sum(case.micro_batches) * config.micro_batch_size
+    recipe = RECIPES["fp64" if case.dtype is torch.float64 else "fp32"]
     return Plan(
         framework="meshwright", model=spec,
-        workload=Workload(seq_len=SEQUENCE, global_batch_size=batch, recipe=RECIPES["fp64" if case.dtype is torch.float64 else "fp32"]),
+        workload=Workload(seq_len=SEQUENCE, global_batch_size=batch, recipe=recipe),
         cluster_name="test", cluster_digest="", environment=None, config=config, placement=Placement(),
         stages=default_stages(spec, config, "cpu"), micro_batches_per_data_rank=case.micro_batches,
         cost=None, memory=None, search=None,

@@ -1,0 +1,118 @@
+"""Measuring plans on real ranks: what is recorded, several in one start, a rank that dies, a virtual device."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from meshwright import InputError
+from meshwright.cost_models.placement import Placement
+from meshwright.cost_models.strategy import ParallelConfig
+from meshwright.cost_models.workload import RECIPES, Workload
+from meshwright.executors.measure import measure_files
+from meshwright.executors.run import UnfinishedRun, measure_plans
+from meshwright.executors.spec_model import build_spec_model
+from meshwright.planner.plan import Plan, default_stages, save_plan
+from meshwright.profiler.model import ModelSpec, load_model
+from meshwright.profiler.steps import StepMeasurement, load_measurement
+
+pytestmark = pytest.mark.multiprocess
+
+FIELDS = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def plan_of(recipe: str = "fp32", **axes: Any) -> Plan:
+    spec, config = load_model(FIELDS), ParallelConfig(**axes)
+    return Plan(
+        framework="meshwright", model=spec,
+        workload=Workload(seq_len=16, global_batch_size=4, recipe=RECIPES[recipe]), cluster_name="test",
+        cluster_digest="", environment=None, config=config, placement=Placement(),
+        stages=default_stages(spec, config, "cpu"),
+        micro_batches_per_data_rank=(config.num_microbatches(4),) * config.dp, cost=None, memory=None, search=None,
+    )  # fmt: skip
+
+
+def test_several_plans_in_one_start() -> None:
+    plans = [plan_of(dp=2), plan_of(pp=2), plan_of(tp=2, vocab_parallel=True)]
+    seen: list[int] = []
+    measured = measure_plans(plans, steps=3, warmup=1, on_step=lambda found: seen.append(len(found[0].losses)))
+    assert seen == [1, 2, 3]
+    assert [one.plan_digest for one in measured] == [plan.digest for plan in plans]
+    for one in measured:
+        assert len(one.ranks) == 2 and all(len(rank.step_s) == 3 for rank in one.ranks)
+        slowest = sorted(max(times) for times in zip(*(rank.step_s for rank in one.ranks), strict=True))
+        assert one.step_s == slowest[1]
+        assert one.losses[-1] < one.losses[0]  # the same random batch every step
+        assert one.environment.backend == "gloo" and one.ranks[0].compute_s is None
+    # tensor and pipeline ranks are given the same batch, so these two are one training run
+    assert measured[1].losses == pytest.approx(measured[2].losses, rel=1e-4)
+
+
+def test_master_weights_train_like_full_precision() -> None:
+    for zero_stage in (0, 1, 3):
+        axes = {"dp": 2, "zero_stage": zero_stage, "dp_shard": 2 if zero_stage else 1}
+        mixed, full = (measure_plans([plan_of(recipe, **axes)], steps=3, warmup=0)[0] for recipe in ("bf16", "fp32"))
+        assert mixed.losses == pytest.approx(full.losses, rel=2e-3)
+        assert mixed.losses != full.losses
+
+
+def test_virtual_device_states_its_compute() -> None:
+    (measured,) = measure_plans([plan_of(dp=2)], steps=2, warmup=1, device="virtual:h100/1000")
+    for rank in measured.ranks:
+        assert rank.compute_s is not None and 0 < rank.compute_s <= min(rank.step_s)
+
+
+class _DiesInStepThree(nn.Module):
+    """Ends its process in the third step's forward, on rank 1."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.calls = 0
+
+    def forward(self, tokens: Tensor) -> Any:
+        self.calls += 1
+        if self.calls == 5 and torch.distributed.get_rank() == 1:  # two micro-batches a step
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.model(tokens)
+
+
+def build_mortal(spec: ModelSpec) -> nn.Module:
+    return _DiesInStepThree(build_spec_model(spec))
+
+
+def test_a_rank_that_dies_is_named_and_what_was_measured_is_kept() -> None:
+    with pytest.raises(UnfinishedRun, match=r"rank 1 of 2 died of signal 9") as caught:
+        measure_plans([plan_of(dp=2)], build_model=build_mortal, steps=4, warmup=1)
+    (kept,) = caught.value.measurements
+    assert isinstance(kept, StepMeasurement)
+    assert len(kept.losses) == 1
+
+
+def test_files_in_and_out(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    save_plan(plan_of(dp=2), paths[0])
+    save_plan(plan_of(pp=2), paths[1])
+    found = measure_files(paths, steps=1, warmup=0, output=tmp_path / "out")
+    assert load_measurement(tmp_path / "out" / "b.json") == found[1]
+    measure_files(paths[:1], steps=1, warmup=0, output=tmp_path / "one.json")
+    assert load_measurement(tmp_path / "one.json").config == "dp2 mbs1"
+
+
+def test_plans_for_different_numbers_of_ranks_are_refused() -> None:
+    with pytest.raises(InputError, match=r"one number of ranks, found \[1, 2\]"):
+        measure_plans([plan_of(), plan_of(dp=2)])
+
+
+def test_unknown_device_is_refused() -> None:
+    with pytest.raises(InputError, match="device must be auto, cpu, cuda or virtual"):
+        measure_plans([plan_of()], device="tpu")
