@@ -102,12 +102,13 @@ class _Clock:
         self.workload, self.device, self.framework, self.batch = workload, device, framework, batch
         self.dtype = workload.recipe.compute
         self.size = float(self.dtype.num_bytes)
+        self.wide = max(self.size, 4.0)  # what works in float32 works in float64 where that is the compute dtype
         self.tp = batch.tp.astype(np.float64)
         self.tokens = batch.micro_batch_size * (workload.seq_len / batch.cp)
         self.stream_tokens = np.where(batch.sequence_parallel, self.tokens / self.tp, self.tokens)
         zero = np.zeros(len(batch))
         self.forward, self.by_input, self.by_weight, self.rest = zero.copy(), zero.copy(), zero.copy(), zero.copy()
-        self.forward_calls = self.backward_calls = self.rest_calls = 0.0
+        self.forward_calls, self.backward_calls, self.rest_calls = zero.copy(), zero.copy(), zero.copy()
         self.hidden = 0
         self.last: FloatArray = zero  # the last projection so far
         self.last_rest: FloatArray = zero  # the last memory-bound operator so far
@@ -133,10 +134,14 @@ class _Clock:
             self._moe(layer)
         elif isinstance(layer, EmbeddingLayer):
             self.pointwise(self.framework.pointwise.embedding, self.tokens * layer.hidden)
+            rows = vocab_rows(layer.vocab_size, self.batch)
+            self.pointwise(self.framework.pointwise.embedding_table, rows * layer.hidden)
         elif isinstance(layer, HeadLayer):
             logits = vocab_rows(layer.vocab_size, self.batch)
             self.matmul(self.tokens, logits, layer.hidden)
-            self.pointwise(self.framework.pointwise.loss, self.tokens * logits)
+            table, split = self.framework.pointwise, self.batch.vocab_parallel
+            self.pointwise(table.loss, np.where(split, 0.0, self.tokens * logits))
+            self.pointwise(table.sharded_loss, np.where(split, self.tokens * logits, 0.0))
 
     def matmul(self, m: Any, n: Any, k: Any) -> None:
         """One projection, forward and both gradients."""
@@ -148,21 +153,28 @@ class _Clock:
 
     def pointwise(self, cost: PointwiseCost, elements: Any) -> None:
         """A memory-bound operator over ``elements`` numbers."""
-        rate = self.device.memory_bytes_per_s
-        forward = elements * (cost.forward_passes * self.size + cost.forward_float32_passes * 4.0) / rate
-        self.forward = self.forward + forward
-        self.rest, self.last_rest = self.rest + forward, forward
-        self.by_input = (
-            self.by_input + elements * (cost.backward_passes * self.size + cost.backward_float32_passes * 4.0) / rate
+        rate, cast = self.device.memory_bytes_per_s, self.size + 4.0 if self.size < 4.0 else 0.0
+        forward = cost.forward_passes * self.size + cost.forward_float32_passes * self.wide + cost.forward_casts * cast
+        backward = (
+            cost.backward_passes * self.size + cost.backward_float32_passes * self.wide + cost.backward_casts * cast
         )
-        self.forward_calls += cost.forward_kernels
-        self.backward_calls += cost.backward_kernels
-        self.rest_calls += cost.forward_kernels
+        self.last_rest = np.asarray(elements * forward / rate, dtype=np.float64)
+        self.forward, self.rest = self.forward + self.last_rest, self.rest + self.last_rest
+        self.by_input = self.by_input + elements * backward / rate
+        runs = np.asarray(elements) > 0
+        self.forward_calls = self.forward_calls + runs * cost.forward_kernels
+        self.backward_calls = self.backward_calls + runs * cost.backward_kernels
+        self.rest_calls = self.rest_calls + runs * cost.forward_kernels
+
+    def _branch(self, times: int) -> None:
+        """Gradients of one input that came back from ``times + 1`` projections, added."""
+        for _ in range(times):
+            self.pointwise(self.framework.pointwise.branch, self.tokens * self.hidden)
 
     def _launch(self, forward: float, backward: float) -> None:
         if launches_ahead(self.device):  # elsewhere the curve's overhead_s holds the call
-            self.forward_calls += forward
-            self.backward_calls += backward
+            self.forward_calls = self.forward_calls + forward
+            self.backward_calls = self.backward_calls + backward
 
     def _matmul(self, m: Any, n: Any, k: Any) -> FloatArray:
         num_bytes = self.size * (m * k + k * n + m * n)
@@ -185,12 +197,12 @@ class _Clock:
         else:
             for width in (heads * query_dim, kv_heads * query_dim, kv_heads * value_dim):
                 self.matmul(self.tokens, width, layer.hidden)
+            self._branch(2)
         if layer.rotary:
             rotated = layer.rope_head_dim or query_dim
             rotated_heads = heads + (1.0 if layer.rope_head_dim else kv_heads)
             self.pointwise(self.framework.pointwise.rotary, self.tokens * rotated_heads * rotated)
         self._core(layer, heads, kv_heads, query_dim, value_dim)
-        self.pointwise(self.framework.pointwise.copy, self.tokens * heads * value_dim)
         self.matmul(self.tokens, layer.hidden, heads * value_dim)
 
     def _latent_projections(self, layer: AttentionLayer, heads: FloatArray) -> None:
@@ -220,6 +232,7 @@ class _Clock:
         else:
             for _ in range(2 if gated else 1):
                 self.matmul(self.tokens, width, hidden)
+            self._branch(1 if gated else 0)
         table = self.framework.pointwise
         self.pointwise(table.gated_activation if gated else table.activation, self.tokens * width)
         self.matmul(self.tokens, hidden, width)

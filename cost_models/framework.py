@@ -27,7 +27,8 @@ from meshwright.profiler.record import record
 class PointwiseCost:
     """Kernels that a memory-bound operator launches, and how often it passes over its tensor, in one direction each.
 
-    A pass is one read or one write of the whole tensor in the compute dtype; a ``float32_pass`` the same in float32.
+    A pass is one read or one write of the whole tensor in the compute dtype; a ``float32_pass`` the same in float32; a
+    cast reads in one of the two and writes in the other, and is nothing where they are the same.
     """
 
     forward_kernels: float
@@ -36,6 +37,8 @@ class PointwiseCost:
     backward_passes: float
     forward_float32_passes: float = 0.0
     backward_float32_passes: float = 0.0
+    forward_casts: float = 0.0
+    backward_casts: float = 0.0
 
 
 @record
@@ -48,9 +51,11 @@ class Pointwise:
     activation: PointwiseCost  # the widest tensor of a feed-forward layer that is not gated
     gated_activation: PointwiseCost  # gate, and up of the same size
     residual: PointwiseCost  # the residual stream
-    copy: PointwiseCost  # the attention output, made contiguous
+    branch: PointwiseCost  # the input of several projections, whose gradients are added: each but the first
     embedding: PointwiseCost  # the rows looked up
+    embedding_table: PointwiseCost  # the whole table, whose gradient is dense
     loss: PointwiseCost  # the logits
+    sharded_loss: PointwiseCost  # the logits, split by vocabulary
     routing: PointwiseCost  # the rows of tokens that experts take
     adamw: PointwiseCost  # a parameter tensor in the optimizer's dtype, forward being the update
     sgd: PointwiseCost  # the same
@@ -86,37 +91,51 @@ class Framework:
     pointwise: Pointwise
 
 
-# One ATen kernel after another, as Hugging Face's modules call them. Counted on transformers 5.23
-# models/llama/modeling_llama.py (LlamaRMSNorm: cast, square, mean, rsqrt, multiply, cast, multiply; rotary: negate,
-# concatenate, two products and a sum for queries and for keys; silu, multiply), backward as autograd derives it.
-# LayerNorm is one fused kernel forward; an RMSNorm that calls functional.rms_norm costs as little.
+# One ATen kernel after another, as Hugging Face's modules call them: operands of each operator counted once, on
+# transformers 5.23 and torch 2.13 (models/llama/modeling_llama.py, autograd's derivatives, cross entropy over float32
+# logits, executors/loss.py, torch.optim.AdamW). An RMSNorm that calls functional.rms_norm costs as little as LayerNorm;
+# GPT-2's gelu, written out, passes 18 and 29 times instead of 2 and 3.
 EAGER_TORCH = Pointwise(
-    layer_norm=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=2, backward_passes=5),
     rms_norm=PointwiseCost(
         forward_kernels=8,
-        forward_passes=4,
-        forward_float32_passes=7,
-        backward_kernels=12,
+        forward_passes=2,
+        forward_float32_passes=5,
+        forward_casts=2,
+        backward_kernels=16,
         backward_passes=6,
-        backward_float32_passes=10,
+        backward_float32_passes=18,
+        backward_casts=2,
     ),
-    rotary=PointwiseCost(forward_kernels=10, forward_passes=11, backward_kernels=12, backward_passes=12),
+    layer_norm=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=1, backward_passes=3),
+    rotary=PointwiseCost(forward_kernels=10, forward_passes=10, backward_kernels=18, backward_passes=16),
     activation=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=1, backward_passes=3),
     gated_activation=PointwiseCost(forward_kernels=2, forward_passes=5, backward_kernels=3, backward_passes=9),
     residual=PointwiseCost(forward_kernels=1, forward_passes=3, backward_kernels=1, backward_passes=3),
-    copy=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=1, backward_passes=2),
-    embedding=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=2, backward_passes=2),
+    branch=PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=3),
+    embedding=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=1, backward_passes=1),
+    embedding_table=PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=1),
     loss=PointwiseCost(
-        forward_kernels=8,
-        forward_passes=1,
-        forward_float32_passes=5,
-        backward_kernels=5,
-        backward_passes=1,
-        backward_float32_passes=4,
+        forward_kernels=3,
+        forward_passes=0,
+        forward_float32_passes=3,
+        forward_casts=1,
+        backward_kernels=4,
+        backward_passes=0,
+        backward_float32_passes=5,
+        backward_casts=1,
+    ),
+    sharded_loss=PointwiseCost(
+        forward_kernels=16,
+        forward_passes=0,
+        forward_float32_passes=6,
+        forward_casts=1,
+        backward_kernels=10,
+        backward_passes=0,
+        backward_float32_passes=8,
+        backward_casts=2,
     ),
     routing=PointwiseCost(forward_kernels=12, forward_passes=4, backward_kernels=8, backward_passes=6),
-    # decay, first moment, second moment (two kernels), root, division, epsilon, update
-    adamw=PointwiseCost(forward_kernels=8, forward_passes=20, backward_kernels=0, backward_passes=0),
+    adamw=PointwiseCost(forward_kernels=9, forward_passes=25, backward_kernels=0, backward_passes=0),
     sgd=PointwiseCost(forward_kernels=1, forward_passes=3, backward_kernels=0, backward_passes=0),
     accumulate=PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=3),
 )
