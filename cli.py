@@ -83,9 +83,9 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Score every legal way to split MODEL over the cluster, and pick the fastest that fits."""
+    from meshwright.planner.constraints import parse_constraints
     from meshwright.planner.plan import save_candidates, save_plan
     from meshwright.planner.search import MEMORY_MARGIN, search
-    from meshwright.planner.space import parse_constraints
 
     profile = meshwright.load_cluster(cluster)
     found = search(
@@ -137,10 +137,10 @@ def estimate(
 ) -> None:
     """Price one given way to split MODEL: step time, memory, and where they go."""
     from meshwright.cost_models.framework import framework_named
+    from meshwright.planner.constraints import parse_value
     from meshwright.planner.given import complete_config
     from meshwright.planner.plan import save_plan
     from meshwright.planner.search import plan_for, whole_nodes
-    from meshwright.planner.space import parse_value
     from meshwright.terminal.plan_view import shortage
 
     profile, target = meshwright.load_cluster(cluster), framework_named(framework)

@@ -22,19 +22,16 @@ then ``strategy.legal``'s order; last, again NOT_IN_FRAMEWORK, the target's rule
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from meshwright import InputError
 from meshwright.cost_models.framework import Framework, supported
 from meshwright.cost_models.strategy import (
-    FIELDS,
     LOOPED,
     REASONS,
     RECOMPUTES,
@@ -43,19 +40,16 @@ from meshwright.cost_models.strategy import (
     BoolArray,
     ConfigBatch,
     IntArray,
-    ParallelConfig,
     Reason,
-    Recompute,
     Schedule,
     legal,
 )
 from meshwright.cost_models.workload import Workload
+from meshwright.planner.constraints import Constraints, as_columns, check_possible
 from meshwright.planner.plan import RejectedCount
 from meshwright.profiler.model import ModelSpec
 
 Columns = dict[str, IntArray]
-
-Constraints = Mapping[str, Any]  # field of ParallelConfig -> the value it must have
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +76,7 @@ def legal_space(
     ``constraints`` fixes fields (``{"tp": 8, "schedule": Schedule.GPIPE}``).
     Raises ``InputError`` for a constraint that is no field, or a value that no candidate can have.
     """
-    fixed = _as_columns(constraints or {})
+    fixed = as_columns(constraints or {})
     degrees = _degrees(world_size, has_experts=model.moe is not None)
     schedules = _schedule_options(divisors(world_size), model.num_layers)
     tails = [
@@ -91,7 +85,10 @@ def legal_space(
         _vocab_options(divisors(world_size)),
         _recompute_options(divisors(world_size)),
     ]
-    _check_possible(fixed, degrees, [schedules, *tails])
+    possible = dict(degrees)
+    for table in (schedules, *tails):
+        possible |= table.columns
+    check_possible(fixed, possible)
     counts: Counter[Reason] = Counter()
     num_candidates = int(_weight(degrees, [schedules, *tails]).sum())
 
@@ -126,72 +123,6 @@ def divisors(number: int) -> list[int]:
     """Divisors of a positive number, ascending."""
     small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
     return small + [number // divisor for divisor in reversed(small) if divisor * divisor != number]
-
-
-def parse_constraints(words: Iterable[str]) -> dict[str, Any]:
-    """``["tp=8", "schedule=1f1b", "sequence_parallel=on"]`` as constraints.
-
-    Raises ``InputError`` naming the field's possible values, or the nearest field for one that does not exist.
-    """
-    constraints: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = (part.strip() for part in word.partition("="))
-        if not equals:
-            raise InputError(f"--fix {word}: expected FIELD=VALUE, such as tp=8")
-        field = name.replace("-", "_")
-        if field not in FIELDS:
-            raise InputError(_unknown_field(name))
-        parsed = parse_value(field, value)
-        if field in constraints and constraints[field] != parsed:
-            raise InputError(f"{field} is fixed twice, to {constraints[field]} and to {parsed}")
-        constraints[field] = parsed
-    return constraints
-
-
-def _unknown_field(name: str) -> str:
-    near = difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.4)
-    return f"a config has no field {name!r}: {'did you mean' if near else 'fields are'} {', '.join(near or FIELDS)}?"
-
-
-def parse_value(field: str, value: str) -> Any:
-    """One field's value from a word of the command line. Raises ``InputError`` naming the possible ones."""
-    default = getattr(ParallelConfig(), field)
-    if isinstance(default, bool):
-        words = {
-            "on": True,
-            "true": True,
-            "yes": True,
-            "1": True,
-            "off": False,
-            "false": False,
-            "no": False,
-            "0": False,
-        }
-        if value.lower() not in words:
-            raise InputError(f"{field} is on or off, found {value!r}")
-        return words[value.lower()]
-    if isinstance(default, (Schedule, Recompute)):
-        try:
-            return type(default)(value)
-        except ValueError:
-            known = ", ".join(type(default))
-            raise InputError(f"unknown {field} {value!r}: expected one of {known}") from None
-    if not (value.isascii() and value.isdigit() and len(value) < 10):
-        raise InputError(f"{field} must be a whole number, found {value!r}")
-    return int(value)
-
-
-def _as_columns(constraints: Constraints) -> dict[str, int]:
-    """Constraints as ``ConfigBatch`` codes them."""
-    codes: dict[str, int] = {}
-    for name, value in constraints.items():
-        if name not in FIELDS:
-            raise InputError(_unknown_field(name))
-        words: tuple[Any, ...] = {"schedule": SCHEDULES, "recompute": RECOMPUTES}.get(name, ())
-        if words and value not in words:
-            raise InputError(f"unknown {name} {value!r}: expected one of {', '.join(words)}")
-        codes[name] = words.index(value) if words else int(value)
-    return codes
 
 
 class _Table:
@@ -384,18 +315,3 @@ def _judge(
 
 def _batch(columns: Columns) -> ConfigBatch:
     return ConfigBatch.from_columns(columns, len(columns["tp"]))
-
-
-def _check_possible(fixed: Mapping[str, int], degrees: Columns, tables: list[_Table]) -> None:
-    """Refuse a fixed value that no candidate has, naming those there are."""
-    every = dict(degrees)
-    for table in tables:
-        every |= table.columns
-    words: dict[str, tuple[Any, ...]] = {"schedule": SCHEDULES, "recompute": RECOMPUTES}
-    for name, value in fixed.items():
-        values = sorted({int(found) for found in every[name]})
-        if value not in values:
-            shown = [str(words[name][found]) if name in words else str(found) for found in values[:12]]
-            more = ", ..." if len(values) > 12 else ""
-            wanted = words[name][value] if name in words else value
-            raise InputError(f"{name}={wanted} is not possible here: it can be {', '.join(shown)}{more}")

@@ -14,7 +14,8 @@ from meshwright.cost_models.framework import MESHWRIGHT, Framework
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Reason, Recompute, Schedule
 from meshwright.cost_models.workload import Workload
 from meshwright.planner import space as space_module
-from meshwright.planner.space import divisors, legal_space, parse_constraints
+from meshwright.planner.constraints import parse_constraints
+from meshwright.planner.space import divisors, legal_space
 from meshwright.profiler.model import (
     AttentionKind,
     AttentionLayer,
