@@ -65,7 +65,7 @@ CPU_SCALE = Scale(
     heads=(1, 2, 4, 8, 16, 32),
     copies_bytes=(2**18, 2**20, 2**22, 2**24, 3 * 2**23),  # above 32 MiB glibc maps fresh pages for each tensor
     optimizer_params=2**20,
-    max_flops=2e9,
+    max_flops=1e9,
     rotate_bytes=2**25,
 )
 GPU_SCALE = Scale(
