@@ -222,6 +222,10 @@ class ParallelModel:
         for chunk in self._chunks:
             yield from chunk.module.model.named_parameters()
 
+    def modules(self) -> list[nn.Module]:
+        """This rank's stages of the model, in the model's order."""
+        return [chunk.module.model for chunk in self._chunks]
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's parameters: what its optimizer updates."""
         return (weight for _, weight in self.named_parameters())

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from meshwright import InputError
+from meshwright.cost_models.strategy import ParallelConfig, Schedule
 from meshwright.executors.data_parallel import has_master_weights, torch_dtype
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy
@@ -36,13 +37,34 @@ def check_plan(plan: Plan) -> None:
         raise InputError(
             f"dp_shard={config.dp_shard}: this version shards over all dp*cp={config.dp * config.cp} ranks"
         )
+    if any(stage.pp_rank != index % config.pp for index, stage in enumerate(plan.stages)):
+        places = ", ".join(str(stage.pp_rank) for stage in plan.stages)
+        raise InputError(
+            f"stage s must be on pipeline rank s % {config.pp} for {config.schedule.value}, found {places}"
+        )
     shares = set(plan.micro_batches_per_data_rank)
     if min(shares) < 1:
         raise InputError(f"each data rank needs a micro-batch, found {plan.micro_batches_per_data_rank}")
+    for share in shares:
+        _check_schedule(config, share)
     if config.zero_stage >= 2 and len(shares) > 1:
         raise InputError(
             f"zero_stage={config.zero_stage} reduces gradients after each micro-batch, so data ranks need equally "
             f"many; found {plan.micro_batches_per_data_rank}: use zero_stage 0 or 1, or an even share"
+        )
+
+
+def _check_schedule(config: ParallelConfig, num_microbatches: int) -> None:
+    """The rules of torch's schedules on the number of micro-batches (``torch/distributed/pipelining/schedules.py``)."""
+    if config.pp == 1:
+        return
+    if config.schedule is Schedule.ONE_F_ONE_B and num_microbatches < config.pp:
+        raise InputError(f"1f1b with pp={config.pp} needs at least {config.pp} micro-batches, found {num_microbatches}")
+    rounds = max(1, num_microbatches // config.pp)
+    if config.schedule is Schedule.INTERLEAVED and num_microbatches % rounds:
+        raise InputError(
+            f"interleaved with pp={config.pp} runs {num_microbatches} micro-batches in {rounds} rounds, "
+            f"which must divide them"
         )
 
 

@@ -58,8 +58,8 @@ def test_several_plans_in_one_start() -> None:
 
 
 def test_master_weights_train_like_full_precision() -> None:
-    for zero_stage in (0, 1, 3):
-        axes = {"dp": 2, "zero_stage": zero_stage, "dp_shard": 2 if zero_stage else 1}
+    ways: list[dict[str, Any]] = [{"dp": 2, "zero_stage": stage, "dp_shard": 2} for stage in (1, 3)]
+    for axes in ({"dp": 2}, {"pp": 2}, {"tp": 2, "vocab_parallel": True}, *ways):
         mixed, full = (measure_plans([plan_of(recipe, **axes)], steps=3, warmup=0)[0] for recipe in ("bf16", "fp32"))
         assert mixed.losses == pytest.approx(full.losses, rel=2e-3)
         assert mixed.losses != full.losses
