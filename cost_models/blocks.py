@@ -89,33 +89,32 @@ def _layer_params(layer: LayerSpec, batch: ConfigBatch) -> FloatArray:
     if isinstance(layer, HeadLayer):
         rows = vocab_rows(layer.vocab_size, batch)
         own = np.where(layer.tied & (batch.pp == 1), 0.0, 1.0)
-        return rows * (layer.hidden * own + layer.bias)
+        return np.asarray(rows * (layer.hidden * own + layer.bias))
     if isinstance(layer, MlpLayer):
         whole = float(layer.hidden if layer.bias else 0)
         return (layer.params - whole) / tp + whole
     if isinstance(layer, MoeLayer):
         shared = (3 if layer.gated else 2) * layer.hidden * layer.shared_ffn_size
         rest = layer.params - layer.expert_params - shared
-        return layer.expert_params / (batch.ep * batch.etp) + shared / tp + rest
+        return np.asarray(layer.expert_params / (batch.ep * batch.etp) + shared / tp + rest)
     return _attention_params(layer, tp)
 
 
 def _attention_params(layer: AttentionLayer, tp: FloatArray) -> FloatArray:
     whole = (layer.hidden if layer.out_bias else 0) + layer.qk_norm_params + layer.extra_params
     if layer.attention_kind is AttentionKind.MLA:
-        weights = sum(inputs * outputs for inputs, outputs in layer.matmuls)
         latent = layer.hidden * (layer.kv_lora_rank + layer.rope_head_dim + layer.q_lora_rank)
-        return (layer.params - whole - weights + weights - latent) / tp + latent + whole
+        return np.asarray((layer.params - whole - latent) / tp + latent + whole)
     kv_heads = np.maximum(layer.num_kv_heads / tp, 1.0)
     width = layer.num_heads / tp * layer.head_dim + kv_heads * (layer.head_dim + layer.value_head_dim)
     out = layer.num_heads / tp * layer.value_head_dim * layer.hidden
-    return width * (layer.hidden + layer.qkv_bias) + out + whole
+    return np.asarray(width * (layer.hidden + layer.qkv_bias) + out + whole)
 
 
 def vocab_rows(vocab_size: int, batch: ConfigBatch) -> FloatArray:
     """Rows of the token table or head on one rank."""
     ranks = np.where(batch.vocab_parallel, batch.tp, 1)
-    return np.ceil(vocab_size / ranks)
+    return np.asarray(np.ceil(vocab_size / ranks))
 
 
 def num_tensors(block: Block) -> int:

@@ -173,4 +173,4 @@ def _read(curve: CollectiveCurve, num_bytes: FloatArray) -> FloatArray:
     sizes, times = np.array(curve.message_bytes), np.array(curve.seconds)
     result = np.interp(num_bytes, sizes, times)
     slope = (times[-1] - times[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else times[0] / sizes[0]
-    return np.where(num_bytes > sizes[-1], times[-1] + slope * (num_bytes - sizes[-1]), result)
+    return np.asarray(np.where(num_bytes > sizes[-1], times[-1] + slope * (num_bytes - sizes[-1]), result))

@@ -104,11 +104,11 @@ class _Saved:
         """Outputs of projections and fused attention: what selective recompute keeps (``executors/recompute.py``)."""
         if isinstance(layer, AttentionLayer):
             out = self.tokens * layer.hidden * self.size
-            return self._attention(layer) + out + self._gathered(layer.hidden)
+            return np.asarray(self._attention(layer) + out + self._gathered(layer.hidden))
         if isinstance(layer, MlpLayer):
             ways_in = 2.0 if layer.gated else 1.0
             inner = self.tokens * ways_in * layer.ffn_size / self.tp
-            return (inner + self.tokens * layer.hidden) * self.size + self._gathered(layer.hidden)
+            return np.asarray((inner + self.tokens * layer.hidden) * self.size + self._gathered(layer.hidden))
         if isinstance(layer, MoeLayer):
             rows = self.tokens * layer.top_k
             ways_in = 2.0 if layer.gated else 1.0

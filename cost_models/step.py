@@ -355,7 +355,8 @@ class _Group:
         kinds = block_kinds(self.model).kinds
         num_bytes = self._by_chunk([shared_grad_bytes(block, self.workload, self.batch) for block in kinds])
         groups = groups_of(self.batch, self.cluster, self.placement, "tp")
-        return seconds(self.cluster, "all_reduce", groups, num_bytes.max(axis=(1, 2))) * num_bytes.shape[2]
+        one = seconds(self.cluster, "all_reduce", groups, num_bytes.max(axis=(1, 2)))
+        return np.asarray(one * num_bytes.shape[2])
 
     def _world(self) -> FloatArray:
         """The count of targets before a step and the loss after it: two all_reduces of a few bytes."""

@@ -49,7 +49,7 @@ class Toy:
         **changes: Any,
     ) -> Device:
         """1 TFLOP/s reached at half its share, 100 GB/s, 1 GiB of 16 reserved."""
-        ops = ("matmul", "attention_forward", "attention_backward", "grouped_matmul")
+        ops: Any = ("matmul", "attention_forward", "attention_backward", "grouped_matmul")
         curves = tuple(
             Efficiency(
                 op=op,

@@ -17,7 +17,7 @@ from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig
 from meshwright.profiler.cluster import CollectiveCurve, LinkTier
 
 
-def price(cluster: Any, op: str, num_bytes: float, axes: tuple[str, ...], order: Any = None, **degrees: int) -> float:
+def price(cluster: Any, op: str, num_bytes: float, axes: tuple[str, ...], order: Any = None, **degrees: Any) -> float:
     batch = ConfigBatch.from_configs([ParallelConfig(**degrees)])
     placement = Placement(order=order) if order else Placement()
     return float(seconds(cluster, op, groups_of(batch, cluster, placement, *axes), num_bytes)[0])
