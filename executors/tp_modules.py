@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from meshwright.executors.recompute import partial_product
 from meshwright.profiler.record import record
 
 Collective = Callable[[Tensor], Tensor]
@@ -78,7 +79,7 @@ def _column_forward(self: Any, x: Tensor) -> Tensor:
 def _row_forward(self: Any, x: Tensor) -> Tensor:
     split: RowSplit = self.tensor_parallel
     weight = self.weight
-    x = split.leave(functional.linear(x, weight.t() if split.transposed else weight))
+    x = split.leave(partial_product(x, weight.t() if split.transposed else weight))
     bias = self.bias
     return x if bias is None else x + bias
 

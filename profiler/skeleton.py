@@ -57,7 +57,8 @@ def find_matrices(model: nn.Module) -> dict[str, Matrix]:
             unknown.setdefault(type(module), []).append(name)
     for names in unknown.values():
         oblong = [name for name in names if _shape(modules[name])[0] != _shape(modules[name])[1]]
-        transposed = _is_transposed(modules[oblong[0]]) if oblong else None
+        with torch.device("cpu"):  # whatever the caller's default
+            transposed = _is_transposed(modules[oblong[0]]) if oblong else None
         if transposed is None:
             continue
         for name in names:
