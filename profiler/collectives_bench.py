@@ -21,7 +21,9 @@ from meshwright.profiler.record import record
 
 OPS: tuple[CollectiveOp, ...] = get_args(CollectiveOp)
 SMALLEST_BYTES = 2**10
-FACTOR = 4
+FACTOR = 4  # from one size to the next, after the first step of FACTOR**2
+GROWN = 3.0  # a curve must end where bytes, not latency, take the time: this many times its first point
+MIN_SIZES = 3
 Call = Callable[[], object]
 
 # the names before torch 2.13 are deprecated there
@@ -66,10 +68,10 @@ def _sizes(limit: int) -> list[int]:
 
 @record
 class CollectiveOptions:
-    """``budget_s`` for all curves together; a single call is not let grow beyond ``longest_s``."""
+    """``budget_s`` for all curves together; a call beyond ``longest_s`` is the last, if its curve has grown enough."""
 
     budget_s: float = 6.0
-    longest_s: float = 0.05
+    longest_s: float = 0.1
     largest_bytes: int = 2**26
     repeats: int = 7
 
@@ -110,35 +112,60 @@ def _curve(
     while size <= options.largest_bytes:
         call, moved = _call(op, size, shape.num_ranks, group, clock.device)
         estimate = min(_together([clock.once(call) for _ in range(3)], clock))  # the first sets buffers up
-        samples = _together(_samples(call, estimate, clock, options), clock)
+        samples = _together(_samples(call, estimate, share_s / 6, clock, options), clock)
         low, middle, high = (float(value) for value in np.percentile(samples, [10, 50, 90]))
         sizes.append(float(moved))
         medians.append(middle)
         spreads.append((high - low) / middle)
         spent = torch.tensor([time.monotonic() - start], device=clock.device)
         dist.broadcast(spent, 0)
-        if middle * FACTOR > options.longest_s or (float(spent) > share_s and len(sizes) >= 4):
+        size *= FACTOR if len(sizes) > 1 else FACTOR**2
+        enough = len(sizes) >= MIN_SIZES and middle >= GROWN * medians[0]
+        if (enough and (float(spent) > share_s or _next_seconds(sizes, medians, size) > options.longest_s)) or (
+            middle > 10 * options.longest_s
+        ):
             break
-        size *= FACTOR
     return CollectiveCurve(
         op=op,
         num_ranks=shape.num_ranks,
         ranks_per_node=shape.ranks_per_node,
         message_bytes=tuple(sizes),
-        seconds=tuple(float(value) for value in np.minimum.accumulate(medians[::-1])[::-1]),
+        seconds=monotone(sizes, medians),
         spread=tuple(spreads),
         source=source,
     )
 
 
-def _samples(call: Call, estimate: float, clock: DeviceClock, options: CollectiveOptions) -> list[float]:
+def monotone(sizes: Sequence[float], medians: Sequence[float]) -> tuple[float, ...]:
+    """Medians freed of what disturbances added: no size takes longer than a larger one.
+
+    The last two points say what larger messages cost. Where a disturbance left them level, the last but one is lowered
+    until their slope is half of the mean slope over all sizes, below which no curve that ends in bytes falls.
+    """
+    times = np.minimum.accumulate(np.asarray(medians)[::-1])[::-1].copy()
+    if len(times) > 2:
+        mean_slope = (times[-1] - times[0]) / (sizes[-1] - sizes[0])
+        times[-2] = min(times[-2], times[-1] - mean_slope / 2 * (sizes[-1] - sizes[-2]))
+        times[:-1] = np.minimum(times[:-1], times[-2])
+    return tuple(float(value) for value in times)
+
+
+def _next_seconds(sizes: Sequence[float], medians: Sequence[float], size: int) -> float:
+    """Where the last two points lead."""
+    slope = (medians[-1] - medians[-2]) / (sizes[-1] - sizes[-2])
+    return medians[-1] + max(slope, 0.0) * (size - sizes[-1])
+
+
+def _samples(
+    call: Call, estimate: float, budget_s: float, clock: DeviceClock, options: CollectiveOptions
+) -> list[float]:
     """Seconds a call, after barriers, so that groups start together.
 
     On a CPU each call is timed by itself: the median then forgets calls that another process interrupted. On a GPU
     short calls are timed several in a row, as waiting for the device costs more than they do.
     """
     in_a_row = int(np.clip(2e-3 / max(estimate, 1e-6), 1, 16))
-    repeats = int(np.clip(0.15 / max(estimate * in_a_row, 1e-6), 3, options.repeats))
+    repeats = int(np.clip(budget_s / max(estimate * in_a_row, 1e-6), 3, options.repeats))
     alone = clock.device.type == "cpu"
     out = []
     for _ in range(repeats):

@@ -15,7 +15,7 @@ from meshwright import ClusterProfile, InputError, RunError, load_cluster
 from meshwright.profiler import measure as measure_module
 from meshwright.profiler.artifact import save
 from meshwright.profiler.cluster import Provenance
-from meshwright.profiler.collectives_bench import OPS, group_shapes
+from meshwright.profiler.collectives_bench import OPS, group_shapes, monotone
 from meshwright.profiler.launch import Rank, run_ranks
 from meshwright.profiler.profile import core_shares, launcher_ranks, profile_cluster
 
@@ -46,6 +46,7 @@ def check(profile: ClusterProfile | None, num_ranks: int) -> ClusterProfile:
     assert shapes == {(op, size) for op in OPS for size in (2, 4) if size <= num_ranks}
     for curve in profile.collectives:
         assert list(curve.seconds) == sorted(curve.seconds) and curve.seconds[0] > 0
+        assert len(curve.seconds) >= 3 and curve.seconds[-1] > curve.seconds[-2]  # larger messages cost more
     return profile
 
 
@@ -207,3 +208,13 @@ def test_shapes_of_groups_on_two_nodes_of_four() -> None:
         (4, 2): ((0, 1, 4, 5), (2, 3, 6, 7)),
         (8, 4): ((0, 1, 2, 3, 4, 5, 6, 7),),
     }
+
+
+def test_disturbances_are_taken_out_of_a_curve() -> None:
+    sizes = (1e3, 1e4, 1e5, 1e6)
+    assert monotone(sizes, (1.0, 2.0, 4.0, 31.0)) == (1.0, 2.0, 4.0, 31.0)
+    assert monotone(sizes, (9.0, 2.0, 4.0, 31.0)) == (2.0, 2.0, 4.0, 31.0)  # what disturbs adds time
+    # level at the end: half of the mean slope (31 - 1) / 999e3 over the last 900e3 bytes
+    lowered = 31.0 - 0.5 * 30.0 / 999e3 * 900e3
+    assert monotone(sizes, (1.0, 2.0, 90.0, 31.0)) == pytest.approx((1.0, 2.0, lowered, 31.0))
+    assert monotone((1e3,), (1.0,)) == (1.0,)
