@@ -8,7 +8,6 @@ Twice: on this machine as it is, and on a rehearsed cluster of two hosts with fo
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo warns that emulated hosts have no name in DNS
 
 import torch
+from llama import Llama, LlamaConfig
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -36,8 +36,6 @@ from meshwright.terminal.console import stdout_console
 from meshwright.terminal.plan_view import show_plan
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-from llama import Llama, LlamaConfig  # noqa: E402
 
 SEQ_LEN = 128
 TRAIN_STEPS = 30

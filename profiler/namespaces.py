@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -105,7 +105,7 @@ class HostNamespaces:
 
     def run_in(self, host: int, function: Callable[[], T]) -> T:
         """Call ``function`` in a thread inside a host; sockets it opens and processes it starts stay there."""
-        return _in_thread(lambda: (_set_namespace(self._descriptors[host]), function())[1])
+        return _in_namespace(self._descriptors[host], function)
 
     def _build(self) -> None:
         hosts = range(len(self.topology.hosts))
@@ -224,9 +224,7 @@ def emulation_available() -> str | None:
     ]
     try:
         for program, lines in trial:
-            _in_thread(
-                lambda program=program, lines=lines: (_set_namespace(descriptor), _batch(program, lines))  # type: ignore[misc]
-            )
+            _in_namespace(descriptor, partial(_batch, program, lines))
     except InputError as error:
         return f"the kernel lacks veth, bridge, htb or u32: {error}"
     finally:
@@ -254,6 +252,16 @@ def _set_namespace(descriptor: int) -> None:
     if _libc.setns(descriptor, _CLONE_NEWNET):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def _in_namespace(descriptor: int, function: Callable[[], T]) -> T:
+    """Call ``function`` in a thread that moved to a namespace."""
+
+    def moved() -> T:
+        _set_namespace(descriptor)
+        return function()
+
+    return _in_thread(moved)
 
 
 def _in_thread(function: Callable[[], T]) -> T:

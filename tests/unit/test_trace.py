@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
+from llama import Llama, LlamaConfig  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
@@ -17,9 +16,6 @@ from meshwright import InputError  # noqa: E402
 from meshwright.profiler import trace  # noqa: E402
 from meshwright.profiler.model import AttentionKind, AttentionLayer, LayerSpec, ModelSpec, load_model  # noqa: E402
 from meshwright.profiler.trace import trace_model  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from examples.llama import Llama, LlamaConfig  # noqa: E402
 
 
 def count(module: nn.Module) -> int:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from llama import Llama, LlamaConfig
 from torch.utils.checkpoint import checkpoint
 
 from meshwright import InputError
 from meshwright.profiler.cluster import Device, Provenance, load_cluster
 from meshwright.profiler.virtual import VirtualDevice, synchronize, virtual_device
 from meshwright.profiler.virtual_name import parse_virtual_device, split_virtual_name
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # examples/ lies beside tests/, not in the package
-from examples.llama import Llama, LlamaConfig
 
 H100_FP32 = 67e12 * 0.85  # the datasheet's peak times the share that matmuls reach, FLOP/s
 QUICK = "virtual:h100/1"  # charges nanoseconds: these tests compare stated time, and need not wait for it
