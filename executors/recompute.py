@@ -8,7 +8,9 @@
     The outputs of 2-D matrix products (every projection), of fused attention (with its log-sum-exp) and of collectives
     are kept, with the block's input. Norms, rotary positions, activations, residual additions, reshapes, casts and
     dropout are computed again. Batched matrix products and softmax, which are attention where it is not fused, are
-    computed again too: their outputs grow with the square of the sequence (Korthikanti et al., arXiv 2205.05198).
+    computed again too: their outputs grow with the square of the sequence (Korthikanti et al., arXiv 2205.05198). So
+    no projection is computed twice and no collective issued twice. Of a projection split by rows over tp the sum is
+    kept, not this rank's part of it (``partial_product``).
 
 Random numbers are replayed, so dropout is the same both times.
 """
@@ -20,8 +22,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from meshwright.cost_models.strategy import Recompute
 
@@ -44,6 +53,9 @@ KEPT: frozenset[Any] = frozenset(
 )
 
 
+SELECTIVE_PASSES = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)  # the first forward, and the one replayed
+
+
 def apply_recompute(block: nn.Module, recompute: Recompute) -> None:
     """Make ``block`` recompute as asked; in place, parameter names stay."""
     if recompute is Recompute.NONE:
@@ -53,6 +65,37 @@ def apply_recompute(block: nn.Module, recompute: Recompute) -> None:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     # the instance's forward, inside all hooks: FSDP gathers once, tensor-parallel inputs are prepared once
     block.forward = partial(_checkpointed, block.forward, options)
+
+
+def partial_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T``, of which only the sum over ranks is used: ``[..., inputs]`` to ``[..., outputs]``.
+
+    Selective recompute does not keep it, and when that sum is at hand in the recomputation does not compute it either:
+    the result then is memory without values, which the kept sum replaces.
+    """
+    if not isinstance(_get_current_dispatch_mode(), SELECTIVE_PASSES):
+        return nn.functional.linear(x, weight)
+    product: Tensor = _PartialProduct.apply(x, weight)
+    return product
+
+
+class _PartialProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        # torch matches the operators of both passes by their order: those of one pass alone must go unseen
+        with _pop_mode_temporarily() as mode:
+            if isinstance(mode, _CachedTorchDispatchMode):
+                return x.new_empty(*x.shape[:-1], weight.shape[0])
+            return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0]
+        to_x = grad @ weight if ctx.needs_input_grad[0] else None
+        to_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return to_x, to_weight
 
 
 def _checkpointed(forward: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

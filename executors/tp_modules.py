@@ -109,7 +109,9 @@ def compute_locally(module: nn.Module, split: ColumnSplit | RowSplit | Vocabular
     names = tuple(name for name, weight in module._parameters.items() if weight is not None)
     if split is not None:
         object.__setattr__(module, "tensor_parallel", split)
-    module.__class__ = _local_class(type(module), names, None if split is None else type(split))
+    kind: Any = None if split is None else type(split)
+    base: Any = type(module)
+    module.__class__ = _local_class(base, names, kind)
 
 
 @cache

@@ -301,23 +301,32 @@ def assert_equal() -> Callable[[str], None]:
     return check
 
 
-def _counted(rank: Rank, case: Case, model: nn.Module, plan: Plan) -> dict[tuple[str, str], tuple[int, int]]:
-    parallel = parallelize(model, plan)
-    parallel.step(share_of(plan, parallel, batch_of(case, plan, 0)))  # the first step of a pipeline votes
-    parallel.zero_grad()
+def _counted(parallel: ParallelModel, batch: tuple[Tensor, Tensor]) -> dict[tuple[str, str], tuple[int, int]]:
     with count_collectives(parallel) as counter:
-        parallel.step(share_of(plan, parallel, batch_of(case, plan, 1)))
+        parallel.step(batch)
     return {key: (traffic.calls, traffic.message_bytes) for key, traffic in counter.table().items()}
 
 
-@pytest.fixture
-def count_step() -> Callable[[str], list[dict[tuple[str, str], tuple[int, int]]]]:
-    """The second step's (calls, bytes) by (operator, axis), of each rank."""
+def _applied(rank: Rank, case: Case, model: nn.Module, plan: Plan, function: Callable[..., Any]) -> Any:
+    parallel = parallelize(model, plan)
+    parallel.step(share_of(plan, parallel, batch_of(case, plan, 0)))
+    return function(parallel, share_of(plan, parallel, batch_of(case, plan, 1)))
 
-    def count(line: str) -> list[dict[tuple[str, str], tuple[int, int]]]:
+
+@pytest.fixture
+def on_split() -> Callable[[str, Callable[..., Any]], list[Any]]:
+    """``function(parallel, batch)`` after a first step, on each rank."""
+
+    def call(line: str, function: Callable[..., Any]) -> list[Any]:
         case = parse(line)
         model, fields = build_model(case)
         plan = build_plan(case, fields)
-        return run_ranks(_counted, plan.config.world_size, case, model, plan, timeout_s=CASE_TIMEOUT_S)
+        return run_ranks(_applied, plan.config.world_size, case, model, plan, function, timeout_s=CASE_TIMEOUT_S)
 
-    return count
+    return call
+
+
+@pytest.fixture
+def count_step(on_split: Callable[..., Any]) -> Callable[[str], list[dict[tuple[str, str], tuple[int, int]]]]:
+    """The second step's (calls, bytes) by (operator, axis), of each rank; the first step of a pipeline votes."""
+    return lambda line: on_split(line, _counted)
