@@ -71,7 +71,7 @@ def seconds(cluster: ClusterProfile, op: str, groups: Groups, message_bytes: Any
     """Seconds of one collective on every config's group; 0 for a group of one rank or an empty message.
 
     ``message_bytes`` is the whole tensor as ``CollectiveCurve`` defines it; it broadcasts against ``[num_configs]``.
-    A measured curve of the very shape is read off (linear between sizes, the last slope beyond); of the nearest
+    A measured curve of the very shape is read off (linear between sizes, the whole curve's slope beyond); of the nearest
     shape, its latency and its slope are scaled by the alpha-beta model's own. A profile without curves of the op falls
     back to alpha-beta. On alpha-beta links all_reduce never costs more than reduce_scatter and all_gather in a row;
     measured curves are taken as they are.
@@ -172,5 +172,6 @@ def _groups_of_curve(cluster: ClusterProfile, curve: CollectiveCurve) -> Groups:
 def _read(curve: CollectiveCurve, num_bytes: FloatArray) -> FloatArray:
     sizes, times = np.array(curve.message_bytes), np.array(curve.seconds)
     result = np.interp(num_bytes, sizes, times)
-    slope = (times[-1] - times[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else times[0] / sizes[0]
+    # from end to end, since one slow sample would tilt the last segment by any factor
+    slope = (times[-1] - times[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else times[0] / sizes[0]
     return np.asarray(np.where(num_bytes > sizes[-1], times[-1] + slope * (num_bytes - sizes[-1]), result))

@@ -184,7 +184,7 @@ class CollectiveCurve:
 
     The shape is ``num_ranks`` ranks, ``ranks_per_node`` of them on each node. ``message_bytes`` is the whole tensor:
     the buffer of all_reduce and broadcast, the *output* of all_gather, the *input* of reduce_scatter and of all_to_all
-    on one rank. Between sizes interpolate linearly; above the largest extend the last slope.
+    on one rank. Between sizes interpolate linearly; above the largest extend the slope from end to end.
     ``seconds`` are medians, made monotone in bytes: no size takes longer than a larger one did, since what disturbs a
     measurement adds time. ``spread`` is (p90 - p10) / median.
     """

@@ -122,7 +122,7 @@ def curve(toy: Any, num_ranks: int, ranks_per_node: int, times: tuple[float, ...
         (1e3, 1e-3),
         (50_500.0, 1.5e-3),  # half way between two sizes
         (1e6, 5e-3),
-        (2e6, 5e-3 + 1e6 * 3e-3 / 9e5),  # beyond the largest: the last slope
+        (2e6, 5e-3 + 1e6 * 4e-3 / 9.99e5),  # beyond the largest: the slope from end to end
     ],
 )
 def test_a_measured_shape_is_read_off(toy: Any, num_bytes: float, expected: float) -> None:
