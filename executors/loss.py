@@ -43,7 +43,7 @@ def sharded_cross_entropy(logits: Tensor, targets: Tensor, *, group: Group, voca
     cross entropy needs three).
     """
     flat = logits.flatten(0, -2)
-    total = _ShardedCrossEntropy.apply(flat, targets.flatten(), group, vocab_size)
+    total: Tensor = _ShardedCrossEntropy.apply(flat, targets.flatten(), group, vocab_size)
     return total, (targets != IGNORED).sum()
 
 

@@ -220,8 +220,8 @@ class _Splitter:
 
     def _plan_region(self, region: Region) -> None:
         tp, matrices = self.tp, self.rules.matrices
-        into: Callable[[Tensor, Group], Tensor] = gather_sequence if self.sequence_parallel else enter
-        out_of: Callable[[Tensor, Group], Tensor] = scatter_sequence if self.sequence_parallel else leave
+        into: Callable[..., Tensor] = gather_sequence if self.sequence_parallel else enter
+        out_of: Callable[..., Tensor] = scatter_sequence if self.sequence_parallel else leave
         entry = None if region.container else Entry(partial(into, group=self.group), len(region.columns))
         if region.container:
             enter_container = partial(

@@ -140,7 +140,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _hidden_argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
-    for where, value in (*enumerate(args), *kwargs.items()):
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for where, value in places:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3:
             return where
     raise InputError(f"{name} is given no hidden states [batch, sequence, hidden]: cannot see what it does with them")

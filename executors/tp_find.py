@@ -289,7 +289,8 @@ def _container(run: BlockRun, row: str, columns: tuple[str, ...]) -> tuple[str, 
     x = run.whole.inputs[columns[0]]
     if call is None or any(run.whole.inputs[column] is not x for column in columns):
         return "", None
-    places = [where for where, value in (*enumerate(call.args), *call.kwargs.items()) if value is x]
+    given: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+    places = [where for where, value in given if value is x]
     if len(places) != 1 or any(depends(call.output, [x])):
         return "", None
     return name, places[0]

@@ -63,9 +63,9 @@ def _keep_double_precision(model: nn.Module) -> None:
 
 def _unscaled(family: str, heads: int, kv_heads: int, vocab: int, tied: bool) -> nn.Module:
     if family == "example":
-        sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "vocab_size": vocab, "tied": tied}
+        sizes: dict[str, Any] = {"num_heads": heads, "num_kv_heads": kv_heads, "vocab_size": vocab, "tied": tied}
         llama = example()
-        return llama.Llama(llama.LlamaConfig(hidden=32, ffn_size=48, num_layers=2, **sizes))  # type: ignore[no-any-return]
+        return llama.Llama(llama.LlamaConfig(hidden=32, ffn_size=48, num_layers=2, **sizes))
     transformers = pytest.importorskip("transformers")
     common: dict[str, Any] = {
         "hidden_size": 32,
@@ -92,7 +92,7 @@ def _unscaled(family: str, heads: int, kv_heads: int, vocab: int, tied: bool) ->
         extra = {"head_dim": 32 // heads} if family == "qwen3" else {}
         name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
         config = getattr(transformers, f"{name}Config")(**gated, **extra)
-    return transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def batch(vocab: int) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float,
 def recompute_blocks(model: nn.Module, blocks: str) -> None:
     for block in model.get_submodule(blocks).children():
         forward = block.forward
-        block.forward = lambda *args, forward=forward, **kwargs: checkpoint(  # type: ignore[method-assign]
+        block.forward = lambda *args, forward=forward, **kwargs: checkpoint(
             forward, *args, use_reentrant=False, **kwargs
         )
 
@@ -180,11 +180,11 @@ def run_cases(rank: Rank, cases: list[dict[str, Any]]) -> list[tuple[float, floa
 
 FAMILIES = ("example", "llama", "mistral", "qwen2", "qwen3", "gpt2", "opt", "opt-350m", "gpt_neox")
 CASES: list[dict[str, Any]] = [
-    *({"family": family, "sp": sp} for family in FAMILIES for sp in (False, True)),
-    *({"family": family, "sp": True, "recompute": True, "tied": True} for family in FAMILIES),
-    *({"family": family, "recompute": True} for family in ("example", "qwen3", "gpt2")),
-    *({"family": family, "kv_heads": 1, "sp": sp} for family in ("example", "qwen2", "qwen3") for sp in (False, True)),
-    *({"family": family, "tied": True, "vocab": 61} for family in ("llama", "gpt2", "opt")),
+    *({"family": family, "sp": True} for family in FAMILIES),
+    *({"family": family, "tied": True} for family in FAMILIES if family != "mistral"),
+    *({"family": family, "recompute": True, "sp": sp} for family in ("example", "gpt2") for sp in (False, True)),
+    *({"family": family, "kv_heads": 1, "sp": sp} for family in ("example", "qwen3") for sp in (False, True)),
+    {"family": "opt", "recompute": True, "sp": True, "tied": True, "vocab": 61},
     {"family": "gpt_neox", "vocab": 13},  # with tp=4, rank 3 holds one real column
     {"family": "example", "loss": cross_entropy, "vocab": 61},
     {"family": "qwen3", "loss": cross_entropy, "sp": True},
@@ -391,4 +391,4 @@ def test_float64_on_two_ranks() -> None:
 
 
 def test_float32_on_four_ranks() -> None:
-    check(4, [{**case, "dtype": torch.float32} for case in CASES[: 3 * len(FAMILIES)]], 1e-5)
+    check(4, [{**case, "dtype": torch.float32} for case in CASES[: len(FAMILIES)]], 1e-5)
