@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from meshwright.profiler.cluster import (
 )
 from meshwright.profiler.cluster_presets import datasheet_peak
 from meshwright.profiler.environment import Environment
-from meshwright.profiler.fit import MIN_SAMPLES, best_rate, fit_efficiency
+from meshwright.profiler.fit import MIN_SAMPLES, best_rate, fit_efficiency, predicted_seconds
 from meshwright.profiler.record import record
 from meshwright.profiler.virtual_name import parse_virtual_device
 
@@ -242,21 +242,27 @@ def _efficiencies(
             if len(mine) < MIN_SAMPLES or not matmuls:
                 notes.append(f"{op} in {dtype}: {len(mine)} samples, too few for a curve")
                 continue
-            peak = _known_peak(facts.kind, dtype) or best_rate(matmuls)
-            curve = fit_efficiency(
-                mine, peak_flops_per_s=peak, memory_bytes_per_s=facts.memory_bytes_per_s, source=source
-            )
+            if facts.kind.startswith("virtual:"):
+                curve = _described_curve(facts, mine)
+            else:
+                curve = fit_efficiency(
+                    mine,
+                    peak_flops_per_s=datasheet_peak(facts.kind, dtype) or best_rate(matmuls),
+                    memory_bytes_per_s=facts.memory_bytes_per_s,
+                    source=source,
+                )
             if curve.residual > LARGE_RESIDUAL:
                 notes.append(f"{op} in {dtype}: the curve misses half of its samples by {curve.residual:.0%} or more")
             curves.append(curve)
     return tuple(curves)
 
 
-def _known_peak(kind: str, dtype: str) -> float | None:
-    """The datasheet's or a virtual device's stated peak; None of a processor, which has no such figure."""
-    if kind.startswith("virtual:"):
-        return parse_virtual_device(kind).efficiency("matmul", dtype).peak_flops_per_s
-    return datasheet_peak(kind, dtype)
+def _described_curve(facts: DeviceFacts, samples: Sequence[KernelSample]) -> Efficiency:
+    """A virtual device's stated curve, which needs no fit, with the residual of what was really slept for it."""
+    curve = parse_virtual_device(facts.kind).efficiency(samples[0].op, samples[0].dtype)
+    predicted = predicted_seconds(curve, samples, facts.memory_bytes_per_s)
+    measured = np.array([sample.seconds for sample in samples])
+    return replace(curve, residual=float(np.median(np.abs(predicted / measured - 1))))
 
 
 def _node_groups(ranks: Sequence[RankFacts]) -> tuple[NodeGroup, ...]:

@@ -91,7 +91,9 @@ def test_a_virtual_device_is_measured_as_described() -> None:
     assert profile.tiers == () and profile.link_matrix is None and profile.collectives == ()  # a single rank
     device = profile.device
     assert (device.kind, device.launch_s, device.memory_bytes) == ("virtual:h100/1000", 0.0, 80 * 2**30)
-    assert device.efficiency("matmul", "float32").peak_flops_per_s == pytest.approx(67e9)
+    curve = device.efficiency("matmul", "float32")
+    assert (curve.peak_flops_per_s, curve.max_share, curve.half_m) == pytest.approx((67e9, 0.85, 0.0))  # as stated
+    assert curve.residual > 0  # and held against what was slept
 
 
 def test_a_rank_that_dies_is_named_and_what_was_measured_is_kept(
