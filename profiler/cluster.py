@@ -51,6 +51,7 @@ class Efficiency:
     ``share(m, n, k) = max_share * m/(m + half_m) * n/(n + half_n) * k/(k + half_k)``: saturating in each size, 1/2 of
     the limit at the half size. Seconds are ``overhead_s + FLOPs / (share * peak_flops_per_s)``. For attention
     ``m`` is query tokens, ``n`` heads times sequences, ``k`` key tokens; of a grouped matmul, tokens an expert.
+    FLOPs of causal attention are those of the pairs that the mask keeps; backward counts 2.5 times forward.
     ``residual`` is the median absolute relative error of the fit over its samples (0 for a datasheet figure).
     """
 
