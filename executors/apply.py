@@ -25,7 +25,12 @@ from meshwright.executors.pipeline import Chunk, Pipeline
 from meshwright.executors.recompute import apply_recompute
 from meshwright.executors.stage import StageModule, cut_stage, whole_stage
 from meshwright.executors.state import gather_stages, load_parts, load_whole, whole_gradients, whole_weights
-from meshwright.executors.tensor_parallel import apply_tensor_parallel, find_tensor_parallel_rules, no_tensor_parallel
+from meshwright.executors.tensor_parallel import (
+    TensorParallelRules,
+    apply_tensor_parallel,
+    find_tensor_parallel_rules,
+    no_tensor_parallel,
+)
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy, find_anatomy
 
@@ -48,22 +53,27 @@ def parallelize(model: nn.Module, plan: Plan, loss_fn: LossFunction | None = Non
     if getattr(getattr(model, "config", None), "use_cache", False):
         model.config.use_cache = False  # type: ignore[union-attr]  # a cache of keys and values is for generation
 
-    config, recipe, mesh = plan.config, plan.workload.recipe, build_mesh(plan, device)
-    tp_group = mesh.axis("tp").get_group() if config.tp > 1 else None
+    mesh = build_mesh(plan, device)
+    tp_group = mesh.axis("tp").get_group() if plan.config.tp > 1 else None
+    rules = find_tensor_parallel_rules(model) if plan.config.tp > 1 else None
     loss = loss_on_shards(loss_fn, group=tp_group, vocab_size=plan.model.vocab_size)
-    rules = find_tensor_parallel_rules(model) if config.tp > 1 else None
-    chunks = []
-    for index, module in _own_stages(model, anatomy, plan, mesh, loss):
-        module.to(device, torch_dtype(recipe.master) if recipe.master and has_master_weights(recipe) else None)
-        split = no_tensor_parallel(module.model)
-        if rules:
-            tp_mesh = mesh.axis("tp")
-            split = apply_tensor_parallel(module.model, rules, tp_mesh, sequence_parallel=config.sequence_parallel)
-        for layer, block in module.blocks.items():
-            apply_recompute(block, plan.stages[index].recompute[layer - plan.stages[index].first_layer])
-        sharded = DataParallel(module, list(module.blocks.values()), mesh, config.zero_stage, recipe)
-        chunks.append(Chunk(index, module, split, sharded))
+    stages = _own_stages(model, anatomy, plan, mesh, loss)
+    chunks = [_split_stage(index, module, plan, mesh, rules) for index, module in stages]
     return ParallelModel(plan, mesh, anatomy, chunks, check_count=loss_fn is not None)
+
+
+def _split_stage(index: int, module: StageModule, plan: Plan, mesh: Mesh, rules: TensorParallelRules | None) -> Chunk:
+    """Stage ``index`` on its device, split over tp, then recomputing, then sharded over dp."""
+    config, recipe, stage = plan.config, plan.workload.recipe, plan.stages[index]
+    module.to(mesh.device, torch_dtype(recipe.master) if recipe.master and has_master_weights(recipe) else None)
+    split = no_tensor_parallel(module.model)
+    if rules:
+        tp_mesh = mesh.axis("tp")
+        split = apply_tensor_parallel(module.model, rules, tp_mesh, sequence_parallel=config.sequence_parallel)
+    for layer, block in module.blocks.items():
+        apply_recompute(block, stage.recompute[layer - stage.first_layer])
+    sharded = DataParallel(module, list(module.blocks.values()), mesh, config.zero_stage, recipe)
+    return Chunk(index, module, split, sharded)
 
 
 def _own_stages(

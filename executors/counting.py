@@ -83,11 +83,11 @@ class Traffic:
     message_bytes: int
 
 
-class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CollectiveCounter(TorchDispatchMode):
     """Counts while it is entered; ``axis_of_group`` names process groups, unnamed ones are called by their size."""
 
     def __init__(self, axis_of_group: Mapping[str, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._axis_of_group = axis_of_group
         self._calls: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[tuple[str, str]] = Counter()

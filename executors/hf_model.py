@@ -17,17 +17,19 @@ class HuggingFaceModel:
     """
 
     def __init__(self, source: Path) -> None:
+        try:
+            import transformers  # noqa: F401  # here, so that ranks forked later have it
+        except ImportError:
+            raise InputError("Hugging Face models need transformers: pip install 'meshwright[hf]'") from None
         self.source = source
 
     def __call__(self, spec: ModelSpec) -> nn.Module:
         """The model."""
-        try:
-            from transformers import AutoConfig, AutoModelForCausalLM
-        except ImportError:
-            raise InputError("Hugging Face models need transformers: pip install 'meshwright[hf]'") from None
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         try:
             config = AutoConfig.from_pretrained(self.source, local_files_only=True)
-            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"transformers cannot build a causal LM from {self.source}: {error}") from None
         return model

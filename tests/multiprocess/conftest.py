@@ -217,7 +217,7 @@ def reference(case: Case, model: nn.Module, plan: Plan) -> Reference:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-3)
     for step in range(STEPS):
         loss = _mean_loss(model, *batch_of(case, plan, step))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if step == 0:
             first_loss = loss.item()
             grads = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meshwright import InputError
+from meshwright import InputError, RunError
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ParallelConfig
 from meshwright.cost_models.workload import RECIPES, Workload
@@ -106,6 +107,17 @@ def test_files_in_and_out(tmp_path: Path) -> None:
     assert load_measurement(tmp_path / "out" / "b.json") == found[1]
     measure_files(paths[:1], steps=1, warmup=0, output=tmp_path / "one.json")
     assert load_measurement(tmp_path / "one.json").config == "dp2 mbs1"
+
+
+def test_the_real_model_from_its_config(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **FIELDS}))
+    save_plan(plan_of(pp=2), tmp_path / "plan.json")
+    (measured,) = measure_files([tmp_path / "plan.json"], model=tmp_path, steps=2, warmup=0)
+    assert measured.losses[1] < measured.losses[0]
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RunError, match="transformers cannot build a causal LM"):
+        measure_files([tmp_path / "plan.json"], model=tmp_path, steps=1)
 
 
 def test_plans_for_different_numbers_of_ranks_are_refused() -> None:
