@@ -71,11 +71,13 @@ def seconds(cluster: ClusterProfile, op: str, groups: Groups, message_bytes: Any
     """Seconds of one collective on every config's group; 0 for a group of one rank or an empty message.
 
     ``message_bytes`` is the whole tensor as ``CollectiveCurve`` defines it; it broadcasts against ``[num_configs]``.
-    A measured curve of the very shape is read off (linear between sizes, the whole curve's slope beyond); of the nearest
-    shape, its latency and its slope are scaled by the alpha-beta model's own. A profile without curves of the op falls
+    A measured curve of the very shape is read off (linear between sizes, the whole curve's slope beyond); of the
+    nearest shape, its latency and its slope are scaled by the alpha-beta model's own. A profile without curves of the op falls
     back to alpha-beta. On alpha-beta links all_reduce never costs more than reduce_scatter and all_gather in a row;
     measured curves are taken as they are.
     """
+    if not cluster.tiers:  # one device
+        return np.zeros(groups.size.shape)
     bytes_ = np.broadcast_to(np.asarray(message_bytes, dtype=np.float64), groups.size.shape)
     curves = [curve for curve in cluster.collectives if curve.op == op]
     result = _from_curves(cluster, op, curves, groups, bytes_) if curves else _alpha_beta(cluster, op, groups, bytes_)

@@ -131,6 +131,11 @@ def test_a_measured_shape_is_read_off(toy: Any, num_bytes: float, expected: floa
     assert price(cluster, "all_reduce", 8.0, ("tp",), tp=4) == pytest.approx(4e-6 + 1.6e-9)  # no curve of it
 
 
+def test_one_device_has_nobody_to_talk_to(toy: Any) -> None:
+    alone = replace(toy.cluster(num_nodes=1, devices_per_node=1), tiers=())
+    assert price(alone, "all_reduce", 1e6, ("dp",)) == 0.0
+
+
 def test_the_nearest_shape_is_scaled_by_latency_and_by_slope(toy: Any) -> None:
     # 2 ranks in a node from 4: a third of the latency (1 hop of 3), two thirds of the slope (1/2 of 3/4)
     cluster = toy.cluster(collectives=[curve(toy, 4, 4, (3e-3, 6e-3, 9e-3)), curve(toy, 8, 4, (1.0, 1.0, 1.0))])
