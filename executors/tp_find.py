@@ -9,11 +9,11 @@ stand-in for every matrix's output. What depends on what then says everything:
   feed-forward layer, those of one head in attention. So the heads are found, which of them share keys and values, and
   where a fused projection (``[q|k|v]``, per head ``[q k v]``, ``[gate|up]``) keeps the parts of each;
 * a **probe** settles it: the block runs again with the column outputs that one rank would compute, for every legal
-  tp up to 64, and the row input must be that rank's slice of the whole. Integers that the forward reads
-  (``num_heads``, ``num_key_value_groups``, ``split_size``) are tried as they are and as a rank's share of what they
-  equal; the fewest changes with which every probe agrees are taken.
+  tp up to 64 (three of them in feed-forward layers), and the row input must be that rank's slice of the whole. Integers
+  that the forward reads (``num_heads``, ``num_key_value_groups``, ``split_size``) are tried as they are and as a rank's
+  share of what they equal; the fewest changes with which every probe agrees are taken.
 
-Stand-ins make a probe cost milliseconds at any width, on meta-device models too. What stays unsettled (a matrix used
+Stand-ins make a probe cheap at any width, on meta-device models too. What stays unsettled (a matrix used
 twice, experts, a norm over all heads at once, a layout that no probe accepts) is refused by name, never guessed.
 """
 
@@ -41,7 +41,7 @@ MAX_CHANGED_ATTRIBUTES = 4
 def find_tensor_parallel_rules(model: nn.Module) -> TensorParallelRules:
     """How ``model``, whole and on any device (meta too), is split by tensor parallelism; for any legal tp.
 
-    Takes a fraction of a second; neither reads nor copies the weights.
+    Takes a fraction of a second for small models, seconds for the widest; neither reads nor copies the weights.
     Raises ``InputError`` naming the module that cannot be settled.
     """
     with torch.device("cpu"):  # the skeleton's, whatever the caller's default
@@ -306,6 +306,8 @@ def _settle_attributes(runs: Sequence[BlockRun], region: Region) -> Region:
             if matching:
                 shares[module, name] = matching
     degrees = [tp for tp in range(2, min(region.num_units, MAX_PROBED_TP) + 1) if region.legal(tp)]
+    if region.by_token:  # no heads: attention's implementation does not matter, and all degrees cut alike
+        runs, degrees = runs[:1], [*degrees[:2], *degrees[2:][-1:]]
     if not degrees:
         raise _unsettled(runs[0], region.row, f"its {region.num_units} heads cannot be divided")
     for attributes in _choices(shares):
