@@ -72,9 +72,9 @@ def seconds(cluster: ClusterProfile, op: str, groups: Groups, message_bytes: Any
 
     ``message_bytes`` is the whole tensor as ``CollectiveCurve`` defines it; it broadcasts against ``[num_configs]``.
     A measured curve of the very shape is read off (linear between sizes, the whole curve's slope beyond); of the
-    nearest shape, its latency and its slope are scaled by the alpha-beta model's own. A profile without curves of the op falls
-    back to alpha-beta. On alpha-beta links all_reduce never costs more than reduce_scatter and all_gather in a row;
-    measured curves are taken as they are.
+    nearest shape, its latency and its slope are scaled by the alpha-beta model's own. A profile without curves of the
+    op falls back to alpha-beta. On alpha-beta links all_reduce never costs more than reduce_scatter and all_gather in
+    a row; measured curves are taken as they are.
     """
     if not cluster.tiers:  # one device
         return np.zeros(groups.size.shape)
