@@ -73,7 +73,7 @@ def measure_plans(
 ) -> tuple[StepMeasurement, ...]:
     """Run ``warmup + steps`` steps of each plan and time the last ``steps``, on random tokens.
 
-    Called on ranks that torchrun or Slurm started, it runs on those, and every rank gets the result. Else it starts the
+    Called on ranks that torchrun or Slurm started, or in a process group, it runs on those, and every rank gets the result. Else it starts the
     ranks on this machine, each kept to its own cores where there are enough. ``build_model`` makes a plan's model, with
     the same weights on each rank (seeds are set); ``device`` is ``auto``, ``cpu``, ``cuda`` or a virtual one such as
     ``virtual:h100/1000``. ``on_step`` is told all measurements so far after each round, on rank 0 or in the parent.
@@ -87,7 +87,7 @@ def measure_plans(
         raise InputError(f"plans measured together must be for one number of ranks, found {sorted(worlds)}")
     if steps < 1 or warmup < 0:
         raise InputError(f"steps must be at least 1 and warmup at least 0, found {steps} and {warmup}")
-    num_ranks, device, joined = worlds.pop(), _resolved(device), launcher_ranks()
+    num_ranks, device, joined = worlds.pop(), _resolved(device), _ranks_here()
     record = _Record(plans, warmup, on_step if not joined or joined[0] == 0 else None)
     job = (plans, build_model, warmup + steps, device)
     try:
@@ -276,6 +276,13 @@ def _resolved(device: str) -> str:
     if device not in ("cpu", "cuda") and not device.startswith("virtual:"):
         raise InputError(f"device must be auto, cpu, cuda or virtual:KIND/DIVISOR, found {device!r}")
     return device
+
+
+def _ranks_here() -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) where a process group is there already, or a launcher's; None else."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
+    return launcher_ranks()
 
 
 def _join_ranks(joined: tuple[int, int, int], device: str) -> None:

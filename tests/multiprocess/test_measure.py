@@ -20,6 +20,7 @@ from meshwright.executors.measure import measure_files
 from meshwright.executors.run import UnfinishedRun, measure_plans
 from meshwright.executors.spec_model import build_spec_model
 from meshwright.planner.plan import Plan, default_stages, save_plan
+from meshwright.profiler.launch import Rank, run_ranks
 from meshwright.profiler.model import ModelSpec, load_model
 from meshwright.profiler.steps import StepMeasurement, load_measurement
 
@@ -56,6 +57,15 @@ def test_several_plans_in_one_start() -> None:
         assert one.environment.backend == "gloo" and one.ranks[0].compute_s is None
     # tensor and pipeline ranks are given the same batch, so these two are one training run
     assert measured[1].losses == pytest.approx(measured[2].losses, rel=1e-4)
+
+
+def _measured_here(rank: Rank) -> list[float]:
+    return list(measure_plans([plan_of(dp=2)], steps=2, warmup=0)[0].losses)
+
+
+def test_ranks_in_a_process_group_measure_together() -> None:
+    first, second = run_ranks(_measured_here, 2, timeout_s=60)
+    assert first == second and len(first) == 2
 
 
 def test_master_weights_train_like_full_precision() -> None:
