@@ -73,10 +73,11 @@ def measure_plans(
 ) -> tuple[StepMeasurement, ...]:
     """Run ``warmup + steps`` steps of each plan and time the last ``steps``, on random tokens.
 
-    Called on ranks that torchrun or Slurm started, or in a process group, it runs on those, and every rank gets the result. Else it starts the
-    ranks on this machine, each kept to its own cores where there are enough. ``build_model`` makes a plan's model, with
-    the same weights on each rank (seeds are set); ``device`` is ``auto``, ``cpu``, ``cuda`` or a virtual one such as
-    ``virtual:h100/1000``. ``on_step`` is told all measurements so far after each round, on rank 0 or in the parent.
+    Called on ranks that torchrun or Slurm started, or in a process group, it runs on those, and every rank gets the
+    result. Else it starts the ranks on this machine, each kept to its own cores where there are enough. ``build_model``
+    makes a plan's model, with the same weights on each rank (seeds are set); ``device`` is ``auto``, ``cpu``, ``cuda``
+    or a virtual one such as ``virtual:h100/1000``. ``on_step`` is told all measurements so far after each round, on
+    rank 0 or in the parent.
 
     Raises:
         InputError: the plans are for different numbers of ranks, or cannot be run here.
