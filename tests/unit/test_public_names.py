@@ -50,7 +50,7 @@ def test_each_promised_name_is_there_and_documented(name: str) -> None:
 def test_dir_lists_the_promised_names_and_others_are_refused() -> None:
     assert dir(meshwright) == sorted(meshwright.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'paralelize'"):
-        _ = meshwright.paralelize  # type: ignore[attr-defined]
+        _ = meshwright.paralelize
 
 
 def test_public_functions_name_the_errors_that_they_raise() -> None:

@@ -127,7 +127,7 @@ def test_a_llama_step_takes_what_its_parts_take(numbers: bool) -> None:
     model, tokens = Llama(config), torch.randint(0, 128, (batch, seq))
     with infinite_memory(numbers) as device:  # so that only products are charged
         loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     # q and o are 64 x 64, k and v 64 x 32; gate, up and down 64 x 96; the head 64 x 128. Backward is twice forward
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 64 * 128
     matmuls = 3 * 2 * weights * batch * seq / H100_FP32
@@ -164,7 +164,7 @@ def test_recompute_is_charged_again() -> None:
         plain = device.charged_s
         out = checkpoint(layer, x, use_reentrant=False)
         assert isinstance(out, torch.Tensor)
-        out.sum().backward()  # type: ignore[no-untyped-call]
+        out.sum().backward()
     # two products forward, four backward; torch stops recomputing at the last input that backward needs: one again
     assert device.charged_s - plain == pytest.approx(plain * 7 / 6, rel=1e-6)
 
