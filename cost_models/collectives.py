@@ -146,7 +146,7 @@ def _from_curves(
     for index in np.unique(nearest):
         curve, rows = curves[index], nearest == index
         of_curve = _limits(cluster, op, _groups_of_curve(cluster, curve))
-        smallest = curve.seconds[0]
+        smallest = curve.expected_s[0]
         measured = _read(curve, num_bytes[rows])
         scaled = smallest * latency[rows] / of_curve[0] + (measured - smallest) * per_byte[rows] / of_curve[1]
         exact = distance[rows, index] == 0
@@ -172,7 +172,7 @@ def _groups_of_curve(cluster: ClusterProfile, curve: CollectiveCurve) -> Groups:
 
 
 def _read(curve: CollectiveCurve, num_bytes: FloatArray) -> FloatArray:
-    sizes, times = np.array(curve.message_bytes), np.array(curve.seconds)
+    sizes, times = np.array(curve.message_bytes), np.array(curve.expected_s)
     result = np.interp(num_bytes, sizes, times)
     # from end to end, since one slow sample would tilt the last segment by any factor
     slope = (times[-1] - times[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else times[0] / sizes[0]

@@ -187,7 +187,9 @@ class CollectiveCurve:
     the buffer of all_reduce and broadcast, the *output* of all_gather, the *input* of reduce_scatter and of all_to_all
     on one rank. Between sizes interpolate linearly; above the largest extend the slope from end to end.
     ``seconds`` are medians, made monotone in bytes: no size takes longer than a larger one did, since what disturbs a
-    measurement adds time. ``spread`` is (p90 - p10) / median.
+    measurement adds time. ``spread`` is (p90 - p10) / median. ``mean_s`` are means, monotone too: a step adds its calls
+    up, so that where a few calls take far longer than most (threads of one core that wait for each other's time slice)
+    the mean is what each costs it. Empty means as the medians.
     """
 
     op: CollectiveOp
@@ -196,18 +198,25 @@ class CollectiveCurve:
     message_bytes: tuple[float, ...]
     seconds: tuple[float, ...]
     spread: tuple[float, ...]
+    mean_s: tuple[float, ...] = ()
     source: Source
 
     def __post_init__(self) -> None:
-        if not len(self.message_bytes) == len(self.seconds) == len(self.spread) or not self.message_bytes:
+        lengths = {len(self.seconds), len(self.spread), len(self.expected_s)}
+        if lengths != {len(self.message_bytes)} or not self.message_bytes:
             raise InputError("message_bytes, seconds and spread of a collective curve must have one length, at least 1")
         if list(self.message_bytes) != sorted(set(self.message_bytes)):
             raise InputError("message_bytes of a collective curve must increase")
-        if min(*self.message_bytes, *self.seconds, *self.spread) < 0:
+        if min(*self.message_bytes, *self.seconds, *self.spread, *self.expected_s) < 0:
             raise InputError("message_bytes, seconds and spread of a collective curve must be at least 0")
-        if list(self.seconds) != sorted(self.seconds):
+        if list(self.seconds) != sorted(self.seconds) or list(self.mean_s) != sorted(self.mean_s):
             raise InputError("seconds of a collective curve must not fall as message_bytes grow")
         check_numbers(self, positive=("num_ranks", "ranks_per_node"))
+
+    @property
+    def expected_s(self) -> tuple[float, ...]:
+        """What one call of many costs on average: ``mean_s`` where it was measured, else the medians."""
+        return self.mean_s or self.seconds
 
 
 @record

@@ -24,6 +24,7 @@ SMALLEST_BYTES = 2**10
 FACTOR = 4  # from one size to the next, after the first step of FACTOR**2
 GROWN = 3.0  # a curve must end where bytes, not latency, take the time: this many times its first point
 MIN_SIZES = 3
+RARE = 95  # percentile above which a sample counts as a disturbance that a step does not see
 Call = Callable[[], object]
 
 # the names before torch 2.13 are deprecated there
@@ -108,6 +109,7 @@ def _curve(
     size = SMALLEST_BYTES
     sizes: list[float] = []
     medians: list[float] = []
+    means: list[float] = []
     spreads: list[float] = []
     while size <= options.largest_bytes:
         call, moved = _call(op, size, shape.num_ranks, group, clock.device)
@@ -116,6 +118,7 @@ def _curve(
         low, middle, high = (float(value) for value in np.percentile(samples, [10, 50, 90]))
         sizes.append(float(moved))
         medians.append(middle)
+        means.append(float(np.clip(samples, None, np.percentile(samples, RARE)).mean()))
         spreads.append((high - low) / middle)
         spent = torch.tensor([time.monotonic() - start], device=clock.device)
         dist.broadcast(spent, 0)
@@ -132,6 +135,7 @@ def _curve(
         message_bytes=tuple(sizes),
         seconds=monotone(sizes, medians),
         spread=tuple(spreads),
+        mean_s=monotone_mean(means),
         source=source,
     )
 
@@ -148,6 +152,13 @@ def monotone(sizes: Sequence[float], medians: Sequence[float]) -> tuple[float, .
         times[-2] = min(times[-2], times[-1] - mean_slope / 2 * (sizes[-1] - sizes[-2]))
         times[:-1] = np.minimum(times[:-1], times[-2])
     return tuple(float(value) for value in times)
+
+
+def monotone_mean(means: Sequence[float]) -> tuple[float, ...]:
+    """Means made monotone in size without a bias up or down: half way between the two tightest monotone bounds."""
+    above = np.maximum.accumulate(np.asarray(means))
+    below = np.minimum.accumulate(np.asarray(means)[::-1])[::-1]
+    return tuple(float(value) for value in (above + below) / 2)
 
 
 def _next_seconds(sizes: Sequence[float], medians: Sequence[float], size: int) -> float:

@@ -15,7 +15,7 @@ from meshwright import ClusterProfile, InputError, RunError, load_cluster
 from meshwright.profiler import measure as measure_module
 from meshwright.profiler.artifact import save
 from meshwright.profiler.cluster import Provenance
-from meshwright.profiler.collectives_bench import OPS, group_shapes, monotone
+from meshwright.profiler.collectives_bench import OPS, group_shapes, monotone, monotone_mean
 from meshwright.profiler.launch import Rank, run_ranks
 from meshwright.profiler.profile import core_shares, launcher_ranks, profile_cluster
 
@@ -220,3 +220,8 @@ def test_disturbances_are_taken_out_of_a_curve() -> None:
     lowered = 31.0 - 0.5 * 30.0 / 999e3 * 900e3
     assert monotone(sizes, (1.0, 2.0, 90.0, 31.0)) == pytest.approx((1.0, 2.0, lowered, 31.0))
     assert monotone((1e3,), (1.0,)) == (1.0,)
+
+
+def test_means_lie_between_their_monotone_bounds() -> None:
+    assert monotone_mean((1.0, 2.0, 4.0)) == (1.0, 2.0, 4.0)
+    assert monotone_mean((3.0, 1.0, 4.0)) == (2.0, 2.0, 4.0)  # 3 then 3 from above, 1 then 1 from below

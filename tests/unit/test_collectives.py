@@ -131,6 +131,11 @@ def test_a_measured_shape_is_read_off(toy: Any, num_bytes: float, expected: floa
     assert price(cluster, "all_reduce", 8.0, ("tp",), tp=4) == pytest.approx(4e-6 + 1.6e-9)  # no curve of it
 
 
+def test_a_step_pays_the_mean_where_it_was_measured(toy: Any) -> None:
+    unsteady = replace(curve(toy, 4, 4, (1e-3, 2e-3, 5e-3)), mean_s=(2e-3, 4e-3, 6e-3))
+    assert price(toy.cluster(collectives=[unsteady]), "all_gather", 1e5, ("tp",), tp=4) == pytest.approx(4e-3)
+
+
 def test_one_device_has_nobody_to_talk_to(toy: Any) -> None:
     alone = replace(toy.cluster(num_nodes=1, devices_per_node=1), tiers=())
     assert price(alone, "all_reduce", 1e6, ("dp",)) == 0.0
