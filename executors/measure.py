@@ -10,7 +10,7 @@ from meshwright.executors.run import UnfinishedRun, measure_plans
 from meshwright.executors.spec_model import build_spec_model
 from meshwright.planner.plan import load_plan
 from meshwright.profiler import artifact
-from meshwright.profiler.profile import launcher_ranks
+from meshwright.profiler.peers import launcher_ranks
 from meshwright.profiler.steps import StepMeasurement
 
 

@@ -29,14 +29,14 @@ from meshwright.profiler.clock import DeviceClock
 from meshwright.profiler.environment import capture_environment
 from meshwright.profiler.launch import Rank, RankError, run_ranks
 from meshwright.profiler.model import ModelSpec
-from meshwright.profiler.profile import core_shares, launcher_ranks
+from meshwright.profiler.peers import launcher_ranks, lost_a_peer, silent_ranks
+from meshwright.profiler.profile import core_shares
 from meshwright.profiler.steps import RankMeasurement, StepMeasurement
 from meshwright.profiler.virtual_name import DEVICE_VARIABLE
 
 MAX_NORM = 1.0
 LEARNING_RATE = 1e-4
 REPLY_S = 50.0  # how long a rank among a launcher's waits for another before it is taken for dead
-LOST_PEER_WAIT_S = 5.0  # how long a rank that lost its peers waits for the others to say that they live
 
 BuildModel = Callable[[ModelSpec], nn.Module]
 OnStep = Callable[[tuple[StepMeasurement, ...]], None]
@@ -221,9 +221,13 @@ def _run(
                 row: list[Any] = [None] * dist.get_world_size()
                 dist.all_gather_object(row, sample)
             except RuntimeError as error:
-                if not _lost_a_peer(error):
+                if not lost_a_peer(error):
                     raise
-                raise RankError(f"step {number + 1} of {plans[index].config.describe()}: {_who_died()}") from error
+                where = f"step {number + 1} of {plans[index].config.describe()}"
+                who = ", ".join(map(str, silent_ranks())) or "none of them"
+                raise RankError(
+                    f"{where}: rank {dist.get_rank()} lost its peers; no sign of life from rank {who}"
+                ) from error
             tell(index, row)
 
 
@@ -244,25 +248,6 @@ def _timed(model: _Trained, clock: DeviceClock, virtual: Any, host: str) -> _Sam
         peak_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
         host=host,
     )
-
-
-def _lost_a_peer(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "ncclRemoteError" in str(error)
-
-
-def _who_died() -> str:
-    """Ask through the store who is still there; the ranks that do not answer are dead or hang."""
-    store = dist.distributed_c10d._get_default_store()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    store.set(f"meshwright/alive/{rank}", "yes")
-    silent: list[int] = []
-    for other in range(world):
-        try:
-            store.wait([f"meshwright/alive/{other}"], timedelta(seconds=LOST_PEER_WAIT_S if not silent else 0.1))
-        except dist.DistStoreError:
-            silent.append(other)
-    who = ", ".join(map(str, silent)) if silent else "none of them"
-    return f"rank {rank} lost its peers; no sign of life from rank {who}"
 
 
 # -- where ranks run ------------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ that already uses CUDA must not fork, so import torch and leave CUDA alone befor
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -18,8 +20,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from meshwright import Error, RunError
+from meshwright import Error, InfeasibleError, InputError, RunError
 
+_PR_SET_PDEATHSIG = 1
 GRACE_S = 2.0  # how long the other ranks may go on after one failed, so that the first cause is the one reported
 
 
@@ -62,7 +65,8 @@ def run_ranks(
 
     Raises:
         RankError: a rank raised, died or did not end within ``timeout_s``; the others are stopped first. The message
-            names the rank and the cause; a rank's own ``meshwright.Error`` keeps its sentence.
+            names the rank and the cause; a rank's own ``RunError`` keeps its sentence.
+        InputError, InfeasibleError: a rank raised it; the sentence is the rank's.
     """
     context = multiprocessing.get_context("fork")
     partial: list[tuple[int, Any]] = []
@@ -81,7 +85,7 @@ def run_ranks(
             theirs.close()
             processes.append(process)
             connections.append(ours)
-        failures: dict[int, str] = {}
+        failures: dict[int, tuple[type[Error], str]] = {}
         try:
             _collect(processes, connections, results, failures, partial, on_report, time.monotonic() + timeout_s)
         finally:
@@ -94,7 +98,9 @@ def run_ranks(
                 connection.close()
     if failures:
         # a rank that died is the cause of what the others then complain of
-        rank, cause = min(failures.items(), key=lambda item: not item[1].startswith("died"))
+        rank, (kind, cause) = min(failures.items(), key=lambda item: not item[1][1].startswith("died"))
+        if kind is not RankError:
+            raise kind(cause)
         raise RankError(f"rank {rank} of {num_ranks} {cause}", partial)
     if len(results) < num_ranks:
         silent = [rank for rank in range(num_ranks) if rank not in results]
@@ -103,11 +109,17 @@ def run_ranks(
     return [results[rank] for rank in range(num_ranks)]
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it is gone, however that ended (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def _collect(
     processes: list[Any],
     connections: list[Connection],
     results: dict[int, Any],
-    failures: dict[int, str],
+    failures: dict[int, tuple[type[Error], str]],
     partial: list[tuple[int, Any]],
     on_report: Callable[[int, Any], None] | None,
     deadline: float,
@@ -124,7 +136,7 @@ def _collect(
                 del open_ranks[ready]
                 processes[rank].join()
                 if rank not in results and rank not in failures:
-                    failures[rank] = _exit_cause(processes[rank].exitcode)
+                    failures[rank] = RankError, _exit_cause(processes[rank].exitcode)
                     deadline = min(deadline, time.monotonic() + GRACE_S)
                 continue
             if kind == "report":
@@ -157,6 +169,7 @@ def _child(
     before: Callable[[int], None] | None,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    die_with_parent()
     if cores:
         os.sched_setaffinity(0, cores)
     local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
@@ -177,10 +190,13 @@ def _child(
                 timeout=timedelta(seconds=timeout_s),
             )
         connection.send(("result", function(Rank(rank, num_ranks, connection), *args)))
+    except (InputError, InfeasibleError) as error:  # what every rank would say, and not this rank's failing
+        kind = InputError if isinstance(error, InputError) else InfeasibleError
+        connection.send(("failure", (kind, str(error))))
     except Error as error:
-        connection.send(("failure", f"on {socket.gethostname()}: {error}"))
+        connection.send(("failure", (RankError, f"on {socket.gethostname()}: {error}")))
     except BaseException:
-        connection.send(("failure", f"raised:\n{traceback.format_exc()}"))
+        connection.send(("failure", (RankError, f"raised:\n{traceback.format_exc()}")))
     finally:
         connection.close()
         os._exit(0)  # skip the parent's exit handlers and a process group that may hang

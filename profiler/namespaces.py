@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from meshwright import InputError
+from meshwright.profiler.launch import die_with_parent
 from meshwright.profiler.topology_file import EmulatedTopology
 
 T = TypeVar("T")
@@ -37,7 +38,6 @@ T = TypeVar("T")
 INTERFACE = "eth0"  # of each host, inside its namespace
 
 _CLONE_NEWNET = 0x40000000
-_PR_SET_PDEATHSIG = 1
 _MTU = 9000
 _WIRE_OVER_PAYLOAD = (_MTU + 14) / (_MTU - 52)
 _LOOPBACK_WIRE_OVER_PAYLOAD = (65536 + 14) / (65536 - 52)
@@ -98,7 +98,7 @@ class HostNamespaces:
 
     def enter(self, host: int) -> None:
         """Move this process (just forked, one thread) to a host for good, to die with the process that forked it."""
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        die_with_parent()
         _set_namespace(self._descriptors[host])
         if cores := self.topology.hosts[host].cores:
             os.sched_setaffinity(0, cores)

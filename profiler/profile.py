@@ -1,17 +1,14 @@
 """One command's worth: start ranks on this machine, or join those that are there, measure, and keep what was found.
 
-Ranks that a launcher started are recognised by its variables (torchrun: RANK, WORLD_SIZE, MASTER_ADDR; Slurm:
-SLURM_PROCID in a step of several tasks), and then the whole cluster is measured. When a rank dies, what was measured
-before goes to ``NAME.partial.json`` beside the output, and the error says which rank it was.
+Among ranks that a launcher started (``peers.launcher_ranks``) the whole cluster is measured. When a rank dies, what was
+measured before goes to ``NAME.partial.json`` beside the output, and the error says which rank it was.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +23,7 @@ from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.findings import Findings
 from meshwright.profiler.launch import RankError, run_ranks
 from meshwright.profiler.measure import MeasureOptions, measure, measure_rank
+from meshwright.profiler.peers import launcher_ranks, lost_a_peer, silent_ranks
 from meshwright.profiler.virtual_name import DEVICE_VARIABLE
 
 OnProgress = Callable[[float, str], None]
@@ -109,27 +107,6 @@ def core_shares(num_ranks: int) -> list[list[int]] | None:
     return [cores[rank * share : (rank + 1) * share] for rank in range(num_ranks)] if share else None
 
 
-def launcher_ranks() -> tuple[int, int, int] | None:
-    """(rank, world size, local rank) that a launcher gave this process; None when it was started by hand."""
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "")))
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
-        rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
-        return rank, size, int(os.environ.get("SLURM_LOCALID", "0"))
-    return None
-
-
-def _first_host(node_list: str) -> str:
-    """The first name of a Slurm node list: ``node[03-07,09],gpu1`` is ``node03``."""
-    if not node_list:
-        raise InputError("SLURM_STEP_NODELIST is not set: set MASTER_ADDR to the first host")
-    match = re.match(r"([^,\[]+)(?:\[(\d+))?", node_list)
-    assert match
-    return match[1] + (match[2] or "")
-
-
 def _take(findings: Findings, section: tuple[str, Any], on_progress: OnProgress) -> None:
     name, value = section
     findings.add(name, value)
@@ -179,10 +156,10 @@ def _among(
     try:
         measure(options, report)
     except (RuntimeError, _Stopped) as error:
-        if not isinstance(error, _Stopped) and not _of_communication(error):
+        if not isinstance(error, _Stopped) and not lost_a_peer(error):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher stops the rest; rank 0 has something to write
-        silent = _silent_ranks(rank, size)
+        silent = silent_ranks()
         hosts = {facts.rank: facts.host for facts in findings.ranks}
         names = ", ".join(f"{silent_rank} on {hosts.get(silent_rank, 'an unknown host')}" for silent_rank in silent)
         who = f"no answer from rank {names}" if silent else f"ranks lost each other: {_first_line(error)}"
@@ -204,12 +181,6 @@ def _stopped(signum: int, frame: object) -> None:
     raise _Stopped(f"stopped by signal {signum}")
 
 
-def _of_communication(error: BaseException) -> bool:
-    return isinstance(error, dist.DistError) or any(
-        word in str(error) for word in ("gloo", "NCCL", "Connection", "onnection closed", "Timed out", "timed out")
-    )
-
-
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200]
 
@@ -224,20 +195,3 @@ def _keep_to_core(local_rank: int) -> None:
         torch.set_num_threads(share)
     else:
         torch.set_num_threads(1)
-
-
-def _silent_ranks(rank: int, size: int) -> list[int]:
-    """Ranks that do not say within a few seconds that they, too, saw the failure: those that died or hang."""
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    try:
-        store = _get_default_store()
-        store.set(f"meshwright/saw/{rank}", "1")
-        deadline = time.monotonic() + 6.0
-        silent = list(range(size))
-        while silent and time.monotonic() < deadline:
-            time.sleep(0.1)
-            silent = [other for other in silent if not store.check([f"meshwright/saw/{other}"])]
-        return silent
-    except (RuntimeError, dist.DistError):  # the store itself was on the rank that died
-        return [0]

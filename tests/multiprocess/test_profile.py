@@ -17,7 +17,8 @@ from meshwright.profiler.artifact import save
 from meshwright.profiler.cluster import Provenance
 from meshwright.profiler.collectives_bench import OPS, group_shapes, monotone, monotone_mean
 from meshwright.profiler.launch import Rank, run_ranks
-from meshwright.profiler.profile import core_shares, launcher_ranks, profile_cluster
+from meshwright.profiler.peers import launcher_ranks
+from meshwright.profiler.profile import core_shares, profile_cluster
 
 pytestmark = pytest.mark.multiprocess
 
