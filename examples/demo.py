@@ -37,7 +37,7 @@ from meshwright.terminal.plan_view import show_plan
 
 HERE = Path(__file__).resolve().parent
 
-SEQ_LEN = 128
+PROFILE_S = 15.0
 TRAIN_STEPS = 30
 MIN_PLANS = 9
 
@@ -51,9 +51,9 @@ def on_this_machine() -> None:
     console.rule("This machine, as it is")
     config = LlamaConfig(hidden=256, num_layers=4, num_heads=8, num_kv_heads=4, ffn_size=688)
     with progress_bar("measure this machine") as on_progress:
-        cluster = profile_cluster(name="this-machine", on_progress=on_progress)
+        cluster = profile_cluster(name="this-machine", budget_s=PROFILE_S, on_progress=on_progress)
     assert cluster is not None  # no launcher started us
-    found = find_plan(cluster, config, global_batch_size=16)
+    found = find_plan(cluster, config, seq_len=128, global_batch_size=16)
     best = found.plan()
     show_plan(best, cluster, console)
     train(best, config)
@@ -62,10 +62,10 @@ def on_this_machine() -> None:
     show_comparison("Predicted and measured on this machine", plans, measured)
 
 
-def find_plan(cluster: ClusterProfile, config: LlamaConfig, *, global_batch_size: int) -> Search:
+def find_plan(cluster: ClusterProfile, config: LlamaConfig, *, seq_len: int, global_batch_size: int) -> Search:
     with torch.device("meta"):
-        spec = trace_model(Llama(config), seq_len=SEQ_LEN, name="small-llama")
-    workload = Workload(seq_len=SEQ_LEN, global_batch_size=global_batch_size, recipe=recipe_named("fp32"))
+        spec = trace_model(Llama(config), seq_len=seq_len, name="small-llama")
+    workload = Workload(seq_len=seq_len, global_batch_size=global_batch_size, recipe=recipe_named("fp32"))
     return search(spec, workload, cluster)
 
 
@@ -124,7 +124,7 @@ def train_rank(rank: Rank, plan: Plan, config: LlamaConfig) -> list[float]:
     share = plan.workload.global_batch_size // parallel.data_size
     losses = []
     for _ in range(TRAIN_STEPS):
-        loss = parallel.step(text_batch(tokens, share, draw))
+        loss = parallel.step(text_batch(tokens, share, plan.workload.seq_len, draw))
         parallel.clip_grad_norm_(1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -137,9 +137,9 @@ def project_text() -> Tensor:
     return torch.tensor(list(b"\n".join(file.read_bytes() for file in files)))
 
 
-def text_batch(tokens: Tensor, rows: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    starts = torch.randint(len(tokens) - SEQ_LEN - 1, (rows,), generator=draw)
-    windows = torch.stack([tokens[start : start + SEQ_LEN + 1] for start in starts.tolist()])
+def text_batch(tokens: Tensor, rows: int, seq_len: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    starts = torch.randint(len(tokens) - seq_len - 1, (rows,), generator=draw)
+    windows = torch.stack([tokens[start : start + seq_len + 1] for start in starts.tolist()])
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
@@ -153,12 +153,12 @@ def on_two_rehearsed_hosts() -> None:
         console.print(f"skipped: {missing}")
         return
     topology = load_topology(HERE / "demo_hosts.json")
-    config = LlamaConfig(hidden=256, num_layers=8, num_heads=8, num_kv_heads=4, ffn_size=688)
+    config = LlamaConfig(hidden=256, num_layers=8, num_heads=4, num_kv_heads=2, ffn_size=688)
     with progress_bar("measure the rehearsed cluster") as on_progress:
         cluster = emulate_ranks(
             topology, profile_rank, timeout_s=120, backend=None, on_report=lambda rank, report: on_progress(*report)
         )[0]
-    found = find_plan(cluster, config, global_batch_size=32)
+    found = find_plan(cluster, config, seq_len=256, global_batch_size=16)
     show_plan(found.plan(), cluster, console)
     plans = variety(found)
     seen = progress(plans, 3)
@@ -176,7 +176,9 @@ def on_two_rehearsed_hosts() -> None:
 
 def profile_rank(rank: Rank) -> ClusterProfile | None:
     torch.set_num_threads(1)
-    return profile_cluster(name="two-rehearsed-hosts", on_progress=lambda share, text: rank.report((share, text)))
+    return profile_cluster(
+        name="two-rehearsed-hosts", budget_s=PROFILE_S, on_progress=lambda share, text: rank.report((share, text))
+    )
 
 
 def measure_rank(rank: Rank, plans: Sequence[Plan], config: LlamaConfig) -> tuple[StepMeasurement, ...]:
