@@ -74,9 +74,8 @@ def train(plan: meshwright.Plan, text: Tensor, steps: int) -> None:
             step_s, started = (now - started) / REPORT_EVERY, now
             speed = plan.workload.tokens_per_step / step_s
             if dist.get_rank() == 0:
-                print(
-                    f"step {number}: loss {mean:.3f}, {step_s:.3g} s a step (predicted {predicted}), {speed:,.0f} tokens/s"
-                )
+                times = f"{step_s:.3g} s a step (predicted {predicted})"
+                print(f"step {number}: loss {mean:.3f}, {times}, {speed:,.0f} tokens/s", flush=True)
 
 
 def main() -> None:
