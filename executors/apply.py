@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from meshwright import InputError
 from meshwright.executors.checks import check_environment, check_model, check_plan
 from meshwright.executors.clip import global_grad_norm, scale_grads
-from meshwright.executors.data_parallel import DataParallel, has_master_weights, local, torch_dtype
+from meshwright.executors.data_parallel import DataParallel, local, torch_dtype
 from meshwright.executors.loss import IGNORED, LossFunction, loss_on_shards
 from meshwright.executors.mesh import Mesh, build_mesh
 from meshwright.executors.pipeline import Chunk, Pipeline
@@ -65,7 +65,7 @@ def parallelize(model: nn.Module, plan: Plan, loss_fn: LossFunction | None = Non
 def _split_stage(index: int, module: StageModule, plan: Plan, mesh: Mesh, rules: TensorParallelRules | None) -> Chunk:
     """Stage ``index`` on its device, split over tp, then recomputing, then sharded over dp."""
     config, recipe, stage = plan.config, plan.workload.recipe, plan.stages[index]
-    module.to(mesh.device, torch_dtype(recipe.master) if recipe.master and has_master_weights(recipe) else None)
+    module.to(mesh.device, torch_dtype(recipe.master) if recipe.master and recipe.has_master else None)
     split = no_tensor_parallel(module.model)
     if rules:
         tp_mesh = mesh.axis("tp")

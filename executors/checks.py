@@ -9,7 +9,7 @@ from torch import nn
 
 from meshwright import InputError
 from meshwright.cost_models.strategy import ParallelConfig, Schedule
-from meshwright.executors.data_parallel import has_master_weights, torch_dtype
+from meshwright.executors.data_parallel import torch_dtype
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy
 from meshwright.profiler.environment import capture_environment, environment_differences
@@ -78,7 +78,7 @@ def check_model(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
     }
     dtypes = {weight.dtype for weight in model.parameters()}
     recipe = plan.workload.recipe
-    if not has_master_weights(recipe) and dtypes != {torch_dtype(recipe.params)}:
+    if not recipe.has_master and dtypes != {torch_dtype(recipe.params)}:
         raise InputError(
             f"the plan keeps weights in {recipe.params.value}, this {type(model).__name__} has "
             f"{', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}: convert it with model.to(...)"
