@@ -60,7 +60,7 @@ class DataParallel:
         inside = {id(weight) for block in blocks for weight in block.parameters()}
         outer = [weight for weight in module.parameters() if id(weight) not in inside]
         self._units = [list(block.parameters()) for block in blocks] + ([outer] if outer else [])
-        if has_master_weights(recipe):
+        if recipe.has_master:
             policy = MixedPrecisionPolicy(
                 param_dtype=torch_dtype(recipe.compute), reduce_dtype=torch_dtype(recipe.grads)
             )
@@ -71,6 +71,7 @@ class DataParallel:
 
     def _shard(self, blocks: Sequence[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
         for block in blocks:
+            block.register_forward_hook(_without_views)  # ahead of FSDP's own
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self.zero_stage == 3)
         fully_shard(self._module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         for unit in self._module.modules():
@@ -98,9 +99,11 @@ class DataParallel:
                 all_reduce_flat(grads, self._mesh.get_group())
 
 
-def has_master_weights(recipe: DTypeRecipe) -> bool:
-    """Whether weights are updated in another dtype than they compute in."""
-    return recipe.master is not None and recipe.master is not recipe.compute
+def _without_views(block: nn.Module, given: object, output: object) -> object:
+    """Copies of those tensors a block returns that are views, which FSDP2 must not hook onto (OPT's blocks do that)."""
+    if isinstance(output, tuple):
+        return tuple(_without_views(block, given, item) for item in output)
+    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

@@ -25,6 +25,8 @@ llama                | pp2 full                          | n2 float32
 qwen2                | dp2 zero2                         | n2 ignored0.4
 gpt2 vocab65         | tp2 sp full                       | n2
 opt                  | pp2 interleaved                   | n2
+opt                  | dp2 zero1                         | n2 ignored0.4
+opt vocab65          | dp2 zero2 full                    | n2
 gpt_neox             | tp2 sp                            | n2
 """
 FOUR_RANKS = """
@@ -49,6 +51,7 @@ qwen2 vocab65        | tp2 dp2 zero3 sp                  | n2 ignored0.4
 qwen3                | tp2 pp2 sp selective              | n2
 gpt2 vocab65         | tp2 dp2 zero1 sp                  | n2
 opt                  | tp2 pp2 full                      | n2 ignored0.4
+opt                  | tp2 dp2 zero3 sp                  | n2 ignored0.4
 gpt_neox             | tp4 full                          | n2
 """
 EIGHT_RANKS = """
