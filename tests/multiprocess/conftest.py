@@ -278,6 +278,19 @@ def errors_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
     }
 
 
+def gradient_bounds(expected: dict[str, Tensor], *, double: bool) -> dict[str, float]:
+    """How far apart gradients may be, in the measure of ``errors_of``.
+
+    A key's bias has no gradient in exact arithmetic, as softmax ignores a shift; in float32 what is found is all
+    rounding, so that such a tensor (a millionth of the largest gradient) is only held to ten times the bound there.
+    """
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    return {
+        name: 1e-10 if double else 1e-5 if float(tensor.abs().max()) > 1e-6 * largest else 1e-4
+        for name, tensor in expected.items()
+    }
+
+
 @pytest.fixture
 def assert_equal() -> Callable[[str], None]:
     """Run a case on one process and on ranks, and compare loss, gradients, norms and weights after training."""
@@ -290,9 +303,11 @@ def assert_equal() -> Callable[[str], None]:
         expected = reference(case, build_model(case)[0], plan)
         outcomes = run_ranks(run_split, plan.config.world_size, case, model, plan, expected, timeout_s=CASE_TIMEOUT_S)
         double = case.dtype is torch.float64
+        bounds = gradient_bounds(expected.grads, double=double)
         for outcome in outcomes:
             assert outcome.loss == pytest.approx(expected.loss, rel=1e-12 if double else 1e-5)
-            assert max(outcome.grads.values()) < (1e-10 if double else 1e-5), outcome.grads
+            apart = {name: error for name, error in outcome.grads.items() if not error < bounds[name]}
+            assert not apart, apart
             if double:
                 assert outcome.norms == pytest.approx(expected.norms, rel=1e-10)
                 assert max(outcome.weights.values()) < 1e-9, outcome.weights
