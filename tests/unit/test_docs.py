@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import meshwright
 from meshwright import cli
+from meshwright.cost_models.strategy import REASONS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -132,6 +133,17 @@ def test_help_ends_with_an_example_that_parses(name: str) -> None:
     assert shown.exit_code == 0 and "Example: meshwright " + name in " ".join(shown.output.split())
     example = shlex.split(every_command()[name].epilog.removeprefix("Example: meshwright "))
     parse(example[: example.index(">")] if ">" in example else example)
+
+
+def test_every_command_is_told_of() -> None:
+    told = " ".join(code for page in PAGES for code in inline_code(page))
+    told += " ".join("meshwright " + " ".join(words) for page in PAGES for words in commands(page))
+    assert not [name for name in every_command() if f"meshwright {name}" not in told]
+
+
+def test_every_reason_is_explained() -> None:
+    page = (ROOT / "docs" / "concepts.md").read_text()
+    assert not [reason for reason in REASONS if f"`{reason.value}`" not in page]
 
 
 # -- links and files ------------------------------------------------------------------------------------------------
