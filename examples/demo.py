@@ -40,6 +40,8 @@ HERE = Path(__file__).resolve().parent
 PROFILE_S = 15.0
 TRAIN_STEPS = 30
 MIN_PLANS = 9
+STEPS = 5  # measured of each plan, on this machine
+REHEARSED_STEPS = 3
 
 console = stdout_console()
 
@@ -58,7 +60,7 @@ def on_this_machine() -> None:
     show_plan(best, cluster, console)
     train(best, config)
     plans = variety(found)
-    measured = measure_plans(plans, build_model=builder(config), steps=5, warmup=2, on_step=progress(plans, 5))
+    measured = measure_plans(plans, build_model=builder(config), steps=STEPS, warmup=2, on_step=progress(plans, STEPS))
     show_comparison("Predicted and measured on this machine", plans, measured)
 
 
@@ -161,7 +163,7 @@ def on_two_rehearsed_hosts() -> None:
     found = find_plan(cluster, config, seq_len=256, global_batch_size=16)
     show_plan(found.plan(), cluster, console)
     plans = variety(found)
-    seen = progress(plans, 3)
+    seen = progress(plans, REHEARSED_STEPS)
     measured = emulate_ranks(
         topology,
         measure_rank,
@@ -183,7 +185,7 @@ def profile_rank(rank: Rank) -> ClusterProfile | None:
 
 def measure_rank(rank: Rank, plans: Sequence[Plan], config: LlamaConfig) -> tuple[StepMeasurement, ...]:
     torch.set_num_threads(1)
-    return measure_plans(plans, build_model=builder(config), steps=3, warmup=1, on_step=rank.report)
+    return measure_plans(plans, build_model=builder(config), steps=REHEARSED_STEPS, warmup=1, on_step=rank.report)
 
 
 # -- compare --------------------------------------------------------------------------------------------------------
