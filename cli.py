@@ -189,7 +189,7 @@ def emulate(
 
 @app.command(epilog="Example: meshwright profile -o cluster.json")
 def profile(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Write the profile to this file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Write the profile to this file.")],
     nproc: Annotated[
         int | None,
         typer.Option(min=1, help="Ranks on this machine [default: one for each GPU, else core].", show_default=False),

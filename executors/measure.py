@@ -35,6 +35,10 @@ def measure_files(
         UnfinishedRun: a rank died or hung; the message says which, and where what was measured is.
     """
     loaded = [load_plan(path) for path in plans]
+    joined = launcher_ranks()
+    is_told = not joined or joined[0] == 0
+    if output and len(plans) == 1 and is_told:
+        artifact.check_writable(output)
 
     def keep(measurements: tuple[StepMeasurement, ...]) -> None:
         on_progress(len(measurements[0].losses) / steps, f"step {len(measurements[0].losses)} of {steps}")
@@ -61,5 +65,4 @@ def measure_files(
             raise
         kept = f"; the {len(error.measurements[0].losses)} steps measured before are in {output}"
         raise UnfinishedRun(f"{error}{kept}", error.measurements) from None
-    joined = launcher_ranks()
-    return () if joined and joined[0] else found
+    return found if is_told else ()

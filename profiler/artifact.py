@@ -6,6 +6,7 @@ Writing and digesting walk the records themselves; pydantic, slow to import, is 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -92,6 +93,18 @@ def save(value: Any, path: str | Path) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; an artifact is for colleagues too
         os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def check_writable(path: str | Path) -> None:
+    """Say before long work, not after it, that its result could not be saved: raises ``InputError`` as ``save``."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 

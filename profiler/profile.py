@@ -49,7 +49,7 @@ def profile_cluster(
     there is any, else cpu, or a virtual device's name. ``keep_partial`` is where findings go when a rank dies.
 
     Raises:
-        InputError: an unknown device or dtype, no folder for ``keep_partial``, or ``num_ranks`` among ranks that are
+        InputError: an unknown device or dtype, ``keep_partial`` cannot be written, or ``num_ranks`` among ranks that are
             already there.
         RunError: a rank died, hung or ran out of memory; the message names it, and where the findings are.
     """
@@ -62,9 +62,9 @@ def profile_cluster(
     for dtype in dtypes:
         if dtype not in KNOWN_DTYPES:
             raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(KNOWN_DTYPES)}")
-    if keep_partial is not None and not keep_partial.parent.is_dir():  # said before measuring, not after
-        raise InputError(f"the folder {keep_partial.parent} does not exist")
     joined = launcher_ranks()
+    if keep_partial is not None and (not joined or joined[0] == 0):
+        artifact.check_writable(keep_partial)
     if joined and num_ranks is not None:
         raise InputError(f"--nproc is for one machine; here {joined[1]} ranks were started by a launcher")
     count = joined[1] if joined else num_ranks or default_ranks(device)

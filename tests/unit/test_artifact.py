@@ -125,6 +125,15 @@ def test_what_cannot_be_read_or_written_is_said(tmp_path: Path) -> None:
         artifact.save(THING, tmp_path / "no" / "thing.json")
 
 
+def test_what_could_not_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    artifact.check_writable(tmp_path / "there.json")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match=r"cannot write .*: Is a directory"):
+        artifact.check_writable(tmp_path)
+    with pytest.raises(InputError, match=r"cannot write .*: No such file or directory"):
+        artifact.check_writable(tmp_path / "nowhere" / "there.json")
+
+
 def test_schema_names_fields_and_forbids_others() -> None:
     schema = artifact.json_schema(Thing)
     assert schema["required"] == ["name", "leaves"]

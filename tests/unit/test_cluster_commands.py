@@ -79,7 +79,7 @@ def test_diff_says_percent(capsys: pytest.CaptureFixture[str]) -> None:
         (["cluster", "diff", "h100-sxm", "nowhere.json"], "cannot read nowhere.json"),
         (["profile", "-o", "x.json", "--budget", "soon"], "cannot read 'soon' as a time"),
         (["profile", "-o", "x.json", "--device", "tpu"], "unknown device 'tpu'"),
-        (["profile", "-o", "nowhere/x.json"], "folder nowhere does not exist"),
+        (["profile", "-o", "nowhere/x.json"], "cannot write nowhere/x.partial.json: No such file or directory"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_code_2(
