@@ -32,6 +32,7 @@ from meshwright.profiler.model import ModelSpec
 from meshwright.profiler.peers import launcher_ranks, lost_a_peer, silent_ranks
 from meshwright.profiler.profile import core_shares
 from meshwright.profiler.steps import RankMeasurement, StepMeasurement
+from meshwright.profiler.units import format_bytes
 from meshwright.profiler.virtual_name import DEVICE_VARIABLE
 
 MAX_NORM = 1.0
@@ -80,7 +81,7 @@ def measure_plans(
     rank 0 or in the parent.
 
     Raises:
-        InputError: the plans are for different numbers of ranks, or cannot be run here.
+        InputError: the plans are for different numbers of ranks or another than there are, or cannot be run here.
         UnfinishedRun: a rank died or hung; the message names it, what was measured is in ``measurements``.
     """
     worlds = {plan.config.world_size for plan in plans}
@@ -89,6 +90,9 @@ def measure_plans(
     if steps < 1 or warmup < 0:
         raise InputError(f"steps must be at least 1 and warmup at least 0, found {steps} and {warmup}")
     num_ranks, device, joined = worlds.pop(), _resolved(device), _ranks_here()
+    if joined and joined[1] != num_ranks:
+        raise InputError(f"{plans[0].config.describe()} is for {num_ranks} ranks, this run has {joined[1]}")
+    _check_host_memory(plans, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if joined else num_ranks)
     record = _Record(plans, warmup, on_step if not joined or joined[0] == 0 else None)
     job = (plans, build_model, warmup + steps, device)
     try:
@@ -277,3 +281,15 @@ def _join_ranks(joined: tuple[int, int, int], device: str) -> None:
     if not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=REPLY_S))
+
+
+def _check_host_memory(plans: Sequence[Plan], ranks_here: int) -> None:
+    """Refuse what would fill this machine: each of its ranks first makes the whole model of a plan."""
+    recipe, spec = plans[0].workload.recipe, max((plan.model for plan in plans), key=lambda model: model.params)
+    whole = spec.params * (recipe.master or recipe.params).num_bytes
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if ranks_here * whole > there:
+        raise InputError(
+            f"{ranks_here} ranks would each make {spec.name} whole first, {format_bytes(ranks_here * whole)} "
+            f"in all; this machine has {format_bytes(there)}: measure a smaller model or on more machines"
+        )

@@ -152,7 +152,8 @@ def _collect(
 
 def _exit_cause(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
-        return f"died of signal {-exitcode} ({signal.Signals(-exitcode).name})"
+        hint = ", which is also what the system does when memory runs out" if exitcode == -signal.SIGKILL else ""
+        return f"died of signal {-exitcode} ({signal.Signals(-exitcode).name}){hint}"
     return f"ended early with exit code {exitcode}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,21 @@ def test_the_real_model_from_its_config(tmp_path: Path) -> None:
 def test_plans_for_different_numbers_of_ranks_are_refused() -> None:
     with pytest.raises(InputError, match=r"one number of ranks, found \[1, 2\]"):
         measure_plans([plan_of(), plan_of(dp=2)])
+
+
+def test_another_number_of_ranks_than_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"^dp2 mbs1 is for 2 ranks, this run has 3$"):
+        measure_plans([plan_of(dp=2)])
+
+
+def test_a_model_that_would_fill_this_machine_is_refused() -> None:
+    spec = load_model({**FIELDS, "hidden_size": 2**15, "intermediate_size": 2**17, "num_hidden_layers": 200})
+    plan = plan_of(dp=2)
+    huge = replace(plan, model=spec, stages=default_stages(spec, plan.config, "cpu"))
+    with pytest.raises(InputError, match=r"2 ranks would each make \S+ whole first, .* TiB in all; this machine has"):
+        measure_plans([huge])
 
 
 def test_unknown_device_is_refused() -> None:
