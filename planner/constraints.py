@@ -61,7 +61,7 @@ def parse_value(field: str, value: str) -> Any:
             known = ", ".join(type(default))
             raise InputError(f"unknown {field} {value!r}: expected one of {known}") from None
     if not (value.isascii() and value.isdigit() and len(value) < 10):
-        raise InputError(f"{field} must be a whole number, found {value!r}")
+        raise InputError(f"{field} must be a whole number of at least {min(default, 1)}, found {value!r}")
     return int(value)
 
 

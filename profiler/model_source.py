@@ -60,6 +60,8 @@ def _read_path(path: Path) -> ModelSpec:
         raise InputError(f"cannot read {file}: {error.strerror or error}") from None
     except ValueError as error:  # a name that no file can have
         raise InputError(f"cannot read {str(file)!r}: {error}") from None
+    if not text.strip():
+        raise InputError(f"{file} is empty")
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError

@@ -119,7 +119,7 @@ def test_a_wrong_field_is_named(changes: dict[str, Any], sentence: str) -> None:
 
 def test_files_that_are_no_model(tmp_path: Path) -> None:
     for text, sentence in (
-        (b"", "not valid JSON"),
+        (b"", "bad.json is empty"),
         (b'{"model_type": "llama"', "not valid JSON"),
         (b"\xff\xfe\x00", "not valid JSON"),
         (b"[1, 2]", "expected a JSON object"),
