@@ -49,8 +49,8 @@ def profile_cluster(
     there is any, else cpu, or a virtual device's name. ``keep_partial`` is where findings go when a rank dies.
 
     Raises:
-        InputError: an unknown device or dtype, ``keep_partial`` cannot be written, or ``num_ranks`` among ranks that are
-            already there.
+        InputError: an unknown device or dtype, ``keep_partial`` cannot be written, or ``num_ranks`` given among ranks
+            that are already there.
         RunError: a rank died, hung or ran out of memory; the message names it, and where the findings are.
     """
     device = device or os.environ.get(DEVICE_VARIABLE) or ("cuda" if torch.cuda.device_count() else "cpu")
