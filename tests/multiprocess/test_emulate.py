@@ -30,6 +30,7 @@ pytestmark = [
 ]
 
 RATE = 25e6  # 200 Mbit/s
+ATTEMPTS = 5  # how often a rate is measured before it counts as wrong
 ROOT = Path(__file__).parents[2]
 
 
@@ -81,12 +82,21 @@ def goodputs(hosts: HostNamespaces, source: int, target: int, num_flows: int, nu
     return rates
 
 
+def assert_rates(
+    hosts: HostNamespaces, source: int, target: int, num_bytes: int, expected: list[float], rel: float = 0.05
+) -> None:
+    """One transfer of a few delivers what is stated: others on this machine can disturb some, but set none right."""
+    for _ in range(ATTEMPTS):
+        found = goodputs(hosts, source, target, len(expected), num_bytes)
+        if found == pytest.approx(expected, rel=rel):
+            return
+    pytest.fail(f"{ATTEMPTS} transfers, none at {expected} bytes/s within {rel:.0%}; the last: {found}")
+
+
 def test_rates_alone_and_shared() -> None:
     with HostNamespaces(two_hosts()) as hosts:
-        (alone,) = goodputs(hosts, 0, 1, 1, 10_000_000)
-        shared = goodputs(hosts, 1, 0, 4, 4_000_000)
-    assert alone == pytest.approx(RATE, rel=0.05)
-    assert shared == pytest.approx([RATE / 4] * 4, rel=0.1)
+        assert_rates(hosts, 0, 1, 10_000_000, [RATE])
+        assert_rates(hosts, 1, 0, 4_000_000, [RATE / 4] * 4, rel=0.1)
 
 
 def test_pairs_uplinks_and_loopback_have_their_own_rates() -> None:
@@ -100,11 +110,12 @@ def test_pairs_uplinks_and_loopback_have_their_own_rates() -> None:
         pairs=(EmulatedPair(hosts=("c", "b"), bytes_per_s=5e6),),
     )
     with HostNamespaces(topology) as hosts:
-        assert goodputs(hosts, 1, 2, 1, 2_000_000) == pytest.approx([5e6], rel=0.05)
-        assert goodputs(hosts, 0, 1, 1, 4_000_000) == pytest.approx([1e7], rel=0.05)  # what a may send
-        assert goodputs(hosts, 2, 0, 1, 4_000_000) == pytest.approx([1e7], rel=0.05)  # what a may receive
-        assert goodputs(hosts, 0, 0, 1, 8_000_000) == pytest.approx([2e7], rel=0.05)
-        assert min(goodputs(hosts, 1, 1, 1, 50_000_000)) > 2 * RATE  # no limit inside b
+        assert_rates(hosts, 1, 2, 2_000_000, [5e6])
+        assert_rates(hosts, 0, 1, 4_000_000, [1e7])  # what a may send
+        assert_rates(hosts, 2, 0, 4_000_000, [1e7])  # what a may receive
+        assert_rates(hosts, 0, 0, 8_000_000, [2e7])
+        inside = max(goodputs(hosts, 1, 1, 1, 50_000_000)[0] for _ in range(ATTEMPTS))
+        assert inside > 2 * RATE  # no limit inside b
 
 
 def sum_of_ranks(rank: Rank) -> tuple[float, str, str, float]:
