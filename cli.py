@@ -309,6 +309,9 @@ def measure(
     model: Annotated[
         Path | None, typer.Option(help="A Hugging Face config.json to build the model from [default: a plain decoder].")
     ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", "-c", help="This machine's profile: refuse plans made for another.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or virtual:h100/1000.")] = "auto",
     timeout: Annotated[str, typer.Option(help="Stop after this long.")] = "10min",
     as_json: AsJson = False,
@@ -326,6 +329,7 @@ def measure(
         found = measure_files(
             plans,
             model=model,
+            cluster=cluster,
             steps=steps,
             warmup=warmup,
             device=device,

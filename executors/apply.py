@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from meshwright import InputError
-from meshwright.executors.checks import check_environment, check_model, check_plan
+from meshwright.executors.checks import check_cluster, check_environment, check_model, check_plan
 from meshwright.executors.clip import global_grad_norm, scale_grads
 from meshwright.executors.data_parallel import DataParallel, local, torch_dtype
 from meshwright.executors.loss import IGNORED, LossFunction, loss_on_shards
@@ -33,19 +33,26 @@ from meshwright.executors.tensor_parallel import (
 )
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy, find_anatomy
+from meshwright.profiler.cluster import ClusterProfile
 
 
-def parallelize(model: nn.Module, plan: Plan, loss_fn: LossFunction | None = None) -> ParallelModel:
+def parallelize(
+    model: nn.Module, plan: Plan, loss_fn: LossFunction | None = None, *, cluster: ClusterProfile | None = None
+) -> ParallelModel:
     """Split ``model`` as ``plan`` says; every rank of the default process group calls this with equal weights.
 
     ``model`` is used up: its modules become part of the result. ``loss_fn(logits, targets) -> (sum, count)`` gets the
     logits ``[micro_batch_size, sequence, vocab_size]`` of a micro-batch; ``count`` is the number of targets that are
-    not -100. The default is cross entropy.
+    not -100. The default is cross entropy. ``cluster`` is the profile of the machines this runs on, to be checked
+    against the one that the plan was made for.
 
     Raises:
-        InputError: the plan is for another world size, another model, or another framework, or cannot be run.
+        InputError: the plan is for another world size, another model, another cluster, or another framework, or
+            cannot be run.
     """
     check_plan(plan)
+    if cluster is not None:
+        check_cluster(plan, cluster)
     anatomy = find_anatomy(model)
     check_model(model, anatomy, plan)
     check_environment(plan)

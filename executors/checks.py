@@ -12,6 +12,7 @@ from meshwright.cost_models.strategy import ParallelConfig, Schedule
 from meshwright.executors.data_parallel import torch_dtype
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy
+from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.environment import capture_environment, environment_differences
 
 
@@ -93,6 +94,15 @@ def check_model(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
             raise InputError(
                 f"the plan is for {spec.name} with {number:,} {what}, this {type(model).__name__} has {found[what]:,}"
             )
+
+
+def check_cluster(plan: Plan, cluster: ClusterProfile) -> None:
+    """The plan was made on this cluster as it was measured. Raises ``InputError``."""
+    if cluster.digest != plan.cluster_digest:
+        raise InputError(
+            f"the plan was made for cluster {plan.cluster_name} ({plan.cluster_digest}), this is {cluster.name} "
+            f"({cluster.digest}): plan again with --cluster and this profile"
+        )
 
 
 def check_environment(plan: Plan) -> None:

@@ -20,7 +20,7 @@ class HuggingFaceModel:
         try:
             import transformers  # noqa: F401  # here, so that ranks forked later have it
         except ImportError:
-            raise InputError("Hugging Face models need transformers: pip install 'meshwright[hf]'") from None
+            raise InputError("Hugging Face models need transformers: pip install transformers") from None
         self.source = source
 
     def __call__(self, spec: ModelSpec) -> nn.Module:

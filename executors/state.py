@@ -18,7 +18,12 @@ from meshwright.executors.pipeline import Chunk
 def whole_weights(chunk: Chunk) -> dict[str, Tensor]:
     """Weights and saved buffers of one stage, whole and unpadded, on the CPU of each of its ranks."""
     stored = chunk.module.model.state_dict()
-    return {name: chunk.tensor_parallel.whole(name, value).detach().cpu() for name, value in stored.items()}
+    return {name: _apart(chunk.tensor_parallel.whole(name, value)) for name, value in stored.items()}
+
+
+def _apart(value: Tensor) -> Tensor:
+    """A copy on the CPU: what a rank holds whole would else change with the next step."""
+    return value.detach().to("cpu", copy=True)
 
 
 def whole_gradients(chunk: Chunk) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ def save_heatmap(profile: ClusterProfile, path: Path) -> None:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("drawing needs matplotlib: install it with pip install 'meshwright[plot]'") from None
+        raise InputError("drawing needs matplotlib: install it with pip install matplotlib") from None
     matrix = bandwidth_matrix(profile)
     shown = [[rate / 1e9 if rate > 0 else math.nan for rate in row] for row in matrix]
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")

@@ -18,6 +18,7 @@ from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.executors.apply import parallelize
 from meshwright.executors.spec_model import build_spec_model
 from meshwright.planner.plan import Plan, default_stages
+from meshwright.profiler.cluster import load_cluster
 from meshwright.profiler.environment import Environment, Setting
 from meshwright.profiler.launch import Rank, run_ranks
 from meshwright.profiler.model import ModelSpec, load_model
@@ -102,6 +103,36 @@ def _warnings(rank: Rank) -> list[str]:
         warnings.simplefilter("always")
         parallelize(build(load_model(FIELDS)), replace(plan_of(), environment=then))
     return [str(warning.message) for warning in caught]
+
+
+def _on_cluster(rank: Rank, digest: str) -> str:
+    preset = load_cluster("h100-sxm:1")
+    try:
+        parallelize(build(load_model(FIELDS)), replace(plan_of(), cluster_digest=digest), cluster=preset)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_a_plan_for_another_cluster_is_refused() -> None:
+    assert on_ranks(1, _on_cluster, load_cluster("h100-sxm:1").digest) == [""]
+    assert (
+        "the plan was made for cluster test (sha256:0), this is h100-sxm:1" in on_ranks(1, _on_cluster, "sha256:0")[0]
+    )
+
+
+def _state_after_a_step(rank: Rank) -> bool:
+    parallel = parallelize(build(load_model(FIELDS)), plan_of())
+    before = parallel.state_dict()
+    kept = {name: value.clone() for name, value in before.items()}
+    with torch.no_grad():
+        for weight in parallel.parameters():
+            weight.add_(1.0)
+    return all(torch.equal(before[name], kept[name]) for name in kept)
+
+
+def test_a_full_state_dict_does_not_change_with_training() -> None:
+    assert on_ranks(1, _state_after_a_step) == [True]
 
 
 def test_other_settings_than_the_profile_warn() -> None:

@@ -120,6 +120,12 @@ def test_files_in_and_out(tmp_path: Path) -> None:
     assert load_measurement(tmp_path / "one.json").config == "dp2 mbs1"
 
 
+def test_a_plan_for_another_cluster_is_refused(tmp_path: Path) -> None:
+    save_plan(plan_of(dp=2), tmp_path / "plan.json")
+    with pytest.raises(InputError, match=r"^the plan was made for cluster test \(\), this is h100-sxm:1 \(sha256:"):
+        measure_files([tmp_path / "plan.json"], cluster="h100-sxm:1", steps=1)
+
+
 def test_the_real_model_from_its_config(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **FIELDS}))
