@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.step import Estimate
+from meshwright.cost_models.estimate import Estimate
 from meshwright.cost_models.strategy import BoolArray, ConfigBatch, IntArray
 
 FloatArray = NDArray[np.float64]
@@ -24,7 +24,7 @@ CHUNK = 2**16  # configs scored at once: bounds memory to some tens of MB
 
 
 class Scores(Protocol):
-    """What a scorer gives for a batch: arrays of shape ``[num_configs]`` (``cost_models.step.BatchEstimate``)."""
+    """What a scorer gives for a batch: arrays of shape ``[num_configs]`` (``cost_models.estimate.BatchEstimate``)."""
 
     @property
     def step_s(self) -> NDArray[Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from meshwright import InputError
+from meshwright.cost_models.estimate import CostBreakdown, Estimate, MemoryBreakdown
 from meshwright.cost_models.placement import Placement
-from meshwright.cost_models.step import CostBreakdown, Estimate, MemoryBreakdown
 from meshwright.cost_models.strategy import V_SHAPED, ParallelConfig, Reason, Recompute, even_stages
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler import artifact

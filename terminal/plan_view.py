@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from meshwright.cost_models.step import CostBreakdown, Estimate, MemoryBreakdown
+    from meshwright.cost_models.estimate import CostBreakdown, Estimate, MemoryBreakdown
     from meshwright.planner.plan import Plan, SearchReport
     from meshwright.profiler.cluster import ClusterProfile
 

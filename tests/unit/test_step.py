@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from meshwright import InputError
+from meshwright.cost_models.estimate import SECONDS, CostBreakdown
 from meshwright.cost_models.framework import MESHWRIGHT, PointwiseCost
-from meshwright.cost_models.step import SECONDS, CostBreakdown, assumptions, estimate, estimate_batch
+from meshwright.cost_models.step import assumptions, estimate, estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
 from meshwright.cost_models.workload import RECIPES, Optimizer, Workload
 
