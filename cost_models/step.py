@@ -50,7 +50,7 @@ def estimate(
     config: ParallelConfig,
     framework: str = "meshwright",
 ) -> Estimate:
-    """What one config would cost and hold: a batch of one.
+    """What one config would cost (seconds of a step) and hold (bytes on the fullest device): a batch of one.
 
     Raises:
         InputError: the framework is unknown or does not run the config, the config is not legal for this model and

@@ -61,7 +61,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(layer.head_dim) if per_head else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend."""
+        """Causal attention, within the window if there is one: ``[batch, sequence, hidden]`` in and out."""
         batch, sequence, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(batch, sequence, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(batch, sequence, -1, self.head_dim)).transpose(1, 2)

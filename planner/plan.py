@@ -123,12 +123,16 @@ def default_stages(model: ModelSpec, config: ParallelConfig, device: str) -> tup
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read a plan; raises ``InputError`` as ``artifact.load`` does."""
+    """Read a plan from its JSON file.
+
+    Raises ``InputError`` for a file that cannot be read, is another artifact or of another version, or holds a plan
+    that contradicts itself: with the field, what was expected and what was found.
+    """
     return artifact.load(Plan, path, artifact="plan", schema_version=PLAN_SCHEMA_VERSION)
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:
-    """Write a plan as JSON."""
+    """Write a plan as JSON; raises ``InputError`` when it cannot be written."""
     artifact.save(plan, path)
 
 

@@ -126,7 +126,13 @@ def make_plan(
 ) -> Plan:
     """The fastest plan that fits, with the ``top - 1`` next in its report.
 
-    Takes the arguments of ``search``. Raises ``InputError`` and ``InfeasibleError`` as it does.
+    ``framework`` is what will run the plan; ``constraints`` fixes fields of the config (``{"tp": 8}``);
+    ``memory_margin`` is the share (0 up to 1) of a device's usable memory that must stay free by prediction; ``gpus``
+    takes that many devices, whole nodes, instead of all.
+
+    Raises:
+        InputError: a constraint, the margin, the framework or ``gpus`` makes no sense here, or a rate is not known.
+        InfeasibleError: nothing is legal (with the counts by reason) or nothing fits (with the nearest miss).
     """
     found = search(
         model,

@@ -52,7 +52,7 @@ class Fields:
         return value
 
     def word(self, name: str, default: str) -> str:
-        """A word."""
+        """A text that is not empty; ``default`` where it is absent."""
         value = self._get(name, default)
         if not isinstance(value, str) or not value:
             raise self.error(name, f"expected a word, found {shorten(value)}")
@@ -68,7 +68,7 @@ class Fields:
         return list(value)
 
     def num_layers(self, default: int) -> int:
-        """``num_hidden_layers``."""
+        """``num_hidden_layers``, or ``default`` where it is absent; at most ``MAX_LAYERS``."""
         return self.size("num_hidden_layers", default, most=MAX_LAYERS)
 
     def head_dim(self, hidden: int, num_heads: int, default: int | None = None) -> int:

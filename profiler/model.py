@@ -146,7 +146,7 @@ class ModelSpec:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """How many decoder layers there are, each counted as often as it is repeated."""
         return sum(block.repeat for block in self.blocks[1:-1])
 
     @property

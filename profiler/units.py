@@ -78,7 +78,7 @@ def format_bytes_per_s(bytes_per_s: float) -> str:
 
 
 def format_flops_per_s(flops_per_s: float) -> str:
-    """``"312 TFLOP/s"``."""
+    """FLOP/s with the largest unit below it, three digits: ``"312 TFLOP/s"``."""
     units = ((1e15, "PFLOP/s"), (1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s"), (1, "FLOP/s"))
     return _scaled(flops_per_s, units)
 

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,20 @@ def test_every_public_name_has_a_docstring(path: Path) -> None:
     assert not bare, f"without a docstring in {path.relative_to(ROOT)}: {', '.join(bare)}"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_docstring_says_more_than_the_name(path: Path) -> None:
+    empty = [
+        name
+        for name, node in public(ast.parse(path.read_text(encoding="utf-8")).body)
+        if len(words(ast.get_docstring(node) or "") - words(node.name) - {"a", "the", "of"}) < 2
+    ]
+    assert not empty, f"nothing but its name in {path.relative_to(ROOT)}: {', '.join(empty)}"
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall("[a-z]+", text.lower()))
+
+
 @pytest.mark.parametrize("name", sorted(set(meshwright.__all__) - {"__version__"}))
 def test_each_promised_name_is_there_and_documented(name: str) -> None:
     found = getattr(meshwright, name)
@@ -55,8 +70,10 @@ def test_dir_lists_the_promised_names_and_others_are_refused() -> None:
 
 def test_public_functions_name_the_errors_that_they_raise() -> None:
     # what a user calls first must say what can go wrong
-    for name in ("load_cluster", "load_model", "load_plan", "make_plan", "estimate", "parallelize"):
-        assert "raise" in (inspect.getdoc(getattr(meshwright, name)) or "").lower(), name
+    functions = [name for name in meshwright.__all__ if inspect.isfunction(getattr(meshwright, name))]
+    assert len(functions) > 6
+    for name in functions:
+        assert re.search(r"[Rr]aises:?\s+(``)?In", inspect.getdoc(getattr(meshwright, name)) or ""), name
 
 
 def test_the_example_that_plans_from_python_runs() -> None:
