@@ -466,6 +466,11 @@ def main(args: Sequence[str] | None = None) -> None:
     except meshwright.Error as error:
         typer.echo(f"meshwright: {error}", err=True)
         sys.exit(3)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        typer.echo("meshwright: measuring and running need torch: pip install torch (2.11 or newer)", err=True)
+        sys.exit(2)
     except typer.Abort:
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

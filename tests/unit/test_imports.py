@@ -112,3 +112,12 @@ def test_the_wheel_holds_every_package_on_disk() -> None:
         for init in (ROOT / room).rglob("__init__.py"):
             on_disk.add(".".join(("meshwright", *init.parent.relative_to(ROOT).parts)))
     assert sorted(listed) == sorted(on_disk)
+
+
+def test_without_torch_measuring_says_what_to_install() -> None:
+    hidden = (
+        "import sys; sys.modules['torch'] = None; from meshwright.cli import main; main(['profile', '-o', 'x.json'])"
+    )
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "meshwright: measuring and running need torch: pip install torch (2.11 or newer)\n"
