@@ -86,6 +86,7 @@ def assert_rates(
     hosts: HostNamespaces, source: int, target: int, num_bytes: int, expected: list[float], rel: float = 0.05
 ) -> None:
     """One transfer of a few delivers what is stated: others on this machine can disturb some, but set none right."""
+    found: list[float] = []
     for _ in range(ATTEMPTS):
         found = goodputs(hosts, source, target, len(expected), num_bytes)
         if found == pytest.approx(expected, rel=rel):
