@@ -38,7 +38,7 @@ from meshwright.terminal.plan_view import show_plan
 HERE = Path(__file__).resolve().parent
 
 PROFILE_S = 15.0
-TRAIN_STEPS = 30
+TRAIN_STEPS = 60
 MIN_PLANS = 9
 STEPS = 5  # measured of each plan, on this machine
 REHEARSED_STEPS = 3
