@@ -146,33 +146,6 @@ def make_plan(
     return found.plan(top)
 
 
-def candidates(
-    model: ModelSpec,
-    workload: Workload,
-    cluster: ClusterProfile,
-    *,
-    count: int,
-    framework: str | Framework = "meshwright",
-    constraints: Mapping[str, Any] | None = None,
-    memory_margin: float = MEMORY_MARGIN,
-    gpus: int | None = None,
-) -> tuple[Plan, ...]:
-    """The ``count`` best plans in order; fewer when fewer fit.
-
-    Takes the arguments of ``search``. Raises ``InputError`` and ``InfeasibleError`` as it does.
-    """
-    found = search(
-        model,
-        workload,
-        cluster,
-        framework=framework,
-        constraints=constraints,
-        memory_margin=memory_margin,
-        gpus=gpus,
-    )
-    return found.candidates(count)
-
-
 def plan_for(
     config: ParallelConfig,
     model: ModelSpec,

@@ -18,7 +18,7 @@ from meshwright.planner import exhaustive
 from meshwright.planner.exhaustive import rank
 from meshwright.planner.given import complete_config
 from meshwright.planner.plan import Plan
-from meshwright.planner.search import candidates, make_plan, plan_for, search, whole_nodes
+from meshwright.planner.search import make_plan, plan_for, search, whole_nodes
 from meshwright.planner.summary import summarize
 from meshwright.profiler.cluster import load_cluster
 from meshwright.profiler.model import load_model
@@ -136,7 +136,7 @@ def test_pareto_front_runs_from_the_fastest_to_the_smallest() -> None:
 
 
 def test_candidates_are_ranked_plans_starting_with_the_pick() -> None:
-    plans = candidates(LLAMA, WORKLOAD, CLUSTER, count=25)
+    plans = search(LLAMA, WORKLOAD, CLUSTER).candidates(25)
     assert len(plans) == 25 and len({plan.digest for plan in plans}) == 25
     assert plans[0].config == make_plan(LLAMA, WORKLOAD, CLUSTER).config
     steps = [plan.cost.step_s for plan in plans if plan.cost]
