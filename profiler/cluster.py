@@ -6,6 +6,7 @@ A ``ClusterProfile`` is homogeneous in its rules and not in its figures: every r
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Literal
 
 from meshwright import InputError
 from meshwright.profiler import artifact
-from meshwright.profiler.cluster_presets import find_preset
+from meshwright.profiler.cluster_presets import find_preset, profile_tree
 from meshwright.profiler.environment import Environment
 from meshwright.profiler.record import check_numbers, record
 
@@ -274,8 +275,9 @@ class ClusterProfile:
     def with_nodes(self, num_nodes: int) -> ClusterProfile:
         """The same cluster with ``num_nodes`` equal nodes: a preset, or a measured one planned for at another size.
 
-        The outermost tier keeps its rates, as in a network without oversubscription. What was measured on particular
-        ranks (link matrix, collectives across nodes) is not carried over.
+        Domains smaller than the new cluster stay; the next one holds it whole and keeps its rates, as in a network
+        without oversubscription. What was measured on particular ranks (link matrix, collectives across nodes) is not
+        carried over.
         Raises ``InputError`` for unequal nodes, or where a single node says nothing of the network.
         """
         if len(self.node_groups) != 1:
@@ -286,9 +288,9 @@ class ClusterProfile:
         size = group.devices_per_node
         if num_nodes > 1 and group.num_nodes == 1:
             raise InputError(f"{self.name} is a single node: nothing is known of a network for {num_nodes} nodes")
-        tiers = tuple(tier for tier in self.tiers if tier.group_size <= size)
-        if num_nodes > 1:
-            tiers += (replace(self.tiers[-1], group_size=num_nodes * size),)
+        inner = tuple(tier for tier in self.tiers[:-1] if tier.group_size < num_nodes * size)
+        whole = self.tiers[len(inner) : len(inner) + 1]
+        tiers = (*inner, *(replace(tier, group_size=num_nodes * size) for tier in whole))
         return replace(
             self,
             node_groups=(replace(group, num_nodes=num_nodes, hosts=()),),
@@ -318,5 +320,8 @@ def load_cluster(source: str | Path) -> ClusterProfile:
 def load_preset(source: str) -> ClusterProfile:
     """The preset ``NAME`` (one node) or ``NAME:NODES``, whatever files there are; raises as ``load_cluster`` does."""
     path, num_nodes = find_preset(source)
-    preset = artifact.load(ClusterProfile, path, artifact="cluster", schema_version=CLUSTER_SCHEMA_VERSION)
+    text = json.dumps(profile_tree(path) | {"schema_version": CLUSTER_SCHEMA_VERSION})
+    preset = artifact.loads(
+        ClusterProfile, text, artifact="cluster", schema_version=CLUSTER_SCHEMA_VERSION, where=str(path)
+    )
     return replace(preset.with_nodes(num_nodes), name=source)

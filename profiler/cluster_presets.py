@@ -1,8 +1,10 @@
 """Clusters known from datasheets: ``h100-sxm`` is one node, ``h100-sxm:16`` sixteen of them.
 
-Each preset is an ordinary cluster profile of two nodes under ``presets/clusters``, so that it can be read, copied and
-corrected like a measured one. Rates are what a large message, copy or matmul is known to reach; the datasheet's own
-figure stands beside it, and every assumption says so in its source.
+A device stands once, in ``presets/devices`` (a ``Device`` record as JSON); a file in ``presets/clusters`` names it and
+says how many a host has and by which links they are joined: ``name``, ``device``, ``devices_per_node``, ``tiers``
+(``LinkTier`` records, innermost first; the last one, the network, is resized to the cluster) and ``notes``. Rates are
+what a large message, copy or kernel is known to reach; the datasheet's own figure stands beside it, and every figure
+says whether it was measured, is a datasheet's or is assumed.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ import difflib
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from meshwright import InputError
 
 FOLDER = Path(__file__).parent / "presets" / "clusters"
+DEVICE_FOLDER = Path(__file__).parent / "presets" / "devices"
 
 
 def preset_names() -> tuple[str, ...]:
@@ -38,12 +42,41 @@ def find_preset(source: str) -> tuple[Path, int]:
     return FOLDER / f"{name}.json", int(count or 1)
 
 
+def profile_tree(path: Path) -> dict[str, Any]:
+    """The JSON of a ``ClusterProfile`` (without its schema version) composed of a preset and of the device it names.
+
+    As many nodes as the outermost tier holds.
+    """
+    preset = _read(path)
+    device = _read(DEVICE_FOLDER / f"{preset['device']}.json")
+    size = preset["devices_per_node"]
+    return {
+        "artifact": "cluster",
+        "name": preset["name"],
+        "devices": [device],
+        "node_groups": [
+            {
+                "device": device["kind"],
+                "num_nodes": preset["tiers"][-1]["group_size"] // size,
+                "devices_per_node": size,
+            }
+        ],
+        "tiers": preset["tiers"],
+        "notes": preset["notes"],
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return tree
+
+
 @cache
 def _datasheet_peaks() -> dict[tuple[str, str], float]:
     """FLOP/s by (model as in a device's name, dtype), read from the presets' own files."""
     peaks = {}
-    for path in sorted(FOLDER.glob("*.json")):
-        device = json.loads(path.read_text(encoding="utf-8"))["devices"][0]
+    for path in sorted(DEVICE_FOLDER.glob("*.json")):
+        device = _read(path)
         for curve in device["efficiencies"]:
             if curve["op"] == "matmul":
                 peaks[device["kind"].partition("-")[0], curve["dtype"]] = float(curve["peak_flops_per_s"])
@@ -53,9 +86,11 @@ def _datasheet_peaks() -> dict[tuple[str, str], float]:
 def datasheet_peak(device_name: str, dtype: str) -> float | None:
     """Peak FLOP/s of a device by the name its driver gives (``NVIDIA H100 80GB HBM3``); None when no preset has it.
 
-    Only SXM devices are in the presets: a PCIe card of the same model is not taken for one.
+    PCIe and laptop cards of a model are not taken for the one in the presets.
     """
-    words = device_name.replace("-", " ").split()
-    if "PCIe" in words or "NVL" in words:
+    words = set(device_name.replace("-", " ").split())
+    if words & {"PCIe", "NVL", "Laptop", "D"}:
         return None
-    return next((peak for (model, of), peak in _datasheet_peaks().items() if model in words and of == dtype), None)
+    return next(
+        (peak for (model, of), peak in _datasheet_peaks().items() if set(model.split()) <= words and of == dtype), None
+    )
