@@ -48,10 +48,12 @@ class DTypeRecipe:
     """The dtype of every kind of tensor that a training step keeps.
 
     ``master`` is the separate copy of the weights that the optimizer updates, ``None`` where the weights
-    themselves are updated. ``grads`` is the dtype gradients are accumulated and reduced in.
+    themselves are updated. ``grads`` is the dtype gradients are accumulated and reduced in. ``matmul`` is the dtype of
+    the projections inside decoder blocks where it is narrower than ``compute``: their operands are cast on the way in.
     """
 
     compute: DType = DType.BFLOAT16
+    matmul: DType | None = None
     params: DType = DType.BFLOAT16
     grads: DType = DType.FLOAT32
     master: DType | None = DType.FLOAT32
@@ -66,6 +68,12 @@ class DTypeRecipe:
 RECIPES: dict[str, DTypeRecipe] = {
     # bf16 compute; fp32 gradients, master weights and states: 2 + 4 + 4 + 8 = 18 bytes a parameter
     "bf16": DTypeRecipe(),
+    # fp16 compute and gradients with loss scaling; fp32 master weights and states (Megatron-LM, DeepSpeed)
+    "fp16": DTypeRecipe(compute=DType.FLOAT16, params=DType.FLOAT16, grads=DType.FLOAT16),
+    # bf16 with gradients reduced in bf16
+    "bf16-grads": DTypeRecipe(grads=DType.BFLOAT16),
+    # bf16 with fp8 matmuls inside blocks (Transformer Engine, torchao): weights, gradients and states as bf16
+    "fp8": DTypeRecipe(matmul=DType.FLOAT8),
     # everything in bf16, states too: 2 + 2 + 4 = 8 bytes a parameter
     "bf16-pure": DTypeRecipe(grads=DType.BFLOAT16, master=None, optimizer=DType.BFLOAT16),
     # everything in fp32: 4 + 4 + 8 = 16 bytes a parameter
