@@ -1,0 +1,156 @@
+"""The cluster and the target of a published run, from its GPU, interconnect, node and framework columns.
+
+One table of rules, tried in order: what the GPU column says, then what the interconnect column says. A cluster whose
+network is not published gets that of the GPU's usual machine, and says so.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import lru_cache
+
+from meshwright import InputError
+from meshwright.cost_models.published_rows import Row, Skip
+from meshwright.profiler.cluster import ClusterProfile, load_preset
+from meshwright.profiler.cluster_presets import preset_names
+from meshwright.profiler.record import record
+
+
+@record
+class Gpu:
+    """How a GPU is written (regular expressions, no matter the case), and the presets of its machines.
+
+    ``networks``: what the interconnect column says, and the preset that has it. ``usual`` is the preset where no
+    network is published or none matches.
+    """
+
+    written: str
+    usual: str
+    networks: tuple[tuple[str, str], ...] = ()
+
+
+GPUS: tuple[Gpu, ...] = (
+    Gpu(written=r"gb300", usual="gb300-nvl72"),
+    Gpu(written=r"gb200", usual="gb200-nvl72"),
+    Gpu(written=r"b300", usual="b300-sxm"),
+    Gpu(written=r"b200", usual="b200-sxm"),
+    Gpu(written=r"mi300x", usual="mi300x"),
+    Gpu(written=r"l40s", usual="l40s"),
+    Gpu(written=r"rtx[ -]?4090", usual="rtx-4090"),
+    Gpu(written=r"h200", usual="h200-sxm"),
+    Gpu(written=r"h800", usual="h800-sxm"),
+    Gpu(written=r"h100.*(hbm2e|9[56]gb)", usual="h100-96gb-hbm2e"),
+    Gpu(
+        written=r"h100",
+        usual="h100-sxm",
+        networks=((r"\befa\b", "h100-efa"), (r"tcpx|a3 mega", "h100-a3-mega"), (r"roce|rdma", "h100-roce")),
+    ),
+    Gpu(written=r"a800", usual="a800-sxm"),
+    Gpu(
+        written=r"a100.*40 ?gb",
+        usual="a100-40gb-sxm",
+        networks=((r"8x200|1600 ?gbps", "a100-40gb-sxm"), (r"4x", "a100-40gb-4x200")),
+    ),
+    Gpu(
+        written=r"a100",
+        usual="a100-sxm",
+        networks=(
+            (r"omni-?path", "a100-opa"),
+            (r"8x200gb/s hdr|8x200.*ib", "a100-sxm"),
+            (r"8x200.*roce|1600 ?gbps.*roce|roce.*1600", "a100-roce-1600"),
+            (r"800 ?gbps", "a100-800gbps"),
+            (r"4x100.*roce|400 ?gbps", "a100-400gbps"),
+            (r"roce", "a100-roce"),
+        ),
+    ),
+    Gpu(written=r"v100.*(sxm3|dgx-2)", usual="v100-sxm3"),
+    Gpu(written=r"v100.*16 ?gb", usual="v100-16gb-sxm"),
+    Gpu(written=r"v100", usual="v100-sxm"),
+)
+
+
+def cluster_of(row: Row) -> tuple[str, tuple[str, ...]]:
+    """A name for ``cluster_named``, and what had to be assumed. Raises ``Skip`` for a GPU without a preset."""
+    written, network = row.text("gpu_type").lower(), row.text("interconnect").lower()
+    gpu = next((gpu for gpu in GPUS if re.search(gpu.written, written)), None)
+    if gpu is None or gpu.usual not in _names():
+        raise Skip(f"no preset for GPU {row.text('gpu_type')!r}")
+    preset = next((name for said, name in gpu.networks if re.search(said, network) and name in _names()), gpu.usual)
+    num_gpus = row.integer("num_gpus")
+    size = _devices_per_node(preset)
+    node = min(row.integer("gpus_per_node", size), size)
+    notes = [] if num_gpus <= node or network or preset != gpu.usual else [f"network of {preset} assumed"]
+    if num_gpus <= node:
+        return f"{preset}:1", ()
+    suffix = f"x{node}" if node != size else ""
+    return f"{preset}:{-(-num_gpus // node)}{suffix}", tuple(notes)
+
+
+@lru_cache(maxsize=1)
+def _names() -> frozenset[str]:
+    return frozenset(preset_names())
+
+
+@lru_cache(maxsize=64)
+def _devices_per_node(preset: str) -> int:
+    return load_preset(preset).devices_per_node
+
+
+@lru_cache(maxsize=512)
+def cluster_named(name: str) -> ClusterProfile:
+    """``PRESET:NODES``, or ``PRESET:NODESxDEVICES`` for nodes with fewer devices than the preset's.
+
+    Raises ``InputError`` as ``load_preset`` does.
+    """
+    source, _, devices = name.partition("x") if re.search(r":\d+x\d+$", name) else (name, "", "")
+    if not devices:
+        source, _, devices = name.rpartition("x") if re.search(r":\d+x\d+$", name) else (name, "", "")
+    profile = load_preset(source)
+    if not devices:
+        return profile
+    whole, part = profile.devices_per_node, int(devices)
+    if not 1 <= part <= whole:
+        raise InputError(f"{name}: a node of {source} has {whole} devices")
+    group = profile.node_groups[0]
+    tiers = tuple(
+        replace(tier, group_size=max(part, 1) * (tier.group_size // whole))
+        if tier.group_size >= whole
+        else replace(tier, group_size=min(tier.group_size, part))
+        for tier in profile.tiers
+    )
+    kept = tuple(tier for index, tier in enumerate(tiers) if not index or tier.group_size > tiers[index - 1].group_size)
+    return replace(
+        profile,
+        name=name,
+        node_groups=(replace(group, devices_per_node=part),),
+        tiers=kept,
+    )
+
+
+# what the framework column says (no matter the case), what the GPU is, and the target that runs it
+TARGETS: tuple[tuple[str, str, str], ...] = (
+    (r"maxtext|paxml|\bjax\b", "", ""),
+    (r"nanotron", "", "nanotron"),
+    (r"deepspeed zero|zero-[123]", "", "deepspeed"),
+    (r"megatron-deepspeed|megatron\+deepspeed|bloom|gpt-neox", "", "megatron-deepspeed"),
+    (r"llm-?foundry", "", "llm-foundry"),
+    (r"torchtitan|fms-fsdp", "", "torchtitan"),
+    (r"internevo|internlm", "", "internevo"),
+    (r"megatron-(core|bridge)|\bnemo\b|\bmcore\b", "", "megatron-bridge"),
+    (r"megatron-lm fork", "", "megatron-lm"),
+    (r"megatron-lm", r"h100|h200|h800|b200|b300|gb200|gb300", "megatron-bridge"),
+    (r"megatron-lm|megascale", "", "megatron-lm"),
+    (r"deepspeed", "", "deepspeed"),
+)
+
+
+def target_of(row: Row) -> str:
+    """The name of the target. Raises ``Skip`` for a framework without one."""
+    framework, gpu = row.text("framework").lower(), row.text("gpu_type").lower()
+    for said, on, target in TARGETS:
+        if re.search(said, framework) and re.search(on, gpu):
+            if not target:
+                break
+            return target
+    raise Skip(f"no target for framework {row.text('framework')!r}" if framework else "framework is not published")

@@ -1,0 +1,183 @@
+"""The model and the workload of a published run, from its architecture columns.
+
+Columns give sizes; what they leave open (biases, position tables, tied embeddings) follows from the kind of
+architecture and, for embeddings, from the published number of parameters.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from meshwright.cost_models.published_rows import Row, Skip
+from meshwright.cost_models.workload import RECIPES, Workload
+from meshwright.profiler.layers import (
+    AttentionKind,
+    AttentionLayer,
+    EmbeddingLayer,
+    HeadLayer,
+    MlpLayer,
+    MoeLayer,
+    NormKind,
+    NormLayer,
+)
+from meshwright.profiler.model import Block, BlockKind, ModelSpec
+from meshwright.profiler.record import record
+
+GPT_VOCAB = 50304  # GPT-2's 50,257, padded to a multiple of 128 as Megatron-LM does
+
+
+@record
+class Shape:
+    """Sizes and habits of an architecture, from which its ``ModelSpec`` is built."""
+
+    name: str
+    arch_family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    positions: int
+    experts: int
+    top_k: int
+    moe_ffn: int
+    norm: NormKind
+    gated: bool
+    bias: bool
+    activation: str
+    tied: bool
+
+
+def model_of(row: Row) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The model of a row, and what had to be assumed. Raises ``Skip`` where the columns do not say enough."""
+    name, arch, notes = row.text("model").lower(), row.text("arch_family").lower(), list[str]()
+    if arch not in ("gpt", "llama", "moe"):
+        raise Skip(f"no model of architecture {row.text('arch_family')!r}: gpt, llama and moe are known")
+    if _words(name) & {"lora", "qlora"}:
+        raise Skip("LoRA trains adapters: not modelled")
+    hidden, heads = row.integer("hidden"), row.integer("heads")
+    modern = arch != "gpt" or "nemotron" in name or "neox" in name
+    experts = row.integer("experts", 1) if row.number("experts") else 0
+    if experts and any(word in name for word in _LATENT):
+        raise Skip("MLA ranks and shared experts have no column: not modelled")
+    vocab = row.integer("vocab", GPT_VOCAB)
+    if row.number("vocab") is None:
+        notes.append(f"vocabulary assumed {GPT_VOCAB}")
+    shape = Shape(
+        name=row.text("model"),
+        arch_family=arch,
+        layers=row.integer("layers"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=row.integer("kv_heads", heads),
+        head_dim=_HEAD_DIMS.get(name.split()[0] if name else "", hidden // heads),
+        ffn=row.integer("ffn", 4 * hidden) if not experts else 0,
+        vocab=vocab,
+        positions=0 if modern or "bloom" in name or "glm" in name else row.integer("seq_len"),
+        experts=experts,
+        top_k=row.integer("topk", 1) if experts else 0,
+        moe_ffn=row.integer("moe_ffn") if experts else 0,
+        norm=NormKind.RMS if arch != "gpt" else NormKind.LAYER,
+        gated=arch != "gpt" or "glm" in name,
+        bias=arch == "gpt" and "nemotron" not in name,
+        activation="silu" if arch != "gpt" else "relu2" if "nemotron" in name else "gelu",
+        tied=False,
+    )
+    if hidden % heads and shape.head_dim == hidden // heads:
+        raise Skip(f"heads={heads} does not divide hidden={hidden}")
+    tied = _tied(shape, row.number("params_b"), default=not modern and not _redistributes(row))
+    return _spec(shape, tied), tuple(notes)
+
+
+# head sizes that are not hidden / heads, by the public config of the model
+_HEAD_DIMS = {"qwen3-30b-a3b": 128, "qwen3-235b-a22b": 128, "gpt-oss-120b": 64, "gpt-oss-20b": 64}
+_LATENT = ("deepseek", "kimi", "moonlight")
+
+
+def _words(name: str) -> set[str]:
+    return set(name.replace("-", " ").replace("_", " ").split())
+
+
+def _redistributes(row: Row) -> bool:
+    """Vocabulary parallelism's models keep embedding and head apart (arXiv 2411.05288, section 6.1)."""
+    schedule = row.text("schedule").lower()
+    return "redis" in schedule or "vocab" in schedule
+
+
+def _tied(shape: Shape, params_b: float | None, default: bool) -> bool:
+    """Whether head and embedding share a weight: what the published number of parameters says, where it tells."""
+    if params_b is None or shape.experts:
+        return default
+    off = [abs(_spec(shape, tied).params / (params_b * 1e9) - 1) for tied in (False, True)]
+    if min(off) > 0.01 or min(off) > 0.25 * max(off):
+        return default
+    return off[1] < off[0]
+
+
+@lru_cache(maxsize=4096)
+def _spec(shape: Shape, tied: bool) -> ModelSpec:
+    norm = NormLayer(norm_kind=shape.norm, hidden=shape.hidden)
+    attention = AttentionLayer(
+        attention_kind=AttentionKind.MHA if shape.kv_heads == shape.heads else AttentionKind.GQA,
+        hidden=shape.hidden,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        value_head_dim=shape.head_dim,
+        qkv_bias=shape.bias,
+        out_bias=shape.bias,
+        rotary=shape.positions == 0,
+    )
+    feed_forward: MlpLayer | MoeLayer
+    if shape.experts:
+        feed_forward = MoeLayer(
+            hidden=shape.hidden, num_experts=shape.experts, top_k=shape.top_k, expert_ffn_size=shape.moe_ffn
+        )
+    else:
+        feed_forward = MlpLayer(
+            hidden=shape.hidden,
+            ffn_size=shape.ffn,
+            gated=shape.gated,
+            bias=shape.bias,
+            activation=shape.activation,
+        )
+    embedding = EmbeddingLayer(vocab_size=shape.vocab, hidden=shape.hidden, num_positions=shape.positions)
+    return ModelSpec(
+        name=shape.name,
+        architecture=shape.arch_family,
+        max_seq_len=max(shape.positions, 1),
+        blocks=(
+            Block(kind=BlockKind.EMBEDDING, layers=(embedding,)),
+            Block(kind=BlockKind.DECODER, layers=(norm, attention, norm, feed_forward), repeat=shape.layers),
+            Block(
+                kind=BlockKind.HEAD,
+                layers=(norm, HeadLayer(hidden=shape.hidden, vocab_size=shape.vocab, tied=tied)),
+            ),
+        ),
+    )
+
+
+def workload_of(row: Row) -> tuple[Workload, tuple[str, ...]]:
+    """Sequence length, batch and dtypes of a row, and what had to be assumed. Raises ``Skip``."""
+    precision, notes = row.text("precision").lower(), list[str]()
+    if "not stated" in precision or not precision:
+        notes.append("bf16 assumed")
+        precision = "bf16"
+    words = _words(precision)
+    names = ("mxfp8", "nvfp4", "fp8", "fp16", "bf16", "fp32")
+    found = next((name for name in names if name in words), None)
+    if found is None:
+        raise Skip(f"no dtype recipe for precision {row.text('precision')!r}")
+    recipe = RECIPES.get(found)
+    if recipe is None:
+        notes.append(f"{found} predicted as bf16")
+        recipe = RECIPES["bf16"]
+    batch = row.integer("global_batch")
+    return _workload(row.integer("seq_len"), batch, found if found in RECIPES else "bf16"), tuple(notes)
+
+
+@lru_cache(maxsize=4096)
+def _workload(seq_len: int, batch: int, recipe: str) -> Workload:
+    return Workload(seq_len=seq_len, global_batch_size=batch, recipe=RECIPES[recipe])
