@@ -4,18 +4,20 @@ An action is one pass of one stage over one micro-batch. The lists are those of 
 (``torch/distributed/pipelining/schedules.py``; in brackets its class):
 
 * ``gpipe``: all forwards, then all backwards (``ScheduleGPipe``; Huang et al. 2019, arXiv 1811.06965).
-* ``1f1b``: forward and backward in turn after ``pp - rank`` forwards (``Schedule1F1B``; Narayanan et al. 2019, PipeDream).
+* ``1f1b``: forward and backward in turn after ``pp - rank`` forwards (``Schedule1F1B``; Narayanan et al. 2019,
+  PipeDream).
 * ``interleaved``: the same over ``vpp`` chunks a rank (``ScheduleInterleaved1F1B``; Narayanan et al. 2021, arXiv
   2104.04473, section 2.2).
-* ``zb-h1``: 1F1B whose weight gradients are put off to fill the bubble (``ScheduleInterleavedZeroBubble`` with one stage a
-  rank; Qi et al. 2023, arXiv 2401.10241, section 2.1).
-* ``zbv``: two chunks a rank in a V, down the ranks and back up (``ScheduleZBVZeroBubble``; Qi et al. 2024, arXiv 2405.15362).
-* ``dualpipev``: the V again, with forwards and backwards in pairs that a GPU may overlap (``ScheduleDualPipeV``; DeepSeek-V3,
-  arXiv 2412.19437, section 3.2.1).
+* ``zb-h1``: 1F1B whose weight gradients are put off to fill the bubble (``ScheduleInterleavedZeroBubble`` with one
+  stage a rank; Qi et al. 2023, arXiv 2401.10241, section 2.1).
+* ``zbv``: two chunks a rank in a V, down the ranks and back up (``ScheduleZBVZeroBubble``; Qi et al. 2024, arXiv
+  2405.15362).
+* ``dualpipev``: the V again, with forwards and backwards in pairs that a GPU may overlap (``ScheduleDualPipeV``;
+  DeepSeek-V3, arXiv 2412.19437, section 3.2.1).
 
 torch runs the two passes of a pair one after the other and sends their results after the second; ``leaves_with_next``
-says so. Its first stage, which has no input to give a gradient for, does nothing in an ``I`` and its whole backward in the
-``W`` (``stage.py``: ``backward_one_chunk``): a caller who plays torch gives that stage such durations.
+says so. Its first stage, which has no input to give a gradient for, does nothing in an ``I`` and its whole backward in
+the ``W`` (``stage.py``: ``backward_one_chunk``): a caller who plays torch gives that stage such durations.
 """
 
 from __future__ import annotations
@@ -77,8 +79,8 @@ def rank_actions(
 ) -> tuple[Actions, ...]:
     """The actions of each of ``pp`` ranks, which have ``vpp`` chunks each, in their order.
 
-    ``per_round`` is how many micro-batches an interleaved schedule runs through a chunk before the next (default: torch's
-    choice). Raises ``InputError`` when the schedule does not run with these numbers.
+    ``per_round`` is how many micro-batches an interleaved schedule runs through a chunk before the next (default:
+    torch's choice). Raises ``InputError`` when the schedule does not run with these numbers.
     """
     chunks = 2 if schedule in V_SHAPED else vpp if schedule is Schedule.INTERLEAVED else 1
     if vpp != chunks:
@@ -148,7 +150,7 @@ def _zb_h1(pp: int, rank: int, count: int) -> Actions:
 
 
 class _Writer:
-    """Writes a V-shaped list: each (kind, chunk) counts its own micro-batches; ``W`` come in the order of their ``I``."""
+    """Writes a V-shaped list: each kind and chunk counts its own micro-batches, a ``W`` waits for its ``I``."""
 
     def __init__(self, pp: int, rank: int) -> None:
         self.stages = (rank, 2 * pp - 1 - rank)
