@@ -136,7 +136,7 @@ def estimate(
     quiet: Quiet = False,
 ) -> None:
     """Price one given way to split MODEL: step time, memory, and where they go."""
-    from meshwright.cost_models.framework import framework_named
+    from meshwright.cost_models.targets import framework_named
     from meshwright.planner.constraints import parse_value
     from meshwright.planner.given import complete_config
     from meshwright.planner.plan import save_plan

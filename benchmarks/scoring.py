@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
-from meshwright.cost_models.framework import MESHWRIGHT
 from meshwright.cost_models.step import estimate_batch
+from meshwright.cost_models.targets import MESHWRIGHT
 from meshwright.cost_models.workload import Workload
 from meshwright.planner.space import legal_space
 from meshwright.profiler.cluster import load_cluster

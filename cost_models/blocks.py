@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.strategy import ConfigBatch, IntArray, even_stages
+from meshwright.cost_models.strategy import ConfigBatch, IntArray, Partition, even_stages
 from meshwright.profiler.layers import (
     AttentionKind,
     AttentionLayer,
@@ -50,17 +50,44 @@ def block_kinds(model: ModelSpec) -> BlockKinds:
     return BlockKinds((*kinds, model.blocks[-1]), np.array(of_layer, dtype=np.int64))
 
 
-def stage_counts(kinds: BlockKinds, pp: int, vpp: int) -> IntArray:
+def stage_counts(kinds: BlockKinds, pp: int, vpp: int, partition: Partition = Partition.EVEN) -> IntArray:
     """Blocks of each kind on each chunk of each rank under the default partition: shape ``[pp, vpp, num_kinds]``.
 
-    Stage ``s`` is chunk ``s // pp`` of rank ``s % pp``.
+    Stage ``s`` is chunk ``s // pp`` of rank ``s % pp``. ``Partition.BY_COST`` is nanotron's: blocks in order, each on
+    the stage at hand, which is full once the matmul weights so far pass its share of all (nanotron, ``models/base.py:
+    build_model`` and the models' ``get_block_compute_costs``; embedding and norms count nothing).
     """
-    return _stage_counts(tuple(kinds.of_layer.tolist()), len(kinds), pp, vpp)
+    costs: tuple[int, ...] = ()
+    if partition is Partition.BY_COST:
+        weights = [sum(matmul_params(layer) for layer in kind.layers) for kind in kinds.kinds]
+        costs = tuple(weights[kind] for kind in [0, *kinds.of_layer, len(kinds) - 1])
+    return _stage_counts(tuple(kinds.of_layer.tolist()), len(kinds), pp, vpp, costs)
+
+
+def matmul_params(layer: LayerSpec) -> int:
+    """Weights of a layer that tokens are multiplied with: not the embedding's, not those of norms."""
+    if isinstance(layer, AttentionLayer):
+        return sum(rows * columns for rows, columns in layer.matmuls)
+    if isinstance(layer, MlpLayer):
+        return (2 + layer.gated) * layer.hidden * layer.ffn_size
+    if isinstance(layer, MoeLayer):
+        return layer.expert_params // layer.num_experts * layer.top_k
+    return layer.hidden * layer.vocab_size if isinstance(layer, HeadLayer) else 0
 
 
 @lru_cache(maxsize=256)
-def _stage_counts(of_layer: tuple[int, ...], num_kinds: int, pp: int, vpp: int) -> IntArray:
+def _stage_counts(
+    of_layer: tuple[int, ...], num_kinds: int, pp: int, vpp: int, costs: tuple[int, ...] = ()
+) -> IntArray:
     counts, first = np.zeros((pp, vpp, num_kinds), dtype=np.int64), 0
+    if costs:
+        stage, so_far = 0, 0
+        for kind, cost in zip((0, *of_layer, num_kinds - 1), costs, strict=True):
+            counts[stage % pp, stage // pp, kind] += 1
+            so_far += cost
+            if so_far * pp * vpp > sum(costs) * (stage + 1) and stage < pp * vpp - 1:
+                stage += 1
+        return counts
     for stage, size in enumerate(even_stages(len(of_layer), pp * vpp)):
         for kind in of_layer[first : first + size]:
             counts[stage % pp, stage // pp, kind] += 1
@@ -111,10 +138,10 @@ def _attention_params(layer: AttentionLayer, tp: FloatArray) -> FloatArray:
     return np.asarray(width * (layer.hidden + layer.qkv_bias) + out + whole)
 
 
-def vocab_rows(vocab_size: int, batch: ConfigBatch) -> FloatArray:
-    """Rows of the token table or head on one rank."""
+def vocab_rows(vocab_size: int, batch: ConfigBatch, multiple: int = 1) -> FloatArray:
+    """Rows of the token table or head on one rank, a multiple of ``multiple``."""
     ranks = np.where(batch.vocab_parallel, batch.tp, 1)
-    return np.asarray(np.ceil(vocab_size / ranks))
+    return np.asarray(np.ceil(vocab_size / ranks / multiple) * multiple)
 
 
 def num_tensors(block: Block) -> int:

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models.blocks import vocab_rows
-from meshwright.cost_models.framework import Framework, PointwiseCost
+from meshwright.cost_models.framework import AttentionKernel, Framework, PointwiseCost
 from meshwright.cost_models.strategy import ConfigBatch, Recompute
-from meshwright.cost_models.workload import Workload
+from meshwright.cost_models.workload import DType, Workload
 from meshwright.profiler.cluster import Device
 from meshwright.profiler.layers import (
     AttentionKind,
@@ -46,8 +46,8 @@ FIELDS = ("tp", "cp", "micro_batch_size", "sequence_parallel", "vocab_parallel",
 class BlockSeconds:
     """Seconds of one block on one micro-batch of one rank, each of shape ``[num_configs]``.
 
-    Backward is apart by what it is for, the gradient of inputs or of weights. ``*_host`` is what waiting for the
-    host adds to the kernels: launches that a device does not hide behind the kernels before them.
+    Backward is apart by what it is for, the gradient of inputs or of weights. ``*_host`` is what the host spends on
+    launching the kernels: see ``host_wait`` for what of it a step waits for.
     """
 
     forward: FloatArray
@@ -57,6 +57,20 @@ class BlockSeconds:
     forward_host: FloatArray
     backward_host: FloatArray
     recompute_host: FloatArray
+
+
+def host_wait(device: Device, framework: Framework, on_device: FloatArray, on_host: FloatArray) -> FloatArray:
+    """Seconds that launches add to ``on_device`` seconds of kernels and collectives in their stream.
+
+    ``(device^q + host^q)^(1/q) - device`` with the target's ``HostCost.run_ahead`` for ``q``: nothing while the device
+    is far behind, all but the device's own time where the host is the slower. A CPU waits for every call.
+    """
+    if not launches_ahead(device):
+        return on_host
+    longest = np.maximum(np.maximum(on_device, on_host), 1e-30)
+    power = framework.host.run_ahead
+    both = longest * ((on_device / longest) ** power + (on_host / longest) ** power) ** (1.0 / power)
+    return np.asarray(both - on_device)
 
 
 def launches_ahead(device: Device) -> bool:
@@ -75,11 +89,13 @@ def block_seconds(
     Raises ``InputError`` when the device has no rate for an operator of the block in the compute dtype.
     """
     few, inverse = batch.distinct(*FIELDS)
-    clock = _Clock(workload, device, framework, few)
+    narrow = workload.recipe.matmul if block.kind is BlockKind.DECODER else None
+    clock = _Clock(workload, device, framework, few, narrow)
     for layer in block.layers:
         clock.add(layer)
         if isinstance(layer, AttentionLayer | MlpLayer | MoeLayer):
             clock.pointwise(framework.pointwise.residual, clock.stream)
+            clock.pointwise(framework.pointwise.dropout, clock.stream)
     return clock.total(inverse, recomputes=block.kind is BlockKind.DECODER)
 
 
@@ -98,17 +114,21 @@ def attended_pairs(seq_len: int, window: int, causal: bool, skips: bool) -> floa
 class _Clock:
     """Adds up the operators of a block: seconds of kernels and launches, forward and backward."""
 
-    def __init__(self, workload: Workload, device: Device, framework: Framework, batch: ConfigBatch) -> None:
+    def __init__(
+        self, workload: Workload, device: Device, framework: Framework, batch: ConfigBatch, narrow: DType | None = None
+    ) -> None:
         self.workload, self.device, self.framework, self.batch = workload, device, framework, batch
-        self.dtype = workload.recipe.compute
+        self.dtype, self.narrow = workload.recipe.compute, narrow
         self.size = float(self.dtype.num_bytes)
         self.wide = max(self.size, 4.0)  # what works in float32 works in float64 where that is the compute dtype
         self.tp = batch.tp.astype(np.float64)
         self.tokens = batch.micro_batch_size * (workload.seq_len / batch.cp)
         self.stream_tokens = np.where(batch.sequence_parallel, self.tokens / self.tp, self.tokens)
         zero = np.zeros(len(batch))
-        self.forward, self.by_input, self.by_weight, self.rest = zero.copy(), zero.copy(), zero.copy(), zero.copy()
-        self.forward_calls, self.backward_calls, self.rest_calls = zero.copy(), zero.copy(), zero.copy()
+        self.forward, self.by_input, self.by_weight = zero.copy(), zero.copy(), zero.copy()
+        self.projections, self.core, self.rest = zero.copy(), zero.copy(), zero.copy()  # what forward is made of
+        self.forward_calls, self.backward_calls = zero.copy(), zero.copy()
+        self.core_calls, self.rest_calls = zero.copy(), zero.copy()
         self.hidden = 0
         self.last: FloatArray = zero  # the last projection so far
         self.last_rest: FloatArray = zero  # the last memory-bound operator so far
@@ -134,10 +154,10 @@ class _Clock:
             self._moe(layer)
         elif isinstance(layer, EmbeddingLayer):
             self.pointwise(self.framework.pointwise.embedding, self.tokens * layer.hidden)
-            rows = vocab_rows(layer.vocab_size, self.batch)
+            rows = vocab_rows(layer.vocab_size, self.batch, self.framework.vocab_multiple)
             self.pointwise(self.framework.pointwise.embedding_table, rows * layer.hidden)
         elif isinstance(layer, HeadLayer):
-            logits = vocab_rows(layer.vocab_size, self.batch)
+            logits = vocab_rows(layer.vocab_size, self.batch, self.framework.vocab_multiple)
             self.matmul(self.tokens, logits, layer.hidden)
             table, split = self.framework.pointwise, self.batch.vocab_parallel
             self.pointwise(table.loss, np.where(split, 0.0, self.tokens * logits))
@@ -146,14 +166,17 @@ class _Clock:
     def matmul(self, m: Any, n: Any, k: Any) -> None:
         """One projection, forward and both gradients."""
         self.last = self._matmul(m, n, k)
-        self.forward = self.forward + self.last
+        self.forward, self.projections = self.forward + self.last, self.projections + self.last
         self.by_input = self.by_input + self._matmul(m, k, n)
         self.by_weight = self.by_weight + self._matmul(k, n, m)
         self._launch(1, 2)
+        if self.narrow is not None:
+            self.pointwise(self.framework.pointwise.quantize, m * k)
 
     def pointwise(self, cost: PointwiseCost, elements: Any) -> None:
         """A memory-bound operator over ``elements`` numbers."""
-        rate, cast = self.device.memory_bytes_per_s, self.size + 4.0 if self.size < 4.0 else 0.0
+        rate = self.device.memory_bytes_per_s / self.framework.pointwise_factor
+        cast = self.size + 4.0 if self.size < 4.0 else 0.0
         forward = cost.forward_passes * self.size + cost.forward_float32_passes * self.wide + cost.forward_casts * cast
         backward = (
             cost.backward_passes * self.size + cost.backward_float32_passes * self.wide + cost.backward_casts * cast
@@ -177,11 +200,14 @@ class _Clock:
             self.backward_calls = self.backward_calls + backward
 
     def _matmul(self, m: Any, n: Any, k: Any) -> FloatArray:
-        num_bytes = self.size * (m * k + k * n + m * n)
-        return self._roofline("matmul", 2.0 * m * n * k, num_bytes, m, n, k)
+        dtype = self.narrow or self.dtype
+        num_bytes = dtype.num_bytes * (m * k + k * n) + self.size * m * n
+        return self._roofline("matmul", 2.0 * m * n * k, num_bytes, m, n, k, dtype)
 
-    def _roofline(self, op: str, flops: Any, num_bytes: Any, m: Any, n: Any, k: Any) -> FloatArray:
-        curve = self.device.efficiency(op, self.dtype.value)
+    def _roofline(
+        self, op: str, flops: Any, num_bytes: Any, m: Any, n: Any, k: Any, dtype: DType | None = None
+    ) -> FloatArray:
+        curve = self.device.efficiency(op, (dtype or self.dtype).value)
         share = curve.max_share * m / (m + curve.half_m) * n / (n + curve.half_n) * k / (k + curve.half_k)
         busy = np.maximum(flops / (share * curve.peak_flops_per_s), num_bytes / self.device.memory_bytes_per_s)
         return np.asarray(busy + curve.overhead_s, dtype=np.float64)
@@ -214,16 +240,52 @@ class _Clock:
         self.matmul(self.tokens, heads * (layer.head_dim + layer.value_head_dim), layer.kv_lora_rank)
 
     def _core(self, layer: AttentionLayer, heads: Any, kv_heads: Any, query_dim: int, value_dim: int) -> None:
-        """Scores, softmax and values in one flash kernel, each rank with its share of the sequence's queries."""
+        """Scores, softmax and values, each rank with its share of the sequence's queries."""
+        before, calls_before = self.forward, self.forward_calls
+        if self.framework.attention is AttentionKernel.WRITTEN_OUT:
+            self._written_out(heads, query_dim, value_dim)
+        else:
+            self._flash(layer, heads, kv_heads, query_dim, value_dim)
+        self.core = self.core + (self.forward - before)
+        self.core_calls = self.core_calls + (self.forward_calls - calls_before)
+
+    def _flash(self, layer: AttentionLayer, heads: Any, kv_heads: Any, query_dim: int, value_dim: int) -> None:
+        """One kernel that never writes the scores."""
         seq_len = self.workload.seq_len
         pairs = attended_pairs(seq_len, layer.window, layer.causal, self.framework.windowed_attention) / self.batch.cp
         sequences = self.batch.micro_batch_size
         flops = 2.0 * sequences * heads * pairs * (query_dim + value_dim)
         num_bytes = self.size * self.tokens * (heads + kv_heads) * (query_dim + value_dim)
         shape = (seq_len / self.batch.cp, heads * sequences, float(seq_len))
-        self.forward = self.forward + self._roofline("attention_forward", flops, num_bytes, *shape)
-        self.by_input = self.by_input + self._roofline("attention_backward", 2.5 * flops, 2.0 * num_bytes, *shape)
+        newer = self.framework.attention is AttentionKernel.FLASH3
+        forward, backward = (
+            name + "_fa3" * (newer and self.device.has_efficiency(name + "_fa3", self.dtype.value))
+            for name in ("attention_forward", "attention_backward")
+        )
+        self.forward = self.forward + self._roofline(forward, flops, num_bytes, *shape)
+        self.by_input = self.by_input + self._roofline(backward, 2.5 * flops, 2.0 * num_bytes, *shape)
         self._launch(1, 3)  # backward: the dot product of outputs and their gradients, the kernel, a conversion
+
+    def _written_out(self, heads: Any, query_dim: int, value_dim: int) -> None:
+        """Two batched matmuls, one product a head and sequence, over all pairs, with the softmax's passes between.
+
+        Megatron's fused softmax works on blocks of four score matrices: where heads a rank times sequences is no
+        multiple of four it is written out as well, in float32 (megatron/fused_kernels, ``get_batch_per_block``;
+        ``fused_softmax.py: is_kernel_available``).
+        """
+        seq_len, table = float(self.workload.seq_len), self.framework.pointwise
+        queries, products = seq_len / self.batch.cp, heads * self.batch.micro_batch_size
+        for contracted, wide in ((query_dim, seq_len), (value_dim, seq_len)):
+            flops = 2.0 * products * queries * wide * contracted
+            num_bytes = self.size * products * (queries * wide + (queries + wide) * contracted)
+            first = self._roofline("matmul", flops, num_bytes, queries, wide, float(contracted))
+            self.forward = self.forward + first
+            self.by_input = self.by_input + 2.0 * first
+            self._launch(1, 2)
+        if table.softmax is not None:
+            scores = products * queries * seq_len
+            self.pointwise(table.softmax, scores)
+            self.pointwise(table.loss, np.where(products % 4 == 0, 0.0, scores))
 
     def _mlp(self, hidden: int, ffn_size: int, gated: bool) -> None:
         width = ffn_size / self.tp
@@ -257,7 +319,7 @@ class _Clock:
         num_bytes = self.size * (rows * (n + k) + busy * n * k)
         flops = 2.0 * rows * n * k
         self.last = self._roofline("grouped_matmul", flops, num_bytes, m, n, k)
-        self.forward = self.forward + self.last
+        self.forward, self.projections = self.forward + self.last, self.projections + self.last
         self.by_input = self.by_input + self._roofline("grouped_matmul", flops, num_bytes, m, k, n)
         self.by_weight = self.by_weight + self._roofline("grouped_matmul", flops, num_bytes, k, n, m)
         self._launch(1, 2)
@@ -265,27 +327,29 @@ class _Clock:
     def total(self, inverse: NDArray[np.int64], *, recomputes: bool) -> BlockSeconds:
         """The sums, spread to every config; only decoder blocks are recomputed.
 
-        A recomputed forward ends at the last tensor that backward needs: the block's last projection and the residual
-        addition behind it are not repeated (torch/utils/checkpoint.py, early stop; ``executors/recompute.py``).
+        Where the target stops early, a recomputed forward ends at the last tensor that backward needs: the block's last
+        projection and the residual addition behind it are not repeated (torch/utils/checkpoint.py, early stop;
+        ``executors/recompute.py``).
         """
         full, selective = (
             self.batch.is_recompute(choice) & recomputes for choice in (Recompute.FULL, Recompute.SELECTIVE)
         )
-        again, rest_again = self.forward - self.last - self.last_rest, self.rest - self.last_rest
-        recompute = np.where(full, again, np.where(selective, rest_again, 0.0))
-        recompute_calls = np.where(full, self.forward_calls, np.where(selective, self.rest_calls, 0.0))
-        backward = self.by_input + self.by_weight
+        choice, early = self.framework.selective, self.framework.recompute_stops_early
+        again = self.forward - early * (self.last + self.last_rest)
+        part = choice.rest * (self.rest - self.last_rest) + choice.core * self.core
+        part = part + choice.projections * self.projections
+        part_calls = choice.rest * self.rest_calls + choice.core * self.core_calls
+        part_calls = part_calls + choice.projections * (self.forward_calls - self.rest_calls - self.core_calls)
+        recompute = np.where(full, again, np.where(selective, part, 0.0))
+        recompute_calls = np.where(full, self.forward_calls, np.where(selective, part_calls, 0.0))
+        launch_s = self.device.launch_s * self.framework.host.launch_factor
         arrays = (
             self.forward,
             self.by_input,
             self.by_weight,
             recompute,
-            self._host(self.forward_calls, self.forward),
-            self._host(self.backward_calls, backward),
-            self._host(recompute_calls, recompute),
+            self.forward_calls * launch_s,
+            self.backward_calls * launch_s,
+            recompute_calls * launch_s,
         )
         return BlockSeconds(*(np.broadcast_to(array, (len(self.batch),))[inverse] for array in arrays))
-
-    def _host(self, calls: Any, kernels: FloatArray) -> FloatArray:
-        launches = np.asarray(calls * self.device.launch_s, dtype=np.float64)
-        return np.maximum(launches - kernels, 0.0) if launches_ahead(self.device) else launches

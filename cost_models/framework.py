@@ -6,15 +6,17 @@ NOT_IN_FRAMEWORK and counted.
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import numpy as np
 
-from meshwright import InputError
 from meshwright.cost_models.strategy import (
     RECOMPUTES,
     SCHEDULES,
     BoolArray,
     ConfigBatch,
     IntArray,
+    Partition,
     Recompute,
     Schedule,
 )
@@ -60,6 +62,52 @@ class Pointwise:
     adamw: PointwiseCost  # a parameter tensor in the optimizer's dtype, forward being the update
     sgd: PointwiseCost  # the same
     accumulate: PointwiseCost  # a gradient added to those of earlier micro-batches
+    dropout: PointwiseCost = PointwiseCost(
+        forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=0
+    )  # the residual stream, after each attention and feed-forward layer
+    softmax: PointwiseCost | None = (
+        None  # the scores, where attention is written out
+    )
+    quantize: PointwiseCost = PointwiseCost(
+        forward_kernels=2, forward_passes=3, backward_kernels=3, backward_passes=4
+    )  # the input of a matmul in fewer bits: its range found, cast and transposed
+
+
+class AttentionKernel(StrEnum):
+    """Which kernels work out attention; the curves of ``Device.efficiency`` that they follow."""
+
+    FLASH = "flash"  # FlashAttention-2, as torch's own
+    FLASH3 = "flash3"  # FlashAttention-3 or cuDNN on Hopper
+    WRITTEN_OUT = "written out"  # batched matmuls with a softmax between them
+
+
+@record
+class Selective:
+    """What selective recompute works out again of a decoder block, as shares of each part's forward.
+
+    ``rest`` are the memory-bound operators, ``core`` is attention between its projections, ``projections`` the
+    matmuls with weights.
+    """
+
+    rest: float = 1.0
+    core: float = 0.0
+    projections: float = 0.0
+
+
+@record
+class HostCost:
+    """What a target's Python costs, apart from the kernels it launches.
+
+    A device that runs behind its host hides these up to ``run_ahead``: a block takes
+    ``(device^q + host^q)^(1/q)`` seconds, ``q = run_ahead``, from the sum (1) to the larger of both (infinity): kernels
+    differ in length, so that some always wait for the host.
+    """
+
+    launch_factor: float = 1.0  # seconds of one operator over the device's ``launch_s``
+    collective_s: float = 0.0  # one call of a collective
+    microbatch_s: float = 0.0  # one micro-batch on one stage: the schedule's own work, exposed
+    step_s: float = 0.0  # one step: batch, bookkeeping, synchronisation, exposed
+    run_ahead: float = 8.0
 
 
 @record
@@ -89,87 +137,21 @@ class Framework:
     overlap_tp: float
     overlap_pp: float
     pointwise: Pointwise
-
-
-# One ATen kernel after another, as Hugging Face's modules call them: operands of each operator counted once, on
-# transformers 5.23 and torch 2.13 (models/llama/modeling_llama.py, autograd's derivatives, cross entropy over float32
-# logits, executors/loss.py, torch.optim.AdamW). An RMSNorm that calls functional.rms_norm costs as little as LayerNorm;
-# GPT-2's gelu, written out, passes 18 and 29 times instead of 2 and 3.
-EAGER_TORCH = Pointwise(
-    rms_norm=PointwiseCost(
-        forward_kernels=8,
-        forward_passes=2,
-        forward_float32_passes=5,
-        forward_casts=2,
-        backward_kernels=16,
-        backward_passes=6,
-        backward_float32_passes=18,
-        backward_casts=2,
-    ),
-    layer_norm=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=1, backward_passes=3),
-    rotary=PointwiseCost(forward_kernels=10, forward_passes=10, backward_kernels=18, backward_passes=16),
-    activation=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=1, backward_passes=3),
-    gated_activation=PointwiseCost(forward_kernels=2, forward_passes=5, backward_kernels=3, backward_passes=9),
-    residual=PointwiseCost(forward_kernels=1, forward_passes=3, backward_kernels=1, backward_passes=3),
-    branch=PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=3),
-    embedding=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=1, backward_passes=1),
-    embedding_table=PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=1),
-    loss=PointwiseCost(
-        forward_kernels=3,
-        forward_passes=0,
-        forward_float32_passes=3,
-        forward_casts=1,
-        backward_kernels=4,
-        backward_passes=0,
-        backward_float32_passes=5,
-        backward_casts=1,
-    ),
-    sharded_loss=PointwiseCost(
-        forward_kernels=16,
-        forward_passes=0,
-        forward_float32_passes=6,
-        forward_casts=1,
-        backward_kernels=10,
-        backward_passes=0,
-        backward_float32_passes=8,
-        backward_casts=2,
-    ),
-    routing=PointwiseCost(forward_kernels=12, forward_passes=4, backward_kernels=8, backward_passes=6),
-    adamw=PointwiseCost(forward_kernels=9, forward_passes=25, backward_kernels=0, backward_passes=0),
-    sgd=PointwiseCost(forward_kernels=1, forward_passes=3, backward_kernels=0, backward_passes=0),
-    accumulate=PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=3),
-)
-
-MESHWRIGHT = Framework(
-    name="meshwright",
-    schedules=(Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED),
-    zero_stages=(0, 1, 2, 3),
-    recomputes=(Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL),
-    context_parallel=False,
-    expert_parallel=False,
-    partial_sharding=False,
-    vocab_parallel=True,
-    tensor_parallel_moe=False,
-    fused_projections=False,
-    windowed_attention=False,
-    eager_rms_norm=True,
-    regathers_sequence=False,
-    overlap_dp_reduce=1.0,  # FSDP2 reduces a unit while the backward of the one before it runs
-    overlap_dp_gather=1.0,  # FSDP2 gathers the next unit while the one at hand runs
-    overlap_tp=0.0,
-    overlap_pp=0.0,
-    pointwise=EAGER_TORCH,
-)
-
-FRAMEWORKS: dict[str, Framework] = {"meshwright": MESHWRIGHT}
-
-
-def framework_named(name: str) -> Framework:
-    """The target of that name. Raises ``InputError`` naming the known ones."""
-    try:
-        return FRAMEWORKS[name]
-    except KeyError:
-        raise InputError(f"unknown framework {name!r}: expected one of {', '.join(FRAMEWORKS)}") from None
+    host: HostCost = HostCost()
+    attention: AttentionKernel = AttentionKernel.FLASH
+    partition: Partition = Partition.EVEN
+    pointwise_factor: float = 1.0  # seconds of the memory-bound rest over what its passes cost
+    dp_factor: float = (
+        1.0  # seconds of data-parallel collectives over what their bytes cost
+    )
+    selective: Selective = Selective()
+    recompute_stops_early: bool = True  # as torch's checkpoint; Megatron repeats the whole block
+    reduces_once: bool = False  # gradients stay whole until the last micro-batch whatever the ZeRO stage (1 and 2)
+    splits_hops: bool = False  # without sp, tp peers send a share each between stages and gather it there
+    vocab_multiple: int = 1  # the vocabulary is padded to a multiple of this times tp
+    half_precision: bool = False  # runs float16 (loss scaling)
+    float8: bool = False  # runs float8 matmuls
+    calibrated_on: str = ""  # which measurements the constants above were fitted on
 
 
 def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, workload: Workload) -> BoolArray:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from meshwright.cost_models.blocks import BlockKinds, num_tensors, rank_params
 from meshwright.cost_models.collectives import Groups, groups_of, seconds
-from meshwright.cost_models.compute import block_seconds, launches_ahead
+from meshwright.cost_models.compute import block_seconds, host_wait, launches_ahead
 from meshwright.cost_models.framework import Framework, num_microbatches
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ConfigBatch
@@ -83,11 +83,14 @@ def _parts(
 ) -> BlockParts:
     device = cluster.device
     kernels = block_seconds(kinds.kinds[index], workload, device, framework, batch)
-    spent: dict[tuple[str, str], FloatArray] = {}
-    for entry in block_traffic(kinds, index, model, workload, batch):
-        key = (entry.axis, entry.phase)
-        spent[key] = spent.get(key, np.zeros(len(batch))) + _price(entry, cluster, groups)
     zero = np.zeros(len(batch))
+    spent: dict[tuple[str, str], FloatArray] = {}
+    calls: dict[str, FloatArray] = {}  # by phase
+    for entry in block_traffic(kinds, index, model, workload, batch, framework):
+        key = (entry.axis, entry.phase)
+        factor = framework.dp_factor if entry.axis == "dp" else 1.0
+        spent[key] = spent.get(key, zero) + factor * _price(entry, cluster, groups)
+        calls[entry.phase] = calls.get(entry.phase, zero) + entry.calls
     on_streams = launches_ahead(device)  # a CPU runs collectives and compute one after the other
     gather, reduce = (share * on_streams for share in (framework.overlap_dp_gather, framework.overlap_dp_reduce))
     hidden_tp = framework.overlap_tp * on_streams
@@ -98,14 +101,28 @@ def _parts(
     tp_forward, hidden_tp_forward = hide(spent.get(("tp", "forward"), zero), hidden_tp, kernels.forward, cluster)
     tp_back = spent.get(("tp", "backward"), zero) + spent.get(("tp", "recompute"), zero)
     tp_backward, hidden_tp_backward = hide(tp_back, hidden_tp, backward + kernels.recompute, cluster)
+    call_s = framework.host.collective_s
+    back_calls = calls.get("backward", zero) + calls.get("recompute", zero)
+    host_forward = host_wait(
+        device,
+        framework,
+        kernels.forward + tp_forward + dp_forward,
+        kernels.forward_host + calls.get("forward", zero) * call_s,
+    )
+    host_backward = host_wait(
+        device,
+        framework,
+        backward + kernels.recompute + tp_backward + dp_backward,
+        kernels.backward_host + kernels.recompute_host + back_calls * call_s,
+    )
     accumulate, accumulate_host = _accumulation(kinds, index, workload, cluster, framework, batch)
     optimizer, optimizer_host = _optimizer(kinds, index, workload, cluster, framework, batch)
     return BlockParts(
         compute_forward=kernels.forward,
         compute_backward=backward + accumulate,
         recompute=kernels.recompute,
-        host_forward=kernels.forward_host,
-        host_backward=kernels.backward_host + kernels.recompute_host + accumulate_host,
+        host_forward=host_forward,
+        host_backward=host_backward + accumulate_host,
         tp_forward=tp_forward,
         tp_backward=tp_backward,
         dp_forward=dp_forward,

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright import InputError
-from meshwright.cost_models.framework import FRAMEWORKS, MESHWRIGHT, Framework
+from meshwright.cost_models.framework import Framework
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.published_hardware import cluster_named, cluster_of, target_of
 from meshwright.cost_models.published_model import model_of, workload_of
 from meshwright.cost_models.published_rows import Row, Skip, read_rows
 from meshwright.cost_models.step import estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
+from meshwright.cost_models.targets import FRAMEWORKS, MESHWRIGHT
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.model import ModelSpec

@@ -18,13 +18,7 @@ from meshwright.cost_models.blocks import block_kinds, stage_counts
 from meshwright.cost_models.collectives import groups_of, seconds, send_seconds
 from meshwright.cost_models.compute import launches_ahead
 from meshwright.cost_models.estimate import BYTES, SECONDS, BatchEstimate, Estimate, FloatArray
-from meshwright.cost_models.framework import (
-    Framework,
-    framework_named,
-    microbatches_per_round,
-    num_microbatches,
-    supported,
-)
+from meshwright.cost_models.framework import Framework, microbatches_per_round, num_microbatches, supported
 from meshwright.cost_models.memory import BlockBytes, block_bytes, rank_bytes
 from meshwright.cost_models.parts import BlockParts, block_parts, hide
 from meshwright.cost_models.placement import Placement
@@ -37,6 +31,7 @@ from meshwright.cost_models.strategy import (
     Schedule,
     legal,
 )
+from meshwright.cost_models.targets import framework_named
 from meshwright.cost_models.traffic import COUNT_BYTES, LOSS_BYTES, hop_bytes, shared_grad_bytes, tied_bytes
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.cluster import ClusterProfile, Provenance
@@ -77,9 +72,12 @@ def estimate_batch(
     framework: Framework,
     batch: ConfigBatch,
     placement: Placement = Placement(),  # noqa: B008  (a frozen record)
+    counts: FloatArray | None = None,
 ) -> BatchEstimate:
     """Cost and memory of every config of ``batch``, which must be legal and supported.
 
+    ``counts`` ``[pp, vpp, num_kinds]`` says how many blocks of each kind (``blocks.block_kinds``) a chunk holds where
+    that is not the target's default; a part of a block, as of a head that stages share, is a fraction.
     Raises ``InputError`` when the device has no rate for an operator of the model in the compute dtype.
     """
     kinds = block_kinds(model)
@@ -91,7 +89,7 @@ def estimate_batch(
         rows = np.flatnonzero((batch.pp == pp) & (batch.vpp == vpp) & (batch.schedule == schedule))
         group = _Group(
             batch=batch.take(rows),
-            counts=stage_counts(kinds, int(pp), int(vpp)),
+            counts=stage_counts(kinds, int(pp), int(vpp), framework.partition) if counts is None else counts,
             schedule=SCHEDULES[schedule],
             model=model,
             workload=workload,
@@ -115,7 +113,7 @@ class _Group:
     """Configs of one pipeline shape and schedule: ``counts`` ``[pp, vpp, num_kinds]`` blocks on each chunk."""
 
     batch: ConfigBatch
-    counts: IntArray
+    counts: IntArray | FloatArray
     schedule: Schedule
     model: ModelSpec
     workload: Workload
@@ -150,6 +148,8 @@ class _Group:
             ]
         )
         hop = self._hops()
+        wait = self.framework.host.microbatch_s
+        forward, backward = (each + wait / 2.0 / self.counts.shape[1] for each in (forward, backward))
         finish, unhindered = (self._finish(forward, backward, hops) for hops in (hop, np.zeros_like(hop)))
         busy = count * (forward + backward).sum(axis=2)
         idle = np.maximum(finish - busy, 0.0)
@@ -168,7 +168,10 @@ class _Group:
             "dp_s": count * self._by_rank(parts, "dp_forward", "dp_backward") + first + last + end,
             "bubble_s": idle - waits + delay,
             "optimizer_s": optimizer,
-            "overhead_s": count * self._by_rank(parts, "host_forward", "host_backward") + host + self._world()[:, None],
+            "overhead_s": count * (self._by_rank(parts, "host_forward", "host_backward") + wait)
+            + host
+            + self.framework.host.step_s
+            + self._world()[:, None],
             "hidden_s": count * self._by_rank(parts, "hidden") + first_hidden + last_hidden,
         }
         rows = np.arange(len(self.batch))

@@ -52,6 +52,13 @@ class Recompute(StrEnum):
     FULL = "full"
 
 
+class Partition(StrEnum):
+    """How a target cuts layers into stages when it is not told."""
+
+    EVEN = "even"  # equal numbers of layers
+    BY_COST = "by cost"  # equal matmul weights, the head counted among them
+
+
 SCHEDULES: tuple[Schedule, ...] = tuple(Schedule)
 RECOMPUTES: tuple[Recompute, ...] = tuple(Recompute)
 

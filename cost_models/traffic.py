@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models.blocks import BlockKinds, block_kinds, rank_params, stage_counts, vocab_rows
-from meshwright.cost_models.framework import num_microbatches
+from meshwright.cost_models.framework import Framework, num_microbatches
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
+from meshwright.cost_models.targets import MESHWRIGHT
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.layers import AttentionLayer, MlpLayer, MoeLayer, NormLayer
 from meshwright.profiler.model import Block, BlockKind, ModelSpec
@@ -47,7 +48,12 @@ class Collective:
 
 
 def block_traffic(
-    kinds: BlockKinds, index: int, model: ModelSpec, workload: Workload, batch: ConfigBatch
+    kinds: BlockKinds,
+    index: int,
+    model: ModelSpec,
+    workload: Workload,
+    batch: ConfigBatch,
+    framework: Framework = MESHWRIGHT,
 ) -> list[Collective]:
     """What one block of kind ``index`` adds on one rank, collectives of a group of one included with 0 calls."""
     block = kinds.kinds[index]
@@ -56,8 +62,8 @@ def block_traffic(
     elif block.kind is BlockKind.HEAD:
         entries = _head(workload, model, batch)
     else:
-        entries = _decoder(block, workload, model, batch)
-    return entries + _data_parallel(kinds, index, workload, batch)
+        entries = _decoder(block, workload, model, batch, framework)
+    return entries + _data_parallel(kinds, index, workload, batch, framework)
 
 
 def hop_bytes(model: ModelSpec, workload: Workload, batch: ConfigBatch) -> FloatArray:
@@ -140,16 +146,23 @@ def _tp(op: str, phase: Phase, calls: Any, message_bytes: FloatArray, batch: Con
     return Collective("tp", op, phase, np.where(batch.tp > 1, calls, 0.0), message_bytes)
 
 
-def _decoder(block: Block, workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Collective]:
+def _decoder(
+    block: Block, workload: Workload, model: ModelSpec, batch: ConfigBatch, framework: Framework
+) -> list[Collective]:
     """A sum (or gather and reduce-scatter) for each cut layer, forward and backward.
 
-    Full recompute repeats the forward up to the last tensor that backward needs: all but the last sum.
+    Full recompute repeats the forward, where the target stops early up to the last tensor that backward needs: all but
+    the last sum. A target that saves the sharded input of a matmul (``regathers_sequence``) gathers it in backward.
     """
     hidden = _hidden_bytes(model, workload, batch)
     cut = float(sum(isinstance(layer, AttentionLayer | MlpLayer | MoeLayer) for layer in block.layers))
     sp, full = batch.sequence_parallel, batch.is_recompute(Recompute.FULL)
     entries = []
-    for phase, sums, gathers in (("forward", cut, cut), ("backward", cut, cut), ("recompute", cut - 1, cut)):
+    for phase, sums, gathers in (
+        ("forward", cut, cut),
+        ("backward", cut, cut * (1.0 + framework.regathers_sequence)),
+        ("recompute", cut - framework.recompute_stops_early, cut),
+    ):
         on = full if phase == "recompute" else np.ones(len(batch), dtype=np.bool_)
         entries += [
             _tp("all_reduce", phase, np.where(on & ~sp, sums, 0.0), hidden, batch),  # type: ignore[arg-type]
@@ -184,7 +197,9 @@ def _head(workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Coll
     ]
 
 
-def _data_parallel(kinds: BlockKinds, index: int, workload: Workload, batch: ConfigBatch) -> list[Collective]:
+def _data_parallel(
+    kinds: BlockKinds, index: int, workload: Workload, batch: ConfigBatch, framework: Framework
+) -> list[Collective]:
     """A unit's gathers and reductions, as the table of ``executors/data_parallel.py`` has them.
 
     Each decoder block is a unit; embedding and head are one (the embedding's here) where they share a stage.
@@ -197,17 +212,19 @@ def _data_parallel(kinds: BlockKinds, index: int, workload: Workload, batch: Con
         params = np.where(batch.num_stages == 1, 0.0, params)
     on = (batch.dp * batch.cp > 1) & (params > 0)
     weights, grads = params * workload.recipe.params.num_bytes, params * workload.recipe.grads.num_bytes
-    zero = batch.zero_stage
+    zero, whole = batch.zero_stage, framework.reduces_once
+    late = whole and framework.overlap_dp_reduce == 0.0
+    in_backward = workload.recipe.has_master and not late
 
     def entry(op: str, phase: Phase, when: Any, message_bytes: FloatArray) -> Collective:
         return Collective("dp", op, phase, np.where(on & when, 1.0, 0.0), message_bytes)
 
     return [
         # replicas: FSDP2 reduces as backward goes where it casts master weights, else the executor does afterwards
-        entry("all_reduce", "last_backward" if workload.recipe.has_master else "end", zero == 0, grads),
+        entry("all_reduce", "last_backward" if in_backward else "end", zero == 0, grads),
         entry("all_gather", "first_forward", (zero == 1) | (zero == 2), weights),
         entry("all_gather", "forward", zero == 3, weights),
         entry("all_gather", "backward", (zero == 3) & (not outer), weights),
-        entry("reduce_scatter", "last_backward", zero == 1, grads),
-        entry("reduce_scatter", "backward", zero >= 2, grads),
+        entry("reduce_scatter", "end" if late else "last_backward", (zero == 1) | (whole & (zero == 2)), grads),
+        entry("reduce_scatter", "backward", (zero >= 2) & ~(whole & (zero == 2)), grads),
     ]

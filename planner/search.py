@@ -12,10 +12,11 @@ import numpy as np
 
 from meshwright import InfeasibleError, InputError
 from meshwright.cost_models.estimate import Estimate
-from meshwright.cost_models.framework import Framework, framework_named
+from meshwright.cost_models.framework import Framework
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.step import assumptions, estimate_batch
 from meshwright.cost_models.strategy import REASONS, ConfigBatch, ParallelConfig, Reason
+from meshwright.cost_models.targets import framework_named
 from meshwright.cost_models.workload import Workload
 from meshwright.planner.exhaustive import Ranking, rank
 from meshwright.planner.plan import Plan, RejectedCount, SearchReport, default_stages

@@ -112,6 +112,10 @@ class Device:
         rates = ("memory_bytes", "memory_bytes_per_s", "peak_memory_bytes_per_s")
         check_numbers(self, positive=rates, not_negative=("reserved_bytes", "launch_s"))
 
+    def has_efficiency(self, op: str, dtype: str) -> bool:
+        """Whether a curve of the operator in that dtype is known."""
+        return any(curve.op == op and curve.dtype == dtype for curve in self.efficiencies)
+
     def efficiency(self, op: str, dtype: str) -> Efficiency:
         """The curve of an operator in a dtype. Raises ``InputError`` saying what is known and how to measure it."""
         for efficiency in self.efficiencies:
@@ -140,6 +144,13 @@ class LinkTier:
 
     ``bytes_per_s`` is one pair, one direction, alone; ``contended_bytes_per_s`` the share of each device when all
     devices of a node talk across this tier at once. ``latency_s`` is that of a small message, one way.
+
+    What a collective adds to latency and bandwidth, by default nothing: ``launch_s`` is what any call costs at least
+    (its kernel, its synchronisation); ``half_bytes`` the bytes of one device over this tier at which it reaches half
+    of its rate; ``copy_hops`` a device's handling of its own chunk, in hops of a ring; ``tree_share`` the share of
+    the rate that an all-reduce by trees reaches; ``congestion`` the exponent of the slowdown over the lower domains
+    that a group joins (0.4: twice the nodes, 1.3 times the time); ``reduction_bytes_per_s`` the bytes of a buffer that
+    the switch of this tier adds up and hands back a second, None where it does not reduce.
     """
 
     name: str  # "node" (inside one), "cluster" (across), or a domain's own name
@@ -147,13 +158,20 @@ class LinkTier:
     latency_s: float
     bytes_per_s: float
     contended_bytes_per_s: float
+    launch_s: float = 0.0
+    half_bytes: float = 0.0
+    copy_hops: float = 0.0
+    tree_share: float = 1.0
+    congestion: float = 0.0
+    reduction_bytes_per_s: float | None = None
     peak_bytes_per_s: float | None = None  # the datasheet's; bytes_per_s is what a large message reaches
     source: Source
     figure_sources: tuple[FigureSource, ...] = ()
 
     def __post_init__(self) -> None:
-        rates = ("bytes_per_s", "contended_bytes_per_s", "peak_bytes_per_s")
-        check_numbers(self, positive=rates, not_negative=("latency_s",))
+        rates = ("bytes_per_s", "contended_bytes_per_s", "peak_bytes_per_s", "tree_share", "reduction_bytes_per_s")
+        terms = ("latency_s", "launch_s", "half_bytes", "copy_hops", "congestion")
+        check_numbers(self, positive=rates, not_negative=terms)
 
 
 @record

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from meshwright.cost_models.framework import MESHWRIGHT, Framework, Pointwise, PointwiseCost
+from meshwright.cost_models.framework import Framework, Pointwise, PointwiseCost
+from meshwright.cost_models.targets import MESHWRIGHT
 from meshwright.profiler.cluster import (
     ClusterProfile,
     CollectiveCurve,

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from meshwright.cost_models.collectives import groups_of, seconds
 from meshwright.cost_models.estimate import BYTES, SECONDS, CostBreakdown
-from meshwright.cost_models.framework import MESHWRIGHT, supported
+from meshwright.cost_models.framework import supported
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.step import estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule, legal
+from meshwright.cost_models.targets import MESHWRIGHT
 from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.profiler.cluster import CollectiveCurve
 

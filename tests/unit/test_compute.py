@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from meshwright import InputError
-from meshwright.cost_models.compute import attended_pairs, block_seconds
-from meshwright.cost_models.framework import PointwiseCost
+from meshwright.cost_models.compute import attended_pairs, block_seconds, host_wait
+from meshwright.cost_models.framework import HostCost, PointwiseCost
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
 from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.profiler.layers import AttentionKind, AttentionLayer, MlpLayer, MoeLayer
@@ -147,9 +147,14 @@ def test_launches_add_on_a_cpu_and_hide_behind_kernels_on_a_gpu(toy: Any) -> Non
     assert on_cpu.backward_host == pytest.approx([2 * 4 * 1e-3])
     on_gpu = block_seconds(block, WORKLOAD, toy.device("h100", launch_s=1e-3), framework, batch())
     launches = 2 * 2 + 7 + 1  # additions, seven projections, one attention kernel
-    assert on_gpu.forward_host + on_gpu.forward == pytest.approx([launches * 1e-3])
-    behind = block_seconds(block, WORKLOAD, toy.device("h100", launch_s=1e-12), framework, batch())
-    assert behind.forward_host == [0.0]
+    assert on_gpu.forward_host == pytest.approx([launches * 1e-3])
+
+
+def test_what_of_the_launches_a_device_waits_for(toy: Any) -> None:
+    gpu, target = toy.device("h100"), replace(toy.framework(), host=HostCost(run_ahead=2.0))
+    kernels, host = np.array([3.0, 3.0, 0.0]), np.array([4.0, 0.0, 2.0])
+    assert host_wait(gpu, target, kernels, host) == pytest.approx([2.0, 0.0, 2.0])  # (3^2 + 4^2)^(1/2) - 3
+    assert host_wait(toy.device(), target, kernels, host) == pytest.approx(host)  # a CPU waits for every call
 
 
 def test_full_recompute_stops_at_the_last_tensor_that_backward_needs(toy: Any) -> None:

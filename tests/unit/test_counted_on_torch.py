@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meshwright.cost_models.framework import MESHWRIGHT
 from meshwright.cost_models.memory import block_bytes
 from meshwright.cost_models.step import estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig
+from meshwright.cost_models.targets import MESHWRIGHT
 from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.profiler.cluster import load_cluster
 from meshwright.profiler.model import ModelSpec, load_model

@@ -8,14 +8,9 @@ from typing import Any
 import pytest
 
 from meshwright import InputError
-from meshwright.cost_models.framework import (
-    MESHWRIGHT,
-    framework_named,
-    microbatches_per_round,
-    num_microbatches,
-    supported,
-)
+from meshwright.cost_models.framework import microbatches_per_round, num_microbatches, supported
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Schedule
+from meshwright.cost_models.targets import MESHWRIGHT, framework_named
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.layers import MoeLayer
 from meshwright.profiler.model import Block

@@ -10,9 +10,9 @@ import pytest
 from meshwright import InfeasibleError, InputError
 from meshwright.cost_models.estimate import CostBreakdown, Estimate, MemoryBreakdown
 from meshwright.cost_models.flops import model_flops
-from meshwright.cost_models.framework import MESHWRIGHT
 from meshwright.cost_models.step import estimate
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Reason, Recompute, Schedule
+from meshwright.cost_models.targets import MESHWRIGHT
 from meshwright.cost_models.workload import Workload
 from meshwright.planner import exhaustive
 from meshwright.planner.exhaustive import rank

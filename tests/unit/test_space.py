@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from meshwright import InputError
-from meshwright.cost_models.framework import MESHWRIGHT, Framework
+from meshwright.cost_models.framework import Framework
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Reason, Recompute, Schedule
+from meshwright.cost_models.targets import MESHWRIGHT
 from meshwright.cost_models.workload import Workload
 from meshwright.planner import space as space_module
 from meshwright.planner.constraints import parse_constraints

@@ -9,9 +9,10 @@ import pytest
 
 from meshwright import InputError
 from meshwright.cost_models.estimate import SECONDS, CostBreakdown
-from meshwright.cost_models.framework import MESHWRIGHT, PointwiseCost
+from meshwright.cost_models.framework import PointwiseCost
 from meshwright.cost_models.step import assumptions, estimate, estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
+from meshwright.cost_models.targets import MESHWRIGHT
 from meshwright.cost_models.workload import RECIPES, Optimizer, Workload
 
 WORKLOAD = Workload(seq_len=32, global_batch_size=8)

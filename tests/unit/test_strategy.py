@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from meshwright import InputError
-from meshwright.cost_models.framework import MESHWRIGHT
 from meshwright.cost_models.strategy import (
     REASONS,
     ConfigBatch,
@@ -16,6 +15,7 @@ from meshwright.cost_models.strategy import (
     even_stages,
     legal,
 )
+from meshwright.cost_models.targets import MESHWRIGHT
 from meshwright.cost_models.workload import Workload
 from meshwright.planner.reasons import SENTENCES, why_illegal
 from meshwright.profiler.model import load_model

@@ -1,0 +1,273 @@
+"""The targets: what each framework that runs plans does with a config, facts about its code and calibrated constants.
+
+``framework.Framework`` explains the traits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from meshwright import InputError
+from meshwright.cost_models.framework import (
+    AttentionKernel,
+    Framework,
+    Pointwise,
+    PointwiseCost,
+    Selective,
+)
+from meshwright.cost_models.strategy import Partition, Recompute, Schedule
+
+# One ATen kernel after another, as Hugging Face's modules call them: operands of each operator counted once, on
+# transformers 5.23 and torch 2.13 (models/llama/modeling_llama.py, autograd's derivatives, cross entropy over float32
+# logits, executors/loss.py, torch.optim.AdamW). An RMSNorm that calls functional.rms_norm costs as little as LayerNorm;
+# GPT-2's gelu, written out, passes 18 and 29 times instead of 2 and 3.
+EAGER_TORCH = Pointwise(
+    rms_norm=PointwiseCost(
+        forward_kernels=8,
+        forward_passes=2,
+        forward_float32_passes=5,
+        forward_casts=2,
+        backward_kernels=16,
+        backward_passes=6,
+        backward_float32_passes=18,
+        backward_casts=2,
+    ),
+    layer_norm=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=1, backward_passes=3),
+    rotary=PointwiseCost(forward_kernels=10, forward_passes=10, backward_kernels=18, backward_passes=16),
+    activation=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=1, backward_passes=3),
+    gated_activation=PointwiseCost(forward_kernels=2, forward_passes=5, backward_kernels=3, backward_passes=9),
+    residual=PointwiseCost(forward_kernels=1, forward_passes=3, backward_kernels=1, backward_passes=3),
+    branch=PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=3),
+    embedding=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=1, backward_passes=1),
+    embedding_table=PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=1),
+    loss=PointwiseCost(
+        forward_kernels=3,
+        forward_passes=0,
+        forward_float32_passes=3,
+        forward_casts=1,
+        backward_kernels=4,
+        backward_passes=0,
+        backward_float32_passes=5,
+        backward_casts=1,
+    ),
+    sharded_loss=PointwiseCost(
+        forward_kernels=16,
+        forward_passes=0,
+        forward_float32_passes=6,
+        forward_casts=1,
+        backward_kernels=10,
+        backward_passes=0,
+        backward_float32_passes=8,
+        backward_casts=2,
+    ),
+    routing=PointwiseCost(forward_kernels=12, forward_passes=4, backward_kernels=8, backward_passes=6),
+    adamw=PointwiseCost(forward_kernels=9, forward_passes=25, backward_kernels=0, backward_passes=0),
+    sgd=PointwiseCost(forward_kernels=1, forward_passes=3, backward_kernels=0, backward_passes=0),
+    accumulate=PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=3),
+)
+
+MESHWRIGHT = Framework(
+    name="meshwright",
+    schedules=(Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED),
+    zero_stages=(0, 1, 2, 3),
+    recomputes=(Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL),
+    context_parallel=False,
+    expert_parallel=False,
+    partial_sharding=False,
+    vocab_parallel=True,
+    tensor_parallel_moe=False,
+    fused_projections=False,
+    windowed_attention=False,
+    eager_rms_norm=True,
+    regathers_sequence=False,
+    overlap_dp_reduce=1.0,  # FSDP2 reduces a unit while the backward of the one before it runs
+    overlap_dp_gather=1.0,  # FSDP2 gathers the next unit while the one at hand runs
+    overlap_tp=0.0,
+    overlap_pp=0.0,
+    pointwise=EAGER_TORCH,
+)
+
+P = PointwiseCost
+
+# Fused kernels, as Apex and Megatron-Core with Transformer Engine have them: one pass in, one out, gradients of biases
+# and norms summed beside; bias, activation, dropout and residual addition in one kernel each; a fused Adam.
+FUSED = Pointwise(
+    rms_norm=P(forward_kernels=1, forward_passes=2, backward_kernels=2, backward_passes=4),
+    layer_norm=P(forward_kernels=1, forward_passes=2, backward_kernels=2, backward_passes=4),
+    rotary=P(forward_kernels=2, forward_passes=2, backward_kernels=2, backward_passes=2),
+    activation=P(forward_kernels=1, forward_passes=2, backward_kernels=2, backward_passes=4),
+    gated_activation=P(forward_kernels=1, forward_passes=3, backward_kernels=1, backward_passes=5),
+    residual=P(forward_kernels=1, forward_passes=3, backward_kernels=1, backward_passes=3),
+    branch=P(forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=0),
+    embedding=P(forward_kernels=3, forward_passes=5, backward_kernels=3, backward_passes=4),
+    embedding_table=P(forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=1),
+    loss=P(
+        forward_kernels=8,
+        forward_passes=0,
+        forward_float32_passes=8,
+        forward_casts=1,
+        backward_kernels=4,
+        backward_passes=0,
+        backward_float32_passes=4,
+        backward_casts=1,
+    ),
+    sharded_loss=P(
+        forward_kernels=12,
+        forward_passes=0,
+        forward_float32_passes=8,
+        forward_casts=1,
+        backward_kernels=4,
+        backward_passes=0,
+        backward_float32_passes=4,
+        backward_casts=1,
+    ),
+    routing=P(forward_kernels=12, forward_passes=4, backward_kernels=8, backward_passes=6),
+    adamw=P(forward_kernels=4, forward_passes=11, backward_kernels=0, backward_passes=0),
+    sgd=P(forward_kernels=1, forward_passes=3, backward_kernels=0, backward_passes=0),
+    accumulate=P(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=2),
+)
+
+# Megatron-LM before flash attention: scores scaled, masked and normalised in one kernel, then dropped out of (the
+# mask is a byte a number); dropout behind every attention and feed-forward layer, fused with bias and addition.
+MEGATRON_2021 = replace(
+    FUSED,
+    softmax=P(forward_kernels=3, forward_passes=4.5, backward_kernels=3, backward_passes=5.5),
+    dropout=P(forward_kernels=3, forward_passes=0.5, backward_kernels=3, backward_passes=2.5),
+    loss=FUSED.loss,
+)
+
+_MEGATRON = Framework(
+    name="megatron",
+    schedules=(Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED),
+    zero_stages=(0, 1),
+    recomputes=(Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL),
+    context_parallel=True,
+    expert_parallel=True,
+    partial_sharding=False,
+    vocab_parallel=True,
+    tensor_parallel_moe=True,
+    fused_projections=True,
+    windowed_attention=True,
+    eager_rms_norm=False,
+    regathers_sequence=True,  # the input of a column-cut matmul is kept sharded and gathered again in backward
+    overlap_dp_reduce=0.0,
+    overlap_dp_gather=0.0,
+    overlap_tp=0.0,
+    overlap_pp=0.0,
+    pointwise=FUSED,
+    selective=Selective(rest=0.0, core=1.0),  # attention between its projections
+    recompute_stops_early=False,
+    reduces_once=True,
+    splits_hops=True,
+    vocab_multiple=128,
+    half_precision=True,
+)
+
+MEGATRON_LM = replace(
+    _MEGATRON, name="megatron-lm", pointwise=MEGATRON_2021, attention=AttentionKernel.WRITTEN_OUT, splits_hops=True
+)
+
+MEGATRON_DEEPSPEED = replace(
+    _MEGATRON,
+    name="megatron-deepspeed",
+    schedules=(Schedule.ONE_F_ONE_B,),
+    zero_stages=(0, 1, 2),
+    pointwise=MEGATRON_2021,
+    attention=AttentionKernel.WRITTEN_OUT,
+    context_parallel=False,
+    splits_hops=False,
+)
+
+MEGATRON_BRIDGE = replace(
+    _MEGATRON,
+    name="megatron-bridge",
+    zero_stages=(0, 1, 3),
+    attention=AttentionKernel.FLASH3,
+    overlap_dp_reduce=1.0,
+    overlap_dp_gather=1.0,
+    overlap_tp=0.5,
+    float8=True,
+)
+
+NANOTRON = replace(
+    _MEGATRON,
+    name="nanotron",
+    schedules=(Schedule.GPIPE, Schedule.ONE_F_ONE_B),
+    recomputes=(Recompute.NONE, Recompute.FULL),
+    expert_parallel=False,
+    context_parallel=False,
+    pointwise=replace(EAGER_TORCH, rms_norm=FUSED.rms_norm, adamw=EAGER_TORCH.adamw),
+    fused_projections=True,
+    regathers_sequence=True,
+    partition=Partition.BY_COST,
+    splits_hops=False,
+    vocab_multiple=1,
+    half_precision=False,
+)
+
+TORCHTITAN = replace(
+    MESHWRIGHT,
+    name="torchtitan",
+    schedules=tuple(Schedule),
+    context_parallel=True,
+    partial_sharding=True,
+    pointwise=FUSED,
+    eager_rms_norm=False,
+    selective=Selective(rest=1.0, core=0.0, projections=0.5),  # every second matmul is kept
+    float8=True,
+)
+
+LLM_FOUNDRY = replace(
+    MESHWRIGHT,
+    name="llm-foundry",
+    schedules=(Schedule.ONE_F_ONE_B,),
+    zero_stages=(0, 2, 3),
+    partial_sharding=True,
+    fused_projections=True,
+    pointwise=replace(EAGER_TORCH, rms_norm=FUSED.rms_norm),
+    eager_rms_norm=False,
+    float8=True,
+)
+
+DEEPSPEED = replace(
+    MESHWRIGHT,
+    name="deepspeed",
+    schedules=(Schedule.ONE_F_ONE_B,),
+    zero_stages=(0, 1, 2, 3),
+    half_precision=True,
+)
+
+INTERNEVO = replace(
+    _MEGATRON,
+    name="internevo",
+    zero_stages=(0, 1, 3),
+    partial_sharding=True,
+    attention=AttentionKernel.FLASH,
+    overlap_dp_reduce=1.0,
+    overlap_dp_gather=1.0,
+    context_parallel=False,
+    expert_parallel=False,
+)
+
+FRAMEWORKS: dict[str, Framework] = {
+    target.name: target
+    for target in (
+        MESHWRIGHT,
+        MEGATRON_LM,
+        MEGATRON_DEEPSPEED,
+        MEGATRON_BRIDGE,
+        NANOTRON,
+        TORCHTITAN,
+        LLM_FOUNDRY,
+        DEEPSPEED,
+        INTERNEVO,
+    )
+}
+
+
+def framework_named(name: str) -> Framework:
+    """The target of that name. Raises ``InputError`` naming the known ones."""
+    try:
+        return FRAMEWORKS[name]
+    except KeyError:
+        raise InputError(f"unknown framework {name!r}: expected one of {', '.join(FRAMEWORKS)}") from None
