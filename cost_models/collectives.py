@@ -1,18 +1,15 @@
 """Seconds of a collective on a group of ranks: measured where the profile has it, else from latency and bandwidth.
 
 The model is alpha-beta (Thakur, Rabenseifner and Gropp 2005, "Optimization of collective communication operations in
-MPICH", doi:10.1177/1094342005051521), tier by tier. A group of ``n`` ranks has ``m_j`` of them inside one domain of
-tier ``j`` and so ``D_j = n / m_j`` domains; with ``m_{-1} = 1``, ``D_{-1} = n``:
+MPICH", doi:10.1177/1094342005051521), tier by tier, with what a real library adds: the cost of a call, a ramp over
+message sizes, reduction in the switch and congestion over many nodes, each a figure of the tier (``LinkTier``) and
+zero unless stated. A group of ``n`` ranks has ``m_j`` of them inside one domain of tier ``j``; ``links.py`` holds the
+algorithms (ring, tree, switch, direct), the fastest of which is taken.
 
-* ring: ``D_{j-1} - D_j`` of its ``n - 1`` hops cross tier ``j`` and cost its latency, and the whole moves at the
-  narrowest crossing. A group with ``m_{j-1}`` ranks in each lower domain drives as many devices' share of tier ``j``
-  (NCCL lays as many rings, https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-cross-nic);
-* tree (all_reduce): up and down, ``2 log2`` latencies a tier, twice the message at the narrowest crossing
-  (double binary trees: Sanders, Speck and Traeff 2009, doi:10.1016/j.parco.2009.09.001);
-* hierarchical: reduce-scatter inside, all-reduce across with what is left, all-gather inside.
-
-The fastest is taken. Rates are contended ones (``LinkTier.contended_bytes_per_s``): in a step all groups of one axis
-communicate at the same time. Left out: protocol changes with size, which measured curves hold.
+What contends with what: all groups of one axis communicate at the same time, and every device of a node is in one of
+them, so that a device has its share of the node's network ports (``LinkTier.contended_bytes_per_s``) and a group with
+``m`` ranks on a node ``m`` of those shares, all ports when it owns the node. Collectives of different axes don't slow
+each other: a step runs them one after the other, or hides one behind compute.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from meshwright.cost_models.links import algorithms, slowdown
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ConfigBatch, IntArray
 from meshwright.profiler.cluster import ClusterProfile, CollectiveCurve, CollectiveOp
@@ -73,64 +71,41 @@ def seconds(cluster: ClusterProfile, op: str, groups: Groups, message_bytes: Any
     ``message_bytes`` is the whole tensor as ``CollectiveCurve`` defines it; it broadcasts against ``[num_configs]``.
     A measured curve of the very shape is read off (linear between sizes, the whole curve's slope beyond); of the
     nearest shape, its latency and its slope are scaled by the alpha-beta model's own. A profile without curves of the
-    op falls back to alpha-beta. On alpha-beta links all_reduce never costs more than reduce_scatter and all_gather in
+    op falls back to the model of the tiers, in which all_reduce never costs more than reduce_scatter and all_gather in
     a row; measured curves are taken as they are.
     """
     if not cluster.tiers:  # one device
         return np.zeros(groups.size.shape)
     bytes_ = np.broadcast_to(np.asarray(message_bytes, dtype=np.float64), groups.size.shape)
     curves = [curve for curve in cluster.collectives if curve.op == op]
-    result = _from_curves(cluster, op, curves, groups, bytes_) if curves else _alpha_beta(cluster, op, groups, bytes_)
+    result = _from_curves(cluster, op, curves, groups, bytes_) if curves else _modelled(cluster, op, groups, bytes_)
     return np.where((groups.size > 1) & (bytes_ > 0), result, 0.0)
 
 
 def send_seconds(cluster: ClusterProfile, first: Any, second: Any, num_bytes: Any) -> FloatArray:
-    """Seconds to send ``num_bytes`` from device ``first`` to device ``second`` while their neighbours do the same."""
+    """Seconds to send ``num_bytes`` from device ``first`` to device ``second`` while their neighbours do the same.
+
+    Ranks ``s = |second - first|`` apart are peers of the same place in neighbouring stages, and the ``s`` devices from
+    ``first`` on all send at once: where they are fewer than a lower domain (node) has, each has more than its share of
+    the ports, up to what one pair reaches alone.
+    """
     first, second, num_bytes = np.broadcast_arrays(first, second, np.asarray(num_bytes, dtype=np.float64))
-    result = np.zeros(first.shape)
-    for tier in reversed(cluster.tiers):  # the innermost domain that holds both is written last
+    senders = np.maximum(np.abs(second - first), 1)
+    result, lower = np.zeros(first.shape), [1, *(tier.group_size for tier in cluster.tiers[:-1])]
+    for tier, low in reversed(list(zip(cluster.tiers, lower, strict=True))):  # the innermost that holds both is last
         together = first // tier.group_size == second // tier.group_size
-        result = np.where(together, tier.latency_s + num_bytes / tier.contended_bytes_per_s, result)
+        shares = low / np.minimum(senders, low)
+        rate = np.minimum(tier.contended_bytes_per_s * shares, max(tier.bytes_per_s, tier.contended_bytes_per_s))
+        wire = num_bytes / rate
+        ramp = np.sqrt(wire * tier.half_bytes / rate)
+        across = (tier.latency_s + wire + ramp) * slowdown(tier, 2.0 if low > 1 else 1.0)
+        result = np.where(together, tier.launch_s + across, result)
     return np.where((first == second) | (num_bytes == 0), 0.0, result)
 
 
-def _alpha_beta(cluster: ClusterProfile, op: str, groups: Groups, num_bytes: FloatArray) -> FloatArray:
-    latency, per_byte = _terms(cluster, op, groups)
-    return np.asarray(np.min(latency + per_byte * num_bytes, axis=0))
-
-
-def _terms(cluster: ClusterProfile, op: str, groups: Groups) -> tuple[FloatArray, FloatArray]:
-    """Latency and seconds per byte of each algorithm: two arrays of shape ``[num_algorithms, num_configs]``."""
-    size, below = groups.size, np.vstack([np.ones_like(groups.size), groups.inside[:-1]])
-    ring_latency, tree_latency, layered = np.zeros_like(size), np.zeros_like(size), np.zeros_like(size)
-    layered_latency, slowest = np.zeros_like(size), np.zeros_like(size)
-    for tier, inside, lower in zip(cluster.tiers, groups.inside, below, strict=True):
-        crossed = inside > lower
-        domains = inside / lower  # lower domains that this tier joins
-        ring_latency += np.where(crossed, (size / lower - size / inside) * tier.latency_s, 0.0)
-        tree_latency += np.where(crossed, 2.0 * np.ceil(np.log2(domains)) * tier.latency_s, 0.0)
-        layered_latency += np.where(crossed, (domains - 1.0) * tier.latency_s, 0.0)
-        slowest = np.maximum(slowest, np.where(crossed, 1.0 / (lower * tier.contended_bytes_per_s), 0.0))
-        layered += np.where(crossed, (domains - 1.0) / domains / (lower * tier.contended_bytes_per_s), 0.0)
-    share = (size - 1.0) / size
-    if op == "all_to_all":  # each rank keeps 1/n and exchanges the rest directly with its peers
-        return np.stack([ring_latency]), np.stack([_exchange(cluster, groups)])
-    if op == "broadcast":  # a pipelined ring, or a tree
-        return np.stack([ring_latency, tree_latency / 2.0]), np.stack([slowest, slowest])
-    if op == "all_reduce":
-        latency = np.stack([2.0 * ring_latency, tree_latency, 2.0 * layered_latency])
-        return latency, np.stack([2.0 * share * slowest, 2.0 * slowest, 2.0 * layered])
-    return np.stack([ring_latency, layered_latency]), np.stack([share * slowest, layered])
-
-
-def _exchange(cluster: ClusterProfile, groups: Groups) -> FloatArray:
-    """Seconds per byte of a rank's input in all_to_all: the share that leaves each domain, at the tier it crosses."""
-    worst, lower = np.zeros_like(groups.size), np.ones_like(groups.size)
-    for tier, inside in zip(cluster.tiers, groups.inside, strict=True):
-        leaves = np.where(inside > lower, (groups.size - lower) / groups.size, 0.0)
-        worst = np.maximum(worst, leaves / tier.contended_bytes_per_s)
-        lower = inside
-    return worst
+def _modelled(cluster: ClusterProfile, op: str, groups: Groups, num_bytes: FloatArray) -> FloatArray:
+    ways = algorithms(cluster, op, groups.size, groups.inside)
+    return np.asarray(np.min([way.seconds(num_bytes) for way in ways], axis=0))
 
 
 def _from_curves(
@@ -155,8 +130,9 @@ def _from_curves(
 
 
 def _limits(cluster: ClusterProfile, op: str, groups: Groups) -> tuple[FloatArray, FloatArray]:
-    """Seconds of an almost empty message, and seconds per byte of a huge one, by the alpha-beta model."""
-    latency, per_byte = _terms(cluster, op, groups)
+    """Seconds of an almost empty message, and seconds per byte of a huge one, by the model of the tiers."""
+    ways = algorithms(cluster, op, groups.size, groups.inside)
+    latency, per_byte = ([way.latency_s for way in ways], [way.seconds_per_byte() for way in ways])
     return np.min(latency, axis=0), np.min(per_byte, axis=0)
 
 
