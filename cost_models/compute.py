@@ -175,7 +175,7 @@ class _Clock:
 
     def pointwise(self, cost: PointwiseCost, elements: Any) -> None:
         """A memory-bound operator over ``elements`` numbers."""
-        rate = self.device.memory_bytes_per_s / self.framework.pointwise_factor
+        rate = self.device.memory_bytes_per_s / (self.device.memory_factor * self.framework.pointwise_factor)
         cast = self.size + 4.0 if self.size < 4.0 else 0.0
         forward = cost.forward_passes * self.size + cost.forward_float32_passes * self.wide + cost.forward_casts * cast
         backward = (
@@ -210,7 +210,8 @@ class _Clock:
         curve = self.device.efficiency(op, (dtype or self.dtype).value)
         share = curve.max_share * m / (m + curve.half_m) * n / (n + curve.half_n) * k / (k + curve.half_k)
         busy = np.maximum(flops / (share * curve.peak_flops_per_s), num_bytes / self.device.memory_bytes_per_s)
-        return np.asarray(busy + curve.overhead_s, dtype=np.float64)
+        factor = self.device.attention_factor if op.startswith("attention") else self.device.matmul_factor
+        return np.asarray(factor * busy + curve.overhead_s, dtype=np.float64)
 
     def _attention(self, layer: AttentionLayer) -> None:
         heads, kv_heads = layer.num_heads / self.tp, np.maximum(layer.num_kv_heads / self.tp, 1.0)

@@ -87,6 +87,8 @@ def _parts(
     spent: dict[tuple[str, str], FloatArray] = {}
     calls: dict[str, FloatArray] = {}  # by phase
     for entry in block_traffic(kinds, index, model, workload, batch, framework):
+        if not entry.calls.any():
+            continue
         key = (entry.axis, entry.phase)
         factor = framework.dp_factor if entry.axis == "dp" else 1.0
         spent[key] = spent.get(key, zero) + factor * _price(entry, cluster, groups)
@@ -164,7 +166,10 @@ def _accumulation(
     held = rank_params(block, batch) / np.where(batch.zero_stage >= 2, batch.dp_shard, 1)
     num_bytes = held * workload.recipe.grads.num_bytes * cost.backward_passes
     host = 0.0 if launches_ahead(cluster.device) else cluster.device.launch_s * cost.backward_kernels
-    return adds * num_bytes / cluster.device.memory_bytes_per_s, adds * host * num_tensors(block)
+    return (
+        adds * num_bytes * cluster.device.memory_factor / cluster.device.memory_bytes_per_s,
+        adds * host * num_tensors(block),
+    )
 
 
 def _optimizer(
@@ -178,4 +183,6 @@ def _optimizer(
     if recipe.master is not None:
         width += recipe.master.num_bytes + recipe.params.num_bytes  # the weights are written out of the master copy
     host = 0.0 if launches_ahead(cluster.device) else cluster.device.launch_s * cost.forward_kernels
-    return owned * width / cluster.device.memory_bytes_per_s, np.full(len(batch), host * num_tensors(block))
+    return owned * width * cluster.device.memory_factor / cluster.device.memory_bytes_per_s, np.full(
+        len(batch), host * num_tensors(block)
+    )

@@ -104,6 +104,9 @@ class Device:
     communication_slowdown: float
     efficiencies: tuple[Efficiency, ...]
     samples: tuple[KernelSample, ...] = ()
+    matmul_factor: float = 1.0  # seconds of matmuls inside steps (power, clocks, cold caches) over those of the curves
+    attention_factor: float = 1.0  # the same of attention kernels
+    memory_factor: float = 1.0  # the same of memory-bound kernels, over bytes / memory_bytes_per_s
     peak_memory_bytes_per_s: float | None = None  # the datasheet's; memory_bytes_per_s is what a large copy reaches
     source: Source  # of memory, bandwidth and launch
     figure_sources: tuple[FigureSource, ...] = ()

@@ -1,0 +1,225 @@
+"""The constants that measured steps may correct: which there are, what each belongs to, and how to set it.
+
+A constant belongs to a device, to a tier of links or to a target, never to a run. A *value* is named by its owner: the
+device's kind, ``CLUSTER/TIER`` for links with ``CLUSTER`` the preset's name, or the target's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from meshwright import InputError
+from meshwright.cost_models.framework import Framework
+from meshwright.profiler.cluster import ClusterProfile, Device, LinkTier
+from meshwright.profiler.record import record
+
+Owner = Literal["device", "link", "target"]
+
+
+@record
+class Constant:
+    """One number: a field of ``Device``, ``LinkTier`` or ``Framework`` (``host.x`` of its ``HostCost``), and its range.
+
+    ``spread`` is how far, as a factor, a value may plausibly lie from its prior: what a fit is held back with.
+    """
+
+    owner: Owner
+    name: str
+    lower: float
+    upper: float
+    spread: float
+    meaning: str
+
+
+CONSTANTS: tuple[Constant, ...] = (
+    Constant(
+        owner="device",
+        name="matmul_factor",
+        lower=0.7,
+        upper=1.6,
+        spread=1.15,
+        meaning="seconds of matmuls inside steps over those of the curves",
+    ),
+    Constant(
+        owner="device",
+        name="attention_factor",
+        lower=0.5,
+        upper=2.5,
+        spread=1.3,
+        meaning="seconds of attention kernels inside steps over those of the curves",
+    ),
+    Constant(
+        owner="device",
+        name="memory_factor",
+        lower=0.7,
+        upper=2.0,
+        spread=1.2,
+        meaning="seconds of memory-bound kernels over bytes / memory_bytes_per_s",
+    ),
+    Constant(
+        owner="device",
+        name="communication_slowdown",
+        lower=0.0,
+        upper=0.6,
+        spread=1.5,
+        meaning="share by which compute slows while a collective runs",
+    ),
+    Constant(
+        owner="link",
+        name="bytes_per_s",
+        lower=1e8,
+        upper=3e12,
+        spread=1.3,
+        meaning="what one pair reaches, and each device's share with it",
+    ),
+    Constant(
+        owner="link",
+        name="latency_s",
+        lower=1e-7,
+        upper=1e-3,
+        spread=1.5,
+        meaning="one way, small message",
+    ),
+    Constant(
+        owner="target",
+        name="host.launch_factor",
+        lower=0.02,
+        upper=30.0,
+        spread=3.0,
+        meaning="host seconds of an operator over the device's launch_s",
+    ),
+    Constant(
+        owner="target",
+        name="host.collective_s",
+        lower=1e-6,
+        upper=5e-3,
+        spread=3.0,
+        meaning="host seconds of one collective call",
+    ),
+    Constant(
+        owner="target",
+        name="host.microbatch_s",
+        lower=1e-5,
+        upper=0.2,
+        spread=3.0,
+        meaning="host seconds of a micro-batch on a stage, exposed",
+    ),
+    Constant(
+        owner="target",
+        name="host.step_s",
+        lower=1e-4,
+        upper=2.0,
+        spread=3.0,
+        meaning="host seconds of a step, exposed",
+    ),
+    Constant(
+        owner="target",
+        name="host.run_ahead",
+        lower=1.0,
+        upper=16.0,
+        spread=1.5,
+        meaning="how well kernels hide launches: exponent of the sum of both",
+    ),
+    Constant(
+        owner="target",
+        name="pointwise_factor",
+        lower=0.3,
+        upper=4.0,
+        spread=1.5,
+        meaning="seconds of the memory-bound rest over what its passes cost",
+    ),
+    Constant(
+        owner="target",
+        name="dp_factor",
+        lower=0.5,
+        upper=8.0,
+        spread=1.5,
+        meaning="seconds of data-parallel collectives over what their bytes cost",
+    ),
+    Constant(
+        owner="target",
+        name="overlap_dp_reduce",
+        lower=0.0,
+        upper=1.0,
+        spread=1.5,
+        meaning="share of gradient reduction that can hide",
+    ),
+    Constant(
+        owner="target",
+        name="overlap_dp_gather",
+        lower=0.0,
+        upper=1.0,
+        spread=1.5,
+        meaning="share of weight gathering that can hide",
+    ),
+    Constant(
+        owner="target",
+        name="overlap_tp",
+        lower=0.0,
+        upper=1.0,
+        spread=1.5,
+        meaning="share of tensor-parallel exchange that can hide",
+    ),
+)
+BY_NAME: Mapping[tuple[str, str], Constant] = {(each.owner, each.name): each for each in CONSTANTS}
+
+
+@record
+class Value:
+    """One constant of one owner."""
+
+    owner: Owner
+    of: str  # the device's kind, CLUSTER/TIER, or the target
+    name: str
+    value: float
+
+    @property
+    def constant(self) -> Constant:
+        """What kind of constant it is. Raises ``InputError`` for an unknown one."""
+        try:
+            return BY_NAME[self.owner, self.name]
+        except KeyError:
+            known = ", ".join(name for owner, name in BY_NAME if owner == self.owner)
+            raise InputError(f"unknown constant {self.name!r} of a {self.owner}: expected one of {known}") from None
+
+
+def on_framework(framework: Framework, values: tuple[Value, ...]) -> Framework:
+    """The target with its own constants of ``values``."""
+    own = {each.name: each.value for each in values if each.owner == "target" and each.of == framework.name}
+    host = {name.removeprefix("host."): value for name, value in own.items() if name.startswith("host.")}
+    traits: dict[str, Any] = {name: value for name, value in own.items() if not name.startswith("host.")}
+    return replace(framework, host=replace(framework.host, **host), **traits) if own else framework
+
+
+def on_cluster(cluster: ClusterProfile, values: tuple[Value, ...]) -> ClusterProfile:
+    """The cluster with the constants of its devices and links among ``values``."""
+    preset = cluster.name.partition(":")[0]
+    devices = tuple(_on_device(device, values) for device in cluster.devices)
+    tiers = tuple(_on_tier(tier, preset, values) for tier in cluster.tiers)
+    return replace(cluster, devices=devices, tiers=tiers)
+
+
+def _on_device(device: Device, values: tuple[Value, ...]) -> Device:
+    own: dict[str, Any] = {
+        each.name: each.value for each in values if each.owner == "device" and each.of == device.kind
+    }
+    return replace(device, **own) if own else device
+
+
+def _on_tier(tier: LinkTier, preset: str, values: tuple[Value, ...]) -> LinkTier:
+    own: dict[str, Any] = {
+        each.name: each.value for each in values if each.owner == "link" and each.of == f"{preset}/{tier.name}"
+    }
+    if "bytes_per_s" in own:  # the share of each device keeps its relation to what a pair reaches
+        own["contended_bytes_per_s"] = own["bytes_per_s"] * tier.contended_bytes_per_s / tier.bytes_per_s
+    return replace(tier, **own) if own else tier
+
+
+def value_on(owner: Owner, name: str, record_: Device | LinkTier | Framework) -> float:
+    """What a record has for a constant now."""
+    found: Any = record_
+    for part in name.split("."):
+        found = getattr(found, part)
+    return float(found)
