@@ -7,7 +7,6 @@ changed ones.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,13 @@ from numpy.typing import NDArray
 from meshwright import InputError
 from meshwright.cost_models.framework import Framework
 from meshwright.cost_models.placement import Placement
+from meshwright.cost_models.published_config import Counts, config_of, counts_of
 from meshwright.cost_models.published_hardware import cluster_named, cluster_of, target_of
 from meshwright.cost_models.published_model import model_of, workload_of
 from meshwright.cost_models.published_rows import Row, Skip, read_rows
 from meshwright.cost_models.step import estimate_batch
-from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
-from meshwright.cost_models.targets import FRAMEWORKS, MESHWRIGHT
+from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig
+from meshwright.cost_models.targets import framework_named
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.model import ModelSpec
@@ -34,9 +34,6 @@ from meshwright.profiler.units import GIB
 CELL = (
     "family", "model", "layers", "kv_heads", "num_gpus", "gpu_type", "framework", "seq_len", "global_batch", "precision"
 )  # fmt: skip
-
-# targets that cut activations by sequence whenever tp > 1, where a source does not say
-SEQUENCE_PARALLEL = ("nanotron", "megatron-bridge", "torchtitan", "meshwright")
 
 
 @record
@@ -51,7 +48,7 @@ class PublishedRun:
     framework: str  # a target's name
     config: ParallelConfig
     placement: Placement = Placement()
-    counts: tuple[tuple[tuple[float, ...], ...], ...] | None = None  # blocks by stage, chunk and kind, where published
+    counts: Counts | None = None  # blocks of each stage where they are not the target's default
     scope: str = "dense"  # dense, moe or cp: rows with experts or cp > 1 are scored apart
     num_gpus: int
     status: str = "ok"  # ok, oom, failed_unspecified, memory_only, incomplete
@@ -101,6 +98,7 @@ def run_of(row: Row) -> PublishedRun:
         cluster=cluster,
         framework=framework,
         config=config,
+        counts=counts_of(row, model, config, framework_named(framework)),
         scope="moe" if model.moe else "cp" if config.cp > 1 else "dense",
         num_gpus=config.world_size,
         status=row.text("status") or "ok",
@@ -120,95 +118,6 @@ def _usable(row: Row, what: str) -> bool:
     return not said or any(word.startswith(what) for word in said.split(";"))
 
 
-def config_of(row: Row, model: ModelSpec, workload: Workload, framework: str) -> tuple[ParallelConfig, tuple[str, ...]]:
-    """How the run was split, and what had to be assumed. Raises ``Skip``."""
-    notes: list[str] = []
-    tp, pp, dp, cp = (row.integer(name, 1) for name in ("tp", "pp", "dp", "cp"))
-    if tp * pp * dp * cp != row.integer("num_gpus"):
-        raise Skip(f"tp*cp*pp*dp={tp * pp * dp * cp} is not num_gpus={row.integer('num_gpus')}")
-    ep = row.integer("ep", 1) if model.moe else 1
-    etp = row.integer("etp", tp if (dp * cp) % ep == 0 else 1) if model.moe else 1
-    if (dp * cp * tp) % (ep * etp):
-        raise Skip(f"ep*etp={ep * etp} does not divide dp*cp*tp={dp * cp * tp}")
-    micro, micro_notes = _micro_batch(row, dp)
-    if workload.global_batch_size % (dp * micro):
-        raise Skip(f"dp*micro_batch={dp * micro} does not divide global_batch={workload.global_batch_size}")
-    schedule, vpp, schedule_notes = _schedule(row, pp, model.num_layers)
-    stage, shard = _sharding(row, dp * cp)
-    recompute = row.text("recompute").lower()
-    if not recompute:
-        notes.append("recompute not published: none assumed")
-    sp = row.text("sp").lower()
-    if tp > 1 and not sp:
-        notes.append(f"sequence parallelism not published: {framework}'s own")
-    kinds = {"full": Recompute.FULL, "none": Recompute.NONE, "": Recompute.NONE}
-    config = ParallelConfig(
-        tp=tp,
-        cp=cp,
-        pp=pp,
-        dp=dp,
-        ep=ep,
-        etp=etp,
-        vpp=vpp,
-        cp_ring=cp,
-        dp_shard=shard,
-        micro_batch_size=micro,
-        zero_stage=stage,
-        sequence_parallel=tp > 1 and (sp == "true" if sp else framework in SEQUENCE_PARALLEL),
-        vocab_parallel=tp > 1,
-        schedule=schedule,
-        recompute=kinds.get(recompute, Recompute.SELECTIVE),
-    )
-    return config, (*notes, *micro_notes, *schedule_notes)
-
-
-def _micro_batch(row: Row, dp: int) -> tuple[int, tuple[str, ...]]:
-    if row.number("micro_batch") is not None:
-        return row.integer("micro_batch"), ()
-    if row.number("grad_accum") is not None:
-        share, left = divmod(row.integer("global_batch"), dp * row.integer("grad_accum"))
-        if share and not left:
-            return share, ()
-    return 1, ("micro batch not published: 1 assumed",)
-
-
-def _schedule(row: Row, pp: int, num_layers: int) -> tuple[Schedule, int, tuple[str, ...]]:
-    said, vpp = row.text("schedule").lower(), row.integer("vpp", 1)
-    if pp == 1:
-        return Schedule.ONE_F_ONE_B, 1, ()
-    if "2p" in said and "zb" in said:
-        raise Skip("no model of the schedule ZB-2p")
-    if "dualpipe" in said or "zb-v" in said or "zbv" in said:
-        raise Skip(f"no model of the schedule {row.text('schedule')}")
-    if "custom" in said:
-        raise Skip(f"no model of the schedule {row.text('schedule')}")
-    if "zb" in said:
-        return Schedule.ZB_H1, 1, ()
-    notes: tuple[str, ...] = ()
-    if row.number("vpp") is None:
-        only = "interleaved" in said and "1f1b/" not in said
-        vpp = 2 if only else 1
-        notes = (f"vpp not published: {vpp} assumed",)
-    if num_layers < pp * vpp:
-        raise Skip(f"{num_layers} layers cannot fill pp*vpp={pp * vpp} stages")
-    return (Schedule.INTERLEAVED if vpp > 1 else Schedule.ONE_F_ONE_B), vpp, notes
-
-
-def _sharding(row: Row, ranks: int) -> tuple[int, int]:
-    """``zero_stage`` and the ranks of a shard group; a group of one shards nothing."""
-    stage = int(row.number("zero_stage") or 0)
-    said, notes = row.text("optimizer_sharding").lower(), row.text("notes").lower()
-    shard = ranks
-    group = re.search(r"over (\d+) gpus|fsdp (\d+)$", said) or re.search(r"fsdp sharding group = (\d+)", notes)
-    if group:
-        wanted = int(next(text for text in group.groups() if text))
-        shard = wanted if wanted > 1 and ranks % wanted == 0 else ranks
-    elif "hsdp" in said:
-        node = row.integer("gpus_per_node", 8)
-        shard = node if ranks % node == 0 else ranks
-    return (stage, shard) if stage and shard > 1 else (0, 1)
-
-
 @dataclass(frozen=True, slots=True)
 class Group:
     """Runs that differ in their config alone: ``positions`` are theirs in the sequence that was grouped."""
@@ -219,6 +128,7 @@ class Group:
     framework: str
     placement: Placement
     batch: ConfigBatch
+    counts: NDArray[np.float64] | None
     positions: NDArray[np.int64]
 
 
@@ -241,6 +151,7 @@ def grouped(runs: Iterable[PublishedRun]) -> tuple[Group, ...]:
                 first.framework,
                 first.placement,
                 batch,
+                None if first.counts is None else np.array(first.counts, dtype=np.float64),
                 np.array(positions, dtype=np.int64),
             )
         )
@@ -257,15 +168,10 @@ class Predictions:
     reasons: tuple[str | None, ...]
 
 
-def framework_or_default(name: str) -> Framework:
-    """The target of that name, ``meshwright``'s traits where it is unknown."""
-    return FRAMEWORKS.get(name, MESHWRIGHT)
-
-
 def predict(
     groups: Iterable[Group],
     clusters: Callable[[str], ClusterProfile] = cluster_named,
-    frameworks: Callable[[str], Framework] = framework_or_default,
+    frameworks: Callable[[str], Framework] = framework_named,
     on_group: Callable[[Group], None] | None = None,
 ) -> Predictions:
     """Price every run of ``groups``; names are resolved now, and no config is refused that a published run had."""
@@ -282,6 +188,7 @@ def predict(
                 frameworks(group.framework),
                 group.batch,
                 group.placement,
+                group.counts,
             )
         except InputError as error:
             for position in group.positions:

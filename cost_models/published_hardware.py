@@ -103,9 +103,7 @@ def cluster_named(name: str) -> ClusterProfile:
 
     Raises ``InputError`` as ``load_preset`` does.
     """
-    source, _, devices = name.partition("x") if re.search(r":\d+x\d+$", name) else (name, "", "")
-    if not devices:
-        source, _, devices = name.rpartition("x") if re.search(r":\d+x\d+$", name) else (name, "", "")
+    source, _, devices = name.rpartition("x") if re.search(r":\d+x\d+$", name) else (name, "", "")
     profile = load_preset(source)
     if not devices:
         return profile
@@ -114,7 +112,7 @@ def cluster_named(name: str) -> ClusterProfile:
         raise InputError(f"{name}: a node of {source} has {whole} devices")
     group = profile.node_groups[0]
     tiers = tuple(
-        replace(tier, group_size=max(part, 1) * (tier.group_size // whole))
+        replace(tier, group_size=part * (tier.group_size // whole))
         if tier.group_size >= whole
         else replace(tier, group_size=min(tier.group_size, part))
         for tier in profile.tiers

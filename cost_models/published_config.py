@@ -1,0 +1,211 @@
+"""How a published run was split, from its columns: degrees, sharding, schedule, recompute, blocks of each stage.
+
+What a source does not say is filled with what its framework does by default, and said in the notes.
+"""
+
+from __future__ import annotations
+
+import re
+
+from meshwright.cost_models.blocks import block_kinds
+from meshwright.cost_models.framework import Framework
+from meshwright.cost_models.published_rows import Row, Skip
+from meshwright.cost_models.strategy import ParallelConfig, Partition, Recompute, Schedule
+from meshwright.cost_models.workload import Workload
+from meshwright.profiler.layers import HeadLayer, LayerSpec, MlpLayer
+from meshwright.profiler.model import ModelSpec
+
+# blocks of each kind (blocks.block_kinds) on every chunk of every pipeline rank: [pp][vpp][kind]
+Counts = tuple[tuple[tuple[float, ...], ...], ...]
+
+# targets whose tensor parallelism cuts activations by sequence too, where a source does not say: nanotron's and
+# torchtitan's default mode, what Megatron-Core's recipes turn on with tp > 1
+SEQUENCE_PARALLEL = ("nanotron", "megatron-bridge", "torchtitan", "meshwright")
+
+NO_RECOMPUTE = "recompute not published: none assumed"
+
+
+def config_of(row: Row, model: ModelSpec, workload: Workload, target: str) -> tuple[ParallelConfig, tuple[str, ...]]:
+    """How the run was split, and what had to be assumed.
+
+    A blank recompute is none: the default of every target here, and what Megatron-Bridge's performance recipes for
+    dense models do (``scripts/performance/configs/llama`` of NVIDIA-NeMo/Megatron-Bridge: all but two of some forty
+    presets; those with FSDP move activations of some layers to the host instead, which is not modelled).
+    Raises ``Skip`` where degrees, batch or layers contradict each other.
+    """
+    tp, pp, dp, cp = (row.integer(name, 1) for name in ("tp", "pp", "dp", "cp"))
+    if tp * pp * dp * cp != row.integer("num_gpus"):
+        raise Skip(f"tp*cp*pp*dp={tp * pp * dp * cp} is not num_gpus={row.integer('num_gpus')}")
+    ep, etp = _experts(row, model, tp, dp * cp)
+    micro, micro_notes = _micro_batch(row, dp)
+    if workload.global_batch_size % (dp * micro):
+        raise Skip(f"dp*micro_batch={dp * micro} does not divide global_batch={workload.global_batch_size}")
+    schedule, vpp, schedule_notes = _schedule(row, pp)
+    stage, shard = _sharding(row, dp * cp)
+    sequence_parallel, sp_notes = _sequence_parallel(row, tp, target)
+    recompute, recompute_notes = _recompute(row)
+    config = ParallelConfig(
+        tp=tp,
+        cp=cp,
+        pp=pp,
+        dp=dp,
+        ep=ep,
+        etp=etp,
+        vpp=vpp,
+        cp_ring=cp,
+        dp_shard=shard,
+        micro_batch_size=micro,
+        zero_stage=stage,
+        sequence_parallel=sequence_parallel,
+        vocab_parallel=tp > 1,
+        schedule=schedule,
+        recompute=recompute,
+    )
+    return config, (*recompute_notes, *sp_notes, *micro_notes, *schedule_notes)
+
+
+def _experts(row: Row, model: ModelSpec, tp: int, data_ranks: int) -> tuple[int, int]:
+    """``ep`` and ``etp``; a blank ``etp`` is ``tp``, as in Megatron without folding, where the ranks allow it."""
+    if model.moe is None:
+        return 1, 1
+    ep = row.integer("ep", 1)
+    etp = row.integer("etp", tp if data_ranks % ep == 0 else 1)
+    if (data_ranks * tp) % (ep * etp):
+        raise Skip(f"ep*etp={ep * etp} does not divide dp*cp*tp={data_ranks * tp}")
+    if model.moe.num_experts % ep:
+        raise Skip(f"ep={ep} does not divide the {model.moe.num_experts} experts")
+    return ep, etp
+
+
+def _micro_batch(row: Row, dp: int) -> tuple[int, tuple[str, ...]]:
+    if row.number("micro_batch") is not None:
+        return row.integer("micro_batch"), ()
+    if row.number("grad_accum") is not None:
+        share, left = divmod(row.integer("global_batch"), dp * row.integer("grad_accum"))
+        if share and not left:
+            return share, ()
+    return 1, ("micro batch not published: 1 assumed",)
+
+
+# what a schedule column says and what stands for it; None: no model
+_SCHEDULES: tuple[tuple[str, Schedule | None], ...] = (
+    (r"zb-?2p|dualpipe(?!v)|v-?half|v-?min|v-?zb|custom|afab.*\+", None),
+    (r"dualpipev", Schedule.DUALPIPEV),
+    (r"\bzb-?v\b", Schedule.ZBV),
+    (r"\bzb", Schedule.ZB_H1),
+    (r"gpipe|\bafab\b", Schedule.GPIPE),
+)
+
+
+def _schedule(row: Row, pp: int) -> tuple[Schedule, int, tuple[str, ...]]:
+    """Schedule and chunks of each rank; chunks that are not published are the least that the schedule needs."""
+    said = row.text("schedule").lower()
+    if pp == 1:
+        return Schedule.ONE_F_ONE_B, 1, ()
+    for pattern, schedule in _SCHEDULES:
+        if re.search(pattern, said):
+            if schedule is None:
+                raise Skip(f"no model of the schedule {row.text('schedule')}")
+            return schedule, 2 if schedule in (Schedule.ZBV, Schedule.DUALPIPEV) else 1, ()
+    notes: tuple[str, ...] = ()
+    vpp = row.integer("vpp", 1)
+    if row.number("vpp") is None:
+        # "1f1b/interleaved" names both; "interleaved" alone is two chunks at least
+        vpp = 2 if re.search(r"interleaved|1f1b-i\b", said) and "1f1b/" not in said else 1
+        notes = (f"vpp not published: {vpp} assumed",)
+    return (Schedule.INTERLEAVED if vpp > 1 else Schedule.ONE_F_ONE_B), vpp, notes
+
+
+def _sharding(row: Row, ranks: int) -> tuple[int, int]:
+    """``zero_stage`` and the ranks of a shard group; a group of one shards nothing."""
+    stage = int(row.number("zero_stage") or 0)
+    if stage not in (0, 1, 2, 3):
+        raise Skip(f"zero_stage {stage} is not 0 to 3")
+    said, notes = row.text("optimizer_sharding").lower(), row.text("notes").lower()
+    shard = ranks
+    group = re.search(r"over (\d+) gpus|fsdp (\d+)$", said)
+    group = group or re.search(r"fsdp (?:sharding )?group(?: =)? (\d+)", notes)
+    if group:
+        wanted = int(next(text for text in group.groups() if text))
+        shard = wanted if wanted > 1 and ranks % wanted == 0 else ranks
+    elif "hsdp" in said:
+        node = row.integer("gpus_per_node", 8)
+        shard = node if ranks % node == 0 else ranks
+    return (stage, shard) if stage and shard > 1 else (0, 1)
+
+
+def _sequence_parallel(row: Row, tp: int, target: str) -> tuple[bool, tuple[str, ...]]:
+    said = row.text("sp").lower()
+    if tp == 1:
+        return False, ()
+    if said:
+        return said in ("true", "1", "1.0", "yes"), ()
+    own = target in SEQUENCE_PARALLEL
+    return own, (f"sequence parallelism not published: {'on' if own else 'off'}, as {target} has it",)
+
+
+def _recompute(row: Row) -> tuple[Recompute, tuple[str, ...]]:
+    said = row.text("recompute").lower()
+    if not said:
+        return Recompute.NONE, (NO_RECOMPUTE,)
+    known = {"none": Recompute.NONE, "false": Recompute.NONE, "full": Recompute.FULL, "true": Recompute.FULL}
+    return known.get(said, Recompute.SELECTIVE), ()
+
+
+def counts_of(row: Row, model: ModelSpec, config: ParallelConfig, target: Framework) -> Counts | None:
+    """Blocks of each stage where a source cut its model in a way of its own; ``None`` for the target's default.
+
+    Vocabulary parallelism (arXiv 2411.05288, sections 3 and 6) moves decoder layers away from the stage of the head
+    ("redistribution"), or splits embedding and head over all stages. Zero-bubble pipelines (arXiv 2401.10241, section
+    5.1) leave a layer out of the first and of the last stage, for embedding and head; so does Megatron-Core where it
+    counts both as layers. Raises ``Skip`` with fewer layers than chunks.
+    """
+    said, stages = row.text("schedule").lower(), config.num_stages
+    if config.pp == 1 or target.partition is not Partition.EVEN:
+        return None
+    if "redis" in said and config.vpp == 1:
+        return _counts(model, config, redistributed(model, config.pp), ends=True)
+    if ("vocab" in said or "interlaced" in said) and model.num_layers % stages == 0:
+        return _counts(model, config, [model.num_layers // stages] * stages, ends=False)
+    if model.num_layers < stages:
+        per_stage, left = divmod(model.num_layers + 2, stages)
+        if left or not per_stage:
+            raise Skip(f"{model.num_layers} layers cannot fill pp*vpp={stages} stages")
+        return _counts(model, config, [per_stage - (stage in (0, stages - 1)) for stage in range(stages)], ends=True)
+    return None
+
+
+def redistributed(model: ModelSpec, pp: int) -> list[int]:
+    """Decoder layers of each stage that make the slowest stage fastest, by matmul weights: the head counts as some.
+
+    Only the last stage differs: it has the head, and fewer layers; those left over go to the stages before it.
+    """
+    layer = sum(_weights(layer, model) for layer in model.decoder_blocks[0].layers)
+    head = _weights(model.head, model)
+    best = min(
+        range(model.num_layers + 1),
+        key=lambda last: (max(-(-(model.num_layers - last) // (pp - 1)) * layer, last * layer + head), -last),
+    )
+    base, left = divmod(model.num_layers - best, pp - 1)
+    return [base + (stage < left) for stage in range(pp - 1)] + [best]
+
+
+def _weights(layer: LayerSpec, model: ModelSpec) -> int:
+    if isinstance(layer, HeadLayer):
+        return layer.hidden * layer.vocab_size
+    if isinstance(layer, MlpLayer):
+        return (2 + layer.gated) * layer.hidden * layer.ffn_size
+    return sum(rows * columns for rows, columns in model.attention.matmuls) if layer is model.attention else 0
+
+
+def _counts(model: ModelSpec, config: ParallelConfig, layers: list[int], *, ends: bool) -> Counts:
+    """Chunk ``s // pp`` of rank ``s % pp`` holds ``layers[s]`` decoder blocks; all of them alike."""
+    kinds = len(block_kinds(model))
+    stages = config.num_stages
+    table = [[[0.0] * kinds for _ in range(config.vpp)] for _ in range(config.pp)]
+    for stage, number in enumerate(layers):
+        blocks = table[stage % config.pp][stage // config.pp]
+        blocks[1] = float(number)
+        blocks[0] = float(stage == 0) if ends else 1.0 / stages
+        blocks[-1] = float(stage == stages - 1) if ends else 1.0 / stages
+    return tuple(tuple(tuple(blocks) for blocks in rank) for rank in table)
