@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 
 from meshwright.cost_models.blocks import vocab_rows
 from meshwright.cost_models.framework import AttentionKernel, Framework, PointwiseCost
+from meshwright.cost_models.roofline import operator_seconds
 from meshwright.cost_models.strategy import ConfigBatch, Recompute
 from meshwright.cost_models.workload import DType, Workload
 from meshwright.profiler.cluster import Device
+from meshwright.profiler.efficiency import WIDE_HEAD
 from meshwright.profiler.layers import (
     AttentionKind,
     AttentionLayer,
@@ -205,13 +207,18 @@ class _Clock:
         return self._roofline("matmul", 2.0 * m * n * k, num_bytes, m, n, k, dtype)
 
     def _roofline(
-        self, op: str, flops: Any, num_bytes: Any, m: Any, n: Any, k: Any, dtype: DType | None = None
+        self,
+        op: str,
+        flops: Any,
+        num_bytes: Any,
+        m: Any,
+        n: Any,
+        k: Any,
+        dtype: DType | None = None,
+        head_dim: Any = WIDE_HEAD,
     ) -> FloatArray:
-        curve = self.device.efficiency(op, (dtype or self.dtype).value)
-        share = curve.max_share * m / (m + curve.half_m) * n / (n + curve.half_n) * k / (k + curve.half_k)
-        busy = np.maximum(flops / (share * curve.peak_flops_per_s), num_bytes / self.device.memory_bytes_per_s)
-        factor = self.device.attention_factor if op.startswith("attention") else self.device.matmul_factor
-        return np.asarray(factor * busy + curve.overhead_s, dtype=np.float64)
+        chosen = (dtype or self.dtype).value
+        return operator_seconds(self.device, op, chosen, flops, num_bytes, m, n, k, head_dim)
 
     def _attention(self, layer: AttentionLayer) -> None:
         heads, kv_heads = layer.num_heads / self.tp, np.maximum(layer.num_kv_heads / self.tp, 1.0)
@@ -263,8 +270,9 @@ class _Clock:
             name + "_fa3" * (newer and self.device.has_efficiency(name + "_fa3", self.dtype.value))
             for name in ("attention_forward", "attention_backward")
         )
-        self.forward = self.forward + self._roofline(forward, flops, num_bytes, *shape)
-        self.by_input = self.by_input + self._roofline(backward, 2.5 * flops, 2.0 * num_bytes, *shape)
+        width = (query_dim + value_dim) / 2
+        self.forward = self.forward + self._roofline(forward, flops, num_bytes, *shape, head_dim=width)
+        self.by_input = self.by_input + self._roofline(backward, 2.5 * flops, 2.0 * num_bytes, *shape, head_dim=width)
         self._launch(1, 3)  # backward: the dot product of outputs and their gradients, the kernel, a conversion
 
     def _written_out(self, heads: Any, query_dim: int, value_dim: int) -> None:

@@ -49,26 +49,40 @@ class FigureSource:
 class Efficiency:
     """The share of a device's peak that an operator reaches, as a curve over its shape.
 
-    ``share(m, n, k) = max_share * m/(m + half_m) * n/(n + half_n) * k/(k + half_k)``: saturating in each size, 1/2 of
-    the limit at the half size. Seconds are ``overhead_s + FLOPs / (share * peak_flops_per_s)``. For attention
-    ``m`` is query tokens, ``n`` heads times sequences, ``k`` key tokens; of a grouped matmul, tokens an expert.
-    FLOPs of causal attention are those of the pairs that the mask keeps; backward counts 2.5 times forward.
-    ``residual`` is the median absolute relative error of the fit over its samples (0 for a datasheet figure).
+    ``profiler/efficiency.py`` derives the form: saturating in each size, 1/2 of the limit at the half size; a matmul
+    with ``tile_exponent`` runs in tiles and waves over the device's multiprocessors; attention with ``half_waves``
+    idles as much at the end of a kernel, and heads narrower than 128 lower its share by ``head_exponent``. Seconds are
+    ``overhead_s + FLOPs / (share * peak_flops_per_s)``. For attention ``m`` is query tokens, ``n`` heads times
+    sequences, ``k`` key tokens; of a grouped matmul, tokens an expert. FLOPs of causal attention are those of the pairs
+    that the mask keeps; backward counts 2.5 times forward. ``attention_forward`` and ``attention_backward`` are
+    what torch runs (flash attention 2 on a GPU), with ``_fa3`` behind them the kernels written for Hopper
+    (FlashAttention-3, cuDNN). ``residual`` is the median absolute relative error of the fit over its samples (0 for
+    a datasheet figure).
     """
 
-    op: Literal["matmul", "attention_forward", "attention_backward", "grouped_matmul"]
+    op: Literal[
+        "matmul",
+        "attention_forward",
+        "attention_backward",
+        "attention_forward_fa3",
+        "attention_backward_fa3",
+        "grouped_matmul",
+    ]
     dtype: str
     peak_flops_per_s: float
     max_share: float
     half_m: float = 0.0
     half_n: float = 0.0
     half_k: float = 0.0
+    tile_exponent: float | None = None  # None: not in tiles over multiprocessors
+    half_waves: float = 0.0
+    head_exponent: float = 0.0
     overhead_s: float = 0.0
     residual: float = 0.0
     source: Source
 
     def __post_init__(self) -> None:
-        sizes = ("half_m", "half_n", "half_k", "overhead_s", "residual")
+        sizes = ("half_m", "half_n", "half_k", "tile_exponent", "half_waves", "head_exponent", "overhead_s", "residual")
         check_numbers(self, positive=("peak_flops_per_s", "max_share"), not_negative=sizes)
 
 
@@ -94,6 +108,8 @@ class Device:
 
     ``launch_s`` is the host's cost of one eager operator when the device waits for the host.
     ``communication_slowdown`` is time of compute while a collective runs over its time alone, minus 1.
+    ``num_multiprocessors`` is what a GPU cuts its kernels over; None on others. Raises ``InputError`` when a curve
+    needs it and it is None.
     """
 
     kind: str
@@ -108,12 +124,19 @@ class Device:
     attention_factor: float = 1.0  # the same of attention kernels
     memory_factor: float = 1.0  # the same of memory-bound kernels, over bytes / memory_bytes_per_s
     peak_memory_bytes_per_s: float | None = None  # the datasheet's; memory_bytes_per_s is what a large copy reaches
+    num_multiprocessors: int | None = None
     source: Source  # of memory, bandwidth and launch
     figure_sources: tuple[FigureSource, ...] = ()
 
     def __post_init__(self) -> None:
-        rates = ("memory_bytes", "memory_bytes_per_s", "peak_memory_bytes_per_s")
+        rates = ("memory_bytes", "memory_bytes_per_s", "peak_memory_bytes_per_s", "num_multiprocessors")
         check_numbers(self, positive=rates, not_negative=("reserved_bytes", "launch_s"))
+        for curve in self.efficiencies:
+            waves = curve.tile_exponent is not None or curve.half_waves or curve.head_exponent
+            if waves and self.num_multiprocessors is None:
+                raise InputError(
+                    f"{curve.op} {curve.dtype} of {self.kind} is a curve over multiprocessors: say num_multiprocessors"
+                )
 
     def has_efficiency(self, op: str, dtype: str) -> bool:
         """Whether a curve of the operator in that dtype is known."""

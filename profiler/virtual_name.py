@@ -71,6 +71,7 @@ def parse_virtual_device(name: str) -> Device:
         kind=name,
         memory_bytes_per_s=device.memory_bytes_per_s / parts.memory_divisor,
         peak_memory_bytes_per_s=None,
+        num_multiprocessors=None,
         launch_s=0.0,
         communication_slowdown=0.0,
         efficiencies=tuple(_slower(efficiency, parts.flops_divisor) for efficiency in device.efficiencies),
@@ -87,6 +88,9 @@ def _slower(efficiency: Efficiency, divisor: float) -> Efficiency:
         half_m=0.0,
         half_n=0.0,
         half_k=0.0,
+        tile_exponent=None,
+        half_waves=0.0,
+        head_exponent=0.0,
         overhead_s=0.0,
         source=_scaled(efficiency.source, divisor),
     )

@@ -1,0 +1,104 @@
+"""Seconds of one operator on a device, from its efficiency curve: the one place where the curve's form is written.
+
+``seconds = overhead + max(FLOPs / (peak * share), bytes / memory rate)`` (the roofline of Williams, Waterman and
+Patterson 2009, doi:10.1145/1498765.1498785), with a share of peak that depends on shape.
+
+*Everywhere* ``share = max_share * m/(m + half_m) * n/(n + half_n) * k/(k + half_k)``: half of the limit at a half size.
+
+*Attention on a GPU* gives each multiprocessor tiles of 128 queries of one head. With ``w = m * n / 128 /
+multiprocessors`` tiles on each, the share is multiplied by ``w / (w + half_waves)``, for those idle at the end, and by
+``(min(head_dim, 128) / 128) ** head_exponent``, since exponentials are counted by pairs of query and key and not by
+FLOPs (FlashAttention-3, arXiv 2407.08608, section 3.1, on the rates of exponentials and of matmuls).
+
+*Matmuls on a GPU* are cut into tiles of ``tile_m x tile_n`` of the output, one multiprocessor each, in whole waves over
+all multiprocessors; ``k`` may be split in up to eight parts, whose partial sums in float32 go through memory (NVIDIA,
+Matrix Multiplication Background User's Guide, sections on tile and wave quantization). A small tile reads more numbers
+for each FLOP: with ``r = (1/128 + 1/256) / (1/tile_m + 1/tile_n)``, its reading rate over that of the largest, it
+reaches ``max_share * r ** tile_exponent``. The library takes the fastest tile and split:
+
+``busy = min over tiles, splits of max(waves * 2 tile_m tile_n (k/split + half_k) / (peak/multiprocessors * share),
+(bytes + 8 m n split [split > 1]) / memory rate)``.
+
+Nothing here is fitted but the fields of ``Efficiency``; tiles are those that cuBLAS and CUTLASS ship, multiprocessors
+a datasheet's figure. Left out: transposed operands, switches between kernels of one tile, caches, and clocks that fall
+under load; they stand in the curve's residual.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from meshwright.profiler.cluster import Efficiency
+
+FloatArray = NDArray[np.float64]
+
+TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64))
+SPLITS = (1, 2, 4, 8)
+PARTIAL_SUM_BYTES = 8.0  # a float32 written and read
+QUERY_TILE = 128
+WIDE_HEAD = 128
+
+
+def kernel_seconds(
+    curve: Efficiency,
+    *,
+    num_multiprocessors: int | None,
+    memory_bytes_per_s: float,
+    flops: Any,
+    num_bytes: Any,
+    m: Any,
+    n: Any,
+    k: Any,
+    head_dim: Any = WIDE_HEAD,
+) -> FloatArray:
+    """Seconds of each operator; ``flops``, ``num_bytes``, sizes and ``head_dim`` broadcast to the result's shape.
+
+    Sizes as ``Efficiency`` names them. Of a grouped matmul ``flops / (2 m n k)`` groups run at once. A curve with
+    ``tile_exponent`` or ``half_waves`` is read on ``num_multiprocessors`` of the device, which must not be None then.
+    """
+    m, n, k, flops, num_bytes = (np.asarray(value, dtype=np.float64) for value in (m, n, k, flops, num_bytes))
+    share = curve.max_share * m / (m + curve.half_m) * n / (n + curve.half_n)
+    moved = num_bytes / memory_bytes_per_s
+    if curve.tile_exponent is not None:
+        assert num_multiprocessors, f"{curve.op} is tiled, so that its device must say how many multiprocessors it has"
+        splits = SPLITS if curve.op == "matmul" else (1,)
+        groups = flops / np.maximum(2.0 * m * n * k, 1.0)
+        rate = curve.peak_flops_per_s * share
+        work = _tiled(curve, num_multiprocessors, memory_bytes_per_s, splits, rate, groups, num_bytes, m, n, k)
+        return np.asarray(curve.overhead_s + work)
+    share = share * k / (k + curve.half_k)
+    if curve.half_waves or curve.head_exponent:
+        assert num_multiprocessors, f"{curve.op} runs in waves, so that its device must say how many multiprocessors"
+        waves = m * n / QUERY_TILE / num_multiprocessors
+        narrow = np.minimum(np.asarray(head_dim, dtype=np.float64), WIDE_HEAD) / WIDE_HEAD
+        share = share * waves / (waves + curve.half_waves) * narrow**curve.head_exponent
+    return np.asarray(curve.overhead_s + np.maximum(flops / (share * curve.peak_flops_per_s), moved))
+
+
+def _tiled(
+    curve: Efficiency,
+    num_multiprocessors: int,
+    memory_bytes_per_s: float,
+    splits: tuple[int, ...],
+    rate: FloatArray,
+    groups: FloatArray,
+    num_bytes: FloatArray,
+    m: FloatArray,
+    n: FloatArray,
+    k: FloatArray,
+) -> FloatArray:
+    """The fastest tile and split for each shape: the menu is a first axis, reduced at the end."""
+    menu = np.array([(*tile, split) for tile in TILES for split in splits], dtype=np.float64)
+    ndim = np.broadcast(m, n, k, groups).ndim
+    tile_m, tile_n, split = (menu[:, column].reshape(-1, *([1] * ndim)) for column in range(3))
+    tiles = groups * np.ceil(m / tile_m) * np.ceil(n / tile_n) * split
+    waves = np.ceil(tiles / num_multiprocessors)
+    reading = (1 / 128 + 1 / 256) / (1 / tile_m + 1 / tile_n)
+    tile_rate = rate / num_multiprocessors * reading**curve.tile_exponent
+    computed = waves * (2.0 * tile_m * tile_n) * (k / split + curve.half_k) / tile_rate
+    sums = np.where(split > 1, PARTIAL_SUM_BYTES * split, 0.0) * (groups * m * n)
+    return np.asarray(np.maximum(computed, (num_bytes + sums) / memory_bytes_per_s).min(axis=0))
