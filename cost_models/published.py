@@ -19,6 +19,7 @@ from meshwright.cost_models.framework import Framework
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.published_config import Counts, config_of, counts_of
 from meshwright.cost_models.published_hardware import cluster_named, cluster_of, target_of
+from meshwright.cost_models.published_measured import Measured, measured_of
 from meshwright.cost_models.published_model import model_of, workload_of
 from meshwright.cost_models.published_rows import Row, Skip, read_rows
 from meshwright.cost_models.step import estimate_batch
@@ -28,7 +29,6 @@ from meshwright.cost_models.workload import Workload
 from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.model import ModelSpec
 from meshwright.profiler.record import record
-from meshwright.profiler.units import GIB
 
 # what a plan is compared within: the columns of a cell
 CELL = (
@@ -38,7 +38,7 @@ CELL = (
 
 @record
 class PublishedRun:
-    """One row that can be predicted. ``measured_*`` are ``None`` where the source does not have them."""
+    """One row that can be predicted, with what it took in reality."""
 
     row_id: str
     family: str
@@ -52,20 +52,27 @@ class PublishedRun:
     scope: str = "dense"  # dense, moe or cp: rows with experts or cp > 1 are scored apart
     num_gpus: int
     status: str = "ok"  # ok, oom, failed_unspecified, memory_only, incomplete
-    measured_step_s: float | None = None
-    measured_flops_per_s: float | None = None  # of one GPU, in the source's own count
-    measured_mfu: float | None = None
-    measured_peak_bytes: float | None = None
+    measured: Measured = Measured()
     cell: tuple[str, ...]
-    dup_group: str = ""
-    source: str = ""
+    plan: str = ""  # the schedule as published: two that we cannot tell apart are still two plans
     notes: tuple[str, ...] = ()
+
+    @property
+    def measured_step_s(self) -> float | None:
+        """Seconds of a step, ``None`` where the source does not give them for a whole configuration."""
+        return self.measured.step_s
+
+    @property
+    def measured_peak_bytes(self) -> float | None:
+        """Bytes at the peak of the fullest device, as published."""
+        return self.measured.peak_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Rows as runs, and the others as ``(row_id, family, reason)``; both in the order of the table."""
+    """Rows as runs, and the others as ``(row_id, family, reason)``; ``row_ids`` is the order of the table."""
 
+    row_ids: tuple[str, ...]
     runs: tuple[PublishedRun, ...]
     skipped: tuple[tuple[str, str, str], ...]
 
@@ -73,12 +80,13 @@ class Published:
 def read_published(path: str | Path) -> Published:
     """Translate every row of a table. Raises ``InputError`` for a file that is not such a table."""
     runs, skipped = [], []
-    for row in read_rows(path):
+    rows = read_rows(path)
+    for row in rows:
         try:
             runs.append(run_of(row))
         except Skip as reason:
             skipped.append((row.text("id"), row.text("family"), str(reason)))
-    return Published(tuple(runs), tuple(skipped))
+    return Published(tuple(row.text("id") for row in rows), tuple(runs), tuple(skipped))
 
 
 def run_of(row: Row) -> PublishedRun:
@@ -88,8 +96,6 @@ def run_of(row: Row) -> PublishedRun:
     model, model_notes = model_of(row)
     workload, workload_notes = workload_of(row)
     config, config_notes = config_of(row, model, workload, framework)
-    step = row.number("step_time_s_derived") or row.number("step_time_s")
-    peak, mfu, tflops = row.number("peak_mem_gb"), row.number("mfu_pct"), row.number("tflops_per_gpu")
     return PublishedRun(
         row_id=row.text("id"),
         family=row.text("family"),
@@ -102,20 +108,11 @@ def run_of(row: Row) -> PublishedRun:
         scope="moe" if model.moe else "cp" if config.cp > 1 else "dense",
         num_gpus=config.world_size,
         status=row.text("status") or "ok",
-        measured_step_s=step if _usable(row, "time") else None,
-        measured_flops_per_s=tflops * 1e12 if tflops else None,
-        measured_mfu=mfu / 100 if mfu else None,
-        measured_peak_bytes=peak * GIB if peak else None,
+        measured=measured_of(row, model, workload, config, cluster),
         cell=tuple(row.text(name) for name in CELL),
-        dup_group=row.text("dup_group"),
-        source=row.text("source_path"),
+        plan=row.text("schedule"),
         notes=(*cluster_notes, *model_notes, *workload_notes, *config_notes),
     )
-
-
-def _usable(row: Row, what: str) -> bool:
-    said = row.text("usable_for")
-    return not said or any(word.startswith(what) for word in said.split(";"))
 
 
 @dataclass(frozen=True, slots=True)
