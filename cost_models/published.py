@@ -58,6 +58,16 @@ class PublishedRun:
     notes: tuple[str, ...] = ()
 
     @property
+    def num_nodes(self) -> int:
+        """Nodes of the cluster it ran on; ``1`` also for a part of a node."""
+        return int(self.cluster.rpartition(":")[2].partition("x")[0])
+
+    @property
+    def has_measurement(self) -> bool:
+        """Whether the source says that it ran, and how: blank columns of a row to be predicted say nothing."""
+        return self.measured != Measured()
+
+    @property
     def measured_step_s(self) -> float | None:
         """Seconds of a step, ``None`` where the source does not give them for a whole configuration."""
         return self.measured.step_s
