@@ -136,7 +136,7 @@ def _tree(cluster: ClusterProfile, size: FloatArray, inside: FloatArray, *, redu
             assert tier.reduction_bytes_per_s is not None
             sent, rate = np.ones_like(size), tier.reduction_bytes_per_s
         else:
-            sent, rate = np.where(joined > 2, 2.0, 1.0), tier.contended_bytes_per_s * tier.tree_share
+            sent, rate = np.where(joined > 2, 2.0, 1.0), tier.contended_bytes_per_s
         legs.append(Leg(np.where(joined > 1, sent / low, 0.0), slow, rate, tier.half_bytes))
     return Algorithm(latency, tuple(legs))
 

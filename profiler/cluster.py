@@ -173,10 +173,10 @@ class LinkTier:
 
     What a collective adds to latency and bandwidth, by default nothing: ``launch_s`` is what any call costs at least
     (its kernel, its synchronisation); ``half_bytes`` the bytes of one device over this tier at which it reaches half
-    of its rate; ``copy_hops`` a device's handling of its own chunk, in hops of a ring; ``tree_share`` the share of
-    the rate that an all-reduce by trees reaches; ``congestion`` the exponent of the slowdown over the lower domains
-    that a group joins (0.4: twice the nodes, 1.3 times the time); ``reduction_bytes_per_s`` the bytes of a buffer that
-    the switch of this tier adds up and hands back a second, None where it does not reduce.
+    of its rate; ``copy_hops`` a device's handling of its own chunk, in hops of a ring; ``congestion`` the exponent of
+    the slowdown over the lower domains that a group joins (0.4: twice the nodes, 1.3 times the time);
+    ``reduction_bytes_per_s`` the bytes of a buffer that the switch of this tier adds up and hands back a second, None
+    where it does not reduce.
     """
 
     name: str  # "node" (inside one), "cluster" (across), or a domain's own name
@@ -187,7 +187,6 @@ class LinkTier:
     launch_s: float = 0.0
     half_bytes: float = 0.0
     copy_hops: float = 0.0
-    tree_share: float = 1.0
     congestion: float = 0.0
     reduction_bytes_per_s: float | None = None
     peak_bytes_per_s: float | None = None  # the datasheet's; bytes_per_s is what a large message reaches
@@ -195,7 +194,7 @@ class LinkTier:
     figure_sources: tuple[FigureSource, ...] = ()
 
     def __post_init__(self) -> None:
-        rates = ("bytes_per_s", "contended_bytes_per_s", "peak_bytes_per_s", "tree_share", "reduction_bytes_per_s")
+        rates = ("bytes_per_s", "contended_bytes_per_s", "peak_bytes_per_s", "reduction_bytes_per_s")
         terms = ("latency_s", "launch_s", "half_bytes", "copy_hops", "congestion")
         check_numbers(self, positive=rates, not_negative=terms)
 
