@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from meshwright.profiler.cluster import ClusterProfile, CollectiveCurve, Device, Efficiency
+from meshwright.profiler.efficiency import kernel_seconds
 from meshwright.profiler.environment import environment_differences
 from meshwright.profiler.record import record
 
@@ -69,11 +72,20 @@ def diff_clusters(before: ClusterProfile, after: ClusterProfile) -> ClusterDiff:
 
 
 def reference_rate(curve: Efficiency) -> float:
-    """FLOP/s of a curve at ``REFERENCE_SIZE`` in every dimension, its overhead left out."""
-    share = curve.max_share
-    for half in (curve.half_m, curve.half_n, curve.half_k):
-        share *= REFERENCE_SIZE / (REFERENCE_SIZE + half)
-    return share * curve.peak_flops_per_s
+    """FLOP/s of a curve at ``REFERENCE_SIZE`` in every dimension: its overhead, waves and memory left out."""
+    size, flops = REFERENCE_SIZE, 2.0 * REFERENCE_SIZE**3
+    smooth = replace(curve, overhead_s=0.0, half_waves=0.0, tile_exponent=None)
+    seconds = kernel_seconds(
+        smooth,
+        num_multiprocessors=1,
+        memory_bytes_per_s=np.inf,
+        flops=flops,
+        num_bytes=0.0,
+        m=size,
+        n=size,
+        k=size,
+    )
+    return flops / float(seconds)
 
 
 def _figures(profile: ClusterProfile) -> dict[str, tuple[float, str, bool]]:

@@ -54,6 +54,7 @@ class DeviceFacts:
     memory_bytes_per_s: float
     launch_s: float
     communication_slowdown: float
+    num_multiprocessors: int | None = None  # of a GPU
 
 
 @record
@@ -158,6 +159,7 @@ class Findings:
             memory_bytes_per_s=facts.memory_bytes_per_s,
             launch_s=facts.launch_s,
             communication_slowdown=facts.communication_slowdown,
+            num_multiprocessors=facts.num_multiprocessors,
             efficiencies=_efficiencies(facts, samples, self._source(), notes),
             samples=tuple(samples),
             source=self._source(),
@@ -250,6 +252,7 @@ def _efficiencies(
                     peak_flops_per_s=datasheet_peak(facts.kind, dtype) or best_rate(matmuls),
                     memory_bytes_per_s=facts.memory_bytes_per_s,
                     source=source,
+                    num_multiprocessors=facts.num_multiprocessors,
                 )
             if curve.residual > LARGE_RESIDUAL:
                 notes.append(f"{op} in {dtype}: the curve misses half of its samples by {curve.residual:.0%} or more")

@@ -240,17 +240,24 @@ def _device(ranks: Sequence[RankFacts], clock: DeviceClock, report: Report) -> N
         _memory_rate(clock, scale),
         launch_seconds(clock).seconds,
         _communication_slowdown(clock) if len(ranks) > 1 else 0.0,
+        _multiprocessors(clock.device),
     )
     by_rank = np.array(_everyone(figures))
     for kind in dict.fromkeys(facts.kind for facts in ranks):
-        memory, launch, slowdown = np.median(by_rank[[facts.kind == kind for facts in ranks]], axis=0)
+        memory, launch, slowdown, multiprocessors = np.median(by_rank[[facts.kind == kind for facts in ranks]], axis=0)
         facts = DeviceFacts(
             kind=kind,
             memory_bytes_per_s=float(memory),
             launch_s=float(launch),
             communication_slowdown=float(slowdown),
+            num_multiprocessors=int(multiprocessors) or None,
         )
         report(("device", facts))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """What a GPU cuts its kernels over; 0 of a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def _memory_rate(clock: DeviceClock, scale: Scale) -> float:

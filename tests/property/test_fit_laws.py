@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.profiler.cluster import KernelSample, Provenance, Source
-from meshwright.profiler.fit import efficiency_share, fit_efficiency, predicted_seconds
+from meshwright.profiler.fit import fit_efficiency, predicted_seconds
 
 SOURCE = Source(provenance=Provenance.MEASURED, reference="a test")
 SIZES = (32, 128, 512, 2048)
@@ -21,7 +21,8 @@ def synthetic(
 ) -> list[KernelSample]:
     m, n, k = (np.array(column, dtype=np.float64) for column in zip(*GRID, strict=True))
     flops = 2 * m * n * k
-    seconds = overhead + flops / (1e12 * efficiency_share(m, n, k, share, *half))
+    reached = share * m / (m + half[0]) * n / (n + half[1]) * k / (k + half[2])
+    seconds = overhead + flops / (1e12 * reached)
     seconds *= np.exp(noise * np.random.default_rng(seed).standard_normal(len(seconds)))
     return [
         KernelSample(

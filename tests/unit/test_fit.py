@@ -7,7 +7,7 @@ import pytest
 
 from meshwright import InputError
 from meshwright.profiler.cluster import Efficiency, KernelSample, Provenance, Source
-from meshwright.profiler.fit import best_rate, efficiency_share, fit_efficiency, predicted_seconds
+from meshwright.profiler.fit import best_rate, fit_efficiency, predicted_seconds
 
 SOURCE = Source(provenance=Provenance.MEASURED, reference="a test")
 NO_FLOOR = 1e30  # bytes a second
@@ -26,12 +26,6 @@ def true_seconds(m: float, n: float, k: float) -> float:
 
 SIZES = (16, 64, 256, 1024, 4096)
 GRID = [(m, n, k) for m in SIZES for n in SIZES for k in SIZES]
-
-
-def test_share_by_hand() -> None:
-    one = np.ones(1)
-    share = efficiency_share(96 * one, 64 * one, 16 * one, 0.8, 32, 64, 16)
-    assert share == pytest.approx([0.8 * 0.75 * 0.5 * 0.5])
 
 
 def test_a_known_curve_is_recovered() -> None:
