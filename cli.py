@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import meshwright
+from meshwright.cli_accuracy import VALIDATE_EXAMPLE, validate
 
 app = typer.Typer(
     name="meshwright",
@@ -344,6 +345,9 @@ def measure(
             typer.echo(measurement_line(measurement))
     elif found:
         show_measurements(found, stdout_console())
+
+
+app.command(epilog=VALIDATE_EXAMPLE)(validate)
 
 
 @app.command(epilog="Example: meshwright schema plan > plan.schema.json")

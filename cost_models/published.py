@@ -86,6 +86,16 @@ class Published:
     runs: tuple[PublishedRun, ...]
     skipped: tuple[tuple[str, str, str], ...]
 
+    def only(self, family: str) -> Published:
+        """The rows of one family. Raises ``InputError`` naming the families there are."""
+        runs = tuple(run for run in self.runs if run.family == family)
+        skipped = tuple(entry for entry in self.skipped if entry[1] == family)
+        if not runs and not skipped:
+            known = sorted({run.family for run in self.runs} | {entry[1] for entry in self.skipped})
+            raise InputError(f"no row of family {family!r}: there are {', '.join(known)}")
+        kept = {run.row_id for run in runs} | {entry[0] for entry in skipped}
+        return Published(tuple(row_id for row_id in self.row_ids if row_id in kept), runs, skipped)
+
 
 def read_published(path: str | Path) -> Published:
     """Translate every row of a table. Raises ``InputError`` for a file that is not such a table."""

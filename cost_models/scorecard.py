@@ -15,10 +15,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from meshwright.cost_models.published import Predictions, Published, PublishedRun
+from meshwright.cost_models.published import (
+    Group,
+    Predictions,
+    Published,
+    PublishedRun,
+    grouped,
+    predict,
+    read_published,
+)
 from meshwright.cost_models.scorecard_cells import Cell, CellScore, score_cells
 from meshwright.profiler.record import record
 
@@ -92,6 +101,30 @@ class Scorecard:
     rows: tuple[RowScore, ...]
     cells: tuple[tuple[Part, tuple[Cell, ...]], ...]
     skipped: tuple[tuple[str, str, int], ...]
+
+
+def validate(
+    path: str | Path,
+    *,
+    family: str | None = None,
+    on_progress: Callable[[float, str], None] = lambda share, text: None,
+) -> Scorecard:
+    """Read a table of published runs, predict every one, and score them; ``on_progress`` gets the share done.
+
+    Raises ``InputError`` for a file that is not such a table (see ``published_rows.read_rows``) or a family it lacks.
+    """
+    on_progress(0.0, "reading")
+    published = read_published(path)
+    if family is not None:
+        published = published.only(family)
+    groups, done = grouped(published.runs), 0
+
+    def count(group: Group) -> None:
+        nonlocal done
+        done += len(group.positions)
+        on_progress(done / len(published.runs), f"{group.model.name} on {group.cluster}")
+
+    return score(published, predict(groups, on_group=count))
 
 
 def score(published: Published, predictions: Predictions) -> Scorecard:

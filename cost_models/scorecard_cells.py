@@ -100,7 +100,7 @@ def _cell(key: tuple[str, ...], repeats: Sequence[Sequence[tuple[PublishedRun, f
 def rank_correlation(
     first: Sequence[float] | NDArray[np.float64], second: Sequence[float] | NDArray[np.float64]
 ) -> float:
-    """Spearman's coefficient: Pearson's of the ranks, ties sharing the mean of theirs; 0 where one side has no order."""
+    """Spearman's coefficient: Pearson's of the ranks, ties share the mean of theirs; 0 where a side has no order."""
     ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second)]
     centred = [rank - rank.mean() for rank in ranks]
     scale = float(np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))

@@ -18,7 +18,11 @@ import meshwright
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("profiler", "cost_models", "planner", "executors", "terminal")
-FILES = [ROOT / "__init__.py", ROOT / "cli.py", *sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+FILES = [
+    ROOT / "__init__.py",
+    *sorted(ROOT.glob("cli*.py")),
+    *sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py")),
+]
 
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
