@@ -100,6 +100,22 @@ CONSTANTS: tuple[Constant, ...] = (
     ),
     Constant(
         owner="target",
+        name="host.pipelined_collective_s",
+        lower=1e-7,
+        upper=5e-3,
+        spread=3.0,
+        meaning="host seconds of a collective call for each rank of its group, with a pipeline beside it",
+    ),
+    Constant(
+        owner="target",
+        name="host.hop_s",
+        lower=1e-6,
+        upper=1.0,
+        spread=3.0,
+        meaning="host seconds of one send or receive between stages",
+    ),
+    Constant(
+        owner="target",
         name="host.microbatch_s",
         lower=1e-5,
         upper=0.2,

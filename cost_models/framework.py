@@ -65,9 +65,7 @@ class Pointwise:
     dropout: PointwiseCost = PointwiseCost(
         forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=0
     )  # the residual stream, after each attention and feed-forward layer
-    softmax: PointwiseCost | None = (
-        None  # the scores, where attention is written out
-    )
+    softmax: PointwiseCost | None = None  # the scores, where attention is written out
     quantize: PointwiseCost = PointwiseCost(
         forward_kernels=2, forward_passes=3, backward_kernels=3, backward_passes=4
     )  # the input of a matmul in fewer bits: its range found, cast and transposed
@@ -105,6 +103,8 @@ class HostCost:
 
     launch_factor: float = 1.0  # seconds of one operator over the device's ``launch_s``
     collective_s: float = 0.0  # one call of a collective
+    pipelined_collective_s: float = 0.0  # the same for each rank of a tp group, on top, while a pipeline runs beside it
+    hop_s: float = 0.0  # one send or receive between stages, exposed
     microbatch_s: float = 0.0  # one micro-batch on one stage: the schedule's own work, exposed
     step_s: float = 0.0  # one step: batch, bookkeeping, synchronisation, exposed
     run_ahead: float = 8.0
@@ -141,9 +141,7 @@ class Framework:
     attention: AttentionKernel = AttentionKernel.FLASH
     partition: Partition = Partition.EVEN
     pointwise_factor: float = 1.0  # seconds of the memory-bound rest over what its passes cost
-    dp_factor: float = (
-        1.0  # seconds of data-parallel collectives over what their bytes cost
-    )
+    dp_factor: float = 1.0  # seconds of data-parallel collectives over what their bytes cost
     selective: Selective = Selective()
     recompute_stops_early: bool = True  # as torch's checkpoint; Megatron repeats the whole block
     reduces_once: bool = False  # gradients stay whole until the last micro-batch whatever the ZeRO stage (1 and 2)

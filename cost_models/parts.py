@@ -103,7 +103,7 @@ def _parts(
     tp_forward, hidden_tp_forward = hide(spent.get(("tp", "forward"), zero), hidden_tp, kernels.forward, cluster)
     tp_back = spent.get(("tp", "backward"), zero) + spent.get(("tp", "recompute"), zero)
     tp_backward, hidden_tp_backward = hide(tp_back, hidden_tp, backward + kernels.recompute, cluster)
-    call_s = framework.host.collective_s
+    call_s = framework.host.collective_s + (batch.pp > 1) * batch.tp * framework.host.pipelined_collective_s
     back_calls = calls.get("backward", zero) + calls.get("recompute", zero)
     host_forward = host_wait(
         device,

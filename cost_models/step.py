@@ -149,7 +149,8 @@ class _Group:
         )
         hop = self._hops()
         wait = self.framework.host.microbatch_s
-        forward, backward = (each + wait / 2.0 / self.counts.shape[1] for each in (forward, backward))
+        transfers = self._transfers() * self.framework.host.hop_s
+        forward, backward = (each + wait / 2.0 / self.counts.shape[1] + transfers for each in (forward, backward))
         finish, unhindered = (self._finish(forward, backward, hops) for hops in (hop, np.zeros_like(hop)))
         busy = count * (forward + backward).sum(axis=2)
         idle = np.maximum(finish - busy, 0.0)
@@ -168,7 +169,8 @@ class _Group:
             "dp_s": count * self._by_rank(parts, "dp_forward", "dp_backward") + first + last + end,
             "bubble_s": idle - waits + delay,
             "optimizer_s": optimizer,
-            "overhead_s": count * (self._by_rank(parts, "host_forward", "host_backward") + wait)
+            "overhead_s": count
+            * (self._by_rank(parts, "host_forward", "host_backward") + wait + 2.0 * transfers.sum(axis=1))
             + host
             + self.framework.host.step_s
             + self._world()[:, None],
@@ -190,6 +192,14 @@ class _Group:
         else:
             raise InputError(f"no cost model for the schedule {self.schedule.value}")
         return makespan[:, None] - pipeline.tail(backward[:, :, 0], hop)
+
+    def _transfers(self) -> FloatArray:
+        """Sends and receives of one micro-batch on each chunk, one way: ``[pp, vpp]``, fewer at the model's two ends."""
+        pp, vpp = self.counts.shape[:2]
+        number = np.full((pp, vpp), 2.0 if pp > 1 else 0.0)
+        number[0, 0] -= pp > 1
+        number[-1, -1] -= pp > 1
+        return number
 
     def _hops(self) -> FloatArray:
         """Seconds of a transfer between each two stages that follow each other: ``[num_configs, pp * vpp - 1]``."""
