@@ -2,7 +2,8 @@
 
 A device stands once, in ``presets/devices`` (a ``Device`` record as JSON); a file in ``presets/clusters`` names it and
 says how many a host has and by which links they are joined: ``name``, ``device``, ``devices_per_node``, ``tiers``
-(``LinkTier`` records, innermost first; the last one, the network, is resized to the cluster) and ``notes``. Rates are
+(innermost first; the last one, the network, is resized to the cluster) and ``notes``. A kind of links stands once too,
+in ``presets/links``: a tier names it and its ``group_size``; the file holds the other fields of ``LinkTier``. Rates are
 what a large message, copy or kernel is known to reach; the datasheet's own figure stands beside it, and every figure
 says whether it was measured, is a datasheet's or is assumed.
 """
@@ -19,6 +20,7 @@ from meshwright import InputError
 
 FOLDER = Path(__file__).parent / "presets" / "clusters"
 DEVICE_FOLDER = Path(__file__).parent / "presets" / "devices"
+LINK_FOLDER = Path(__file__).parent / "presets" / "links"
 
 
 def preset_names() -> tuple[str, ...]:
@@ -61,7 +63,9 @@ def profile_tree(path: Path) -> dict[str, Any]:
                 "devices_per_node": size,
             }
         ],
-        "tiers": preset["tiers"],
+        "tiers": [
+            _read(LINK_FOLDER / f"{tier['link']}.json") | {"group_size": tier["group_size"]} for tier in preset["tiers"]
+        ],
         "notes": preset["notes"],
     }
 
