@@ -95,7 +95,7 @@ def test_sizes_differ_in_digest_and_names_do_not() -> None:
     [
         ("h100-smx", "did you mean h100-sxm"),
         ("H100-SXM:4", "did you mean h100-sxm"),
-        ("frontier", "presets are a100-40gb-hdr4, a100-40gb-roce1600"),
+        ("frontier", "presets are a100-400gbps, a100-40gb-4x200"),
         ("h100-sxm:0", "whole number of at least 1"),
         ("h100-sxm:", "whole number of at least 1"),
         ("h100-sxm:-2", "whole number of at least 1"),
