@@ -1,7 +1,7 @@
 """The constants that measured steps may correct: which there are, what each belongs to, and how to set it.
 
 A constant belongs to a device, to a tier of links or to a target, never to a run. A *value* is named by its owner: the
-device's kind, ``CLUSTER/TIER`` for links with ``CLUSTER`` the preset's name, or the target's name.
+device's kind, the links' kind (the tier's name, ``node`` or ``cluster``, where they were measured), or the target's name.
 """
 
 from __future__ import annotations
@@ -81,6 +81,14 @@ CONSTANTS: tuple[Constant, ...] = (
         upper=1e-3,
         spread=1.5,
         meaning="one way, small message",
+    ),
+    Constant(
+        owner="link",
+        name="congestion",
+        lower=0.0,
+        upper=1.0,
+        spread=1.3,
+        meaning="exponent of the slowdown over the nodes that a group joins",
     ),
     Constant(
         owner="target",
@@ -187,7 +195,7 @@ class Value:
     """One constant of one owner."""
 
     owner: Owner
-    of: str  # the device's kind, CLUSTER/TIER, or the target
+    of: str  # the device's kind, the links' kind, or the target
     name: str
     value: float
 
@@ -211,9 +219,8 @@ def on_framework(framework: Framework, values: tuple[Value, ...]) -> Framework:
 
 def on_cluster(cluster: ClusterProfile, values: tuple[Value, ...]) -> ClusterProfile:
     """The cluster with the constants of its devices and links among ``values``."""
-    preset = cluster.name.partition(":")[0]
     devices = tuple(_on_device(device, values) for device in cluster.devices)
-    tiers = tuple(_on_tier(tier, preset, values) for tier in cluster.tiers)
+    tiers = tuple(_on_tier(tier, values) for tier in cluster.tiers)
     return replace(cluster, devices=devices, tiers=tiers)
 
 
@@ -224,10 +231,9 @@ def _on_device(device: Device, values: tuple[Value, ...]) -> Device:
     return replace(device, **own) if own else device
 
 
-def _on_tier(tier: LinkTier, preset: str, values: tuple[Value, ...]) -> LinkTier:
-    own: dict[str, Any] = {
-        each.name: each.value for each in values if each.owner == "link" and each.of == f"{preset}/{tier.name}"
-    }
+def _on_tier(tier: LinkTier, values: tuple[Value, ...]) -> LinkTier:
+    kind = tier.kind or tier.name
+    own: dict[str, Any] = {each.name: each.value for each in values if each.owner == "link" and each.of == kind}
     if "bytes_per_s" in own:  # the share of each device keeps its relation to what a pair reaches
         own["contended_bytes_per_s"] = own["bytes_per_s"] * tier.contended_bytes_per_s / tier.bytes_per_s
     return replace(tier, **own) if own else tier

@@ -180,6 +180,7 @@ class LinkTier:
     """
 
     name: str  # "node" (inside one), "cluster" (across), or a domain's own name
+    kind: str = ""  # of links, as presets/links names them; empty where they were measured
     group_size: int  # devices in one domain of this tier
     latency_s: float
     bytes_per_s: float

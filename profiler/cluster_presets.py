@@ -64,7 +64,8 @@ def profile_tree(path: Path) -> dict[str, Any]:
             }
         ],
         "tiers": [
-            _read(LINK_FOLDER / f"{tier['link']}.json") | {"group_size": tier["group_size"]} for tier in preset["tiers"]
+            _read(LINK_FOLDER / f"{tier['link']}.json") | {"kind": tier["link"], "group_size": tier["group_size"]}
+            for tier in preset["tiers"]
         ],
         "notes": preset["notes"],
     }
