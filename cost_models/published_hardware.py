@@ -21,8 +21,8 @@ from meshwright.profiler.record import record
 class Gpu:
     """How a GPU is written (regular expressions, no matter the case), and the presets of its machines.
 
-    ``networks``: what the interconnect column says, and the preset that has it. ``usual`` is the preset where no
-    network is published or none matches.
+    ``networks``: what the interconnect column says, and the preset that has it; the first that matches counts.
+    ``usual`` is the preset where no network is published or none matches.
     """
 
     written: str
@@ -30,41 +30,55 @@ class Gpu:
     networks: tuple[tuple[str, str], ...] = ()
 
 
+_GBPS = r"\s?gb(?:it)?(?:/s|ps)"  # Gb/s, Gbps, Gbit/s
+
 GPUS: tuple[Gpu, ...] = (
     Gpu(written=r"gb300", usual="gb300-nvl72"),
     Gpu(written=r"gb200", usual="gb200-nvl72"),
     Gpu(written=r"b300", usual="b300-sxm"),
     Gpu(written=r"b200", usual="b200-sxm"),
-    Gpu(written=r"mi300x", usual="mi300x"),
+    Gpu(written=r"mi300", usual="mi300x"),
+    Gpu(written=r"mi250", usual="mi250x"),
     Gpu(written=r"l40s", usual="l40s"),
     Gpu(written=r"rtx[ -]?4090", usual="rtx-4090"),
     Gpu(written=r"h200", usual="h200-sxm"),
-    Gpu(written=r"h800", usual="h800-sxm"),
-    Gpu(written=r"h100.*(hbm2e|9[56]gb)", usual="h100-96gb-hbm2e"),
+    Gpu(written=r"h800", usual="h800-ib"),
+    Gpu(written=r"h100.*(hbm2e|9[456] ?gb)", usual="h100-96gb-hbm2e"),
     Gpu(
-        written=r"h100",
+        written=r"h100|gh200",
         usual="h100-sxm",
-        networks=((r"\befa\b", "h100-efa"), (r"tcpx|a3 mega", "h100-a3-mega"), (r"roce|rdma", "h100-roce")),
+        networks=(
+            (r"\befa", "h100-efa"),
+            (r"tcpx|a3 ?mega", "h100-tcpxo"),
+            (r"oversubscri|pods", "h100-roce-pods"),
+            (rf"(?<!\d)800{_GBPS}(?! per gpu)|2 ?x ?400", "h100-roce800"),
+            (r"roce|rdma", "h100-roce"),
+        ),
     ),
-    Gpu(written=r"a800", usual="a800-sxm"),
+    Gpu(written=r"a800", usual="a800-ib", networks=((rf"4 ?x ?100|(?<!\d)400{_GBPS}", "a800-roce400"),)),
     Gpu(
         written=r"a100.*40 ?gb",
         usual="a100-40gb-sxm",
-        networks=((r"8x200|1600 ?gbps", "a100-40gb-sxm"), (r"4x", "a100-40gb-4x200")),
+        networks=(
+            (rf"1600{_GBPS}|8 ?x ?200.*roce|roce.*8 ?x ?200", "a100-40gb-roce1600"),
+            (rf"4x hdr|4 ?x ?200|(?<!\d)800{_GBPS}", "a100-40gb-hdr4"),
+        ),
     ),
     Gpu(
         written=r"a100",
         usual="a100-sxm",
         networks=(
-            (r"omni-?path", "a100-opa"),
-            (r"8x200gb/s hdr|8x200.*ib", "a100-sxm"),
-            (r"8x200.*roce|1600 ?gbps.*roce|roce.*1600", "a100-roce-1600"),
-            (r"800 ?gbps", "a100-800gbps"),
-            (r"4x100.*roce|400 ?gbps", "a100-400gbps"),
-            (r"roce", "a100-roce"),
+            (r"omni-?path|\bopa\b", "a100-opa4"),
+            (r"\befa", "a100-efa"),
+            (rf"1600{_GBPS}|8 ?x ?200.*roce|roce.*8 ?x ?200", "a100-roce1600"),
+            (r"8 ?x ?200", "a100-sxm"),
+            (rf"8 ?x ?100|roce.*(?<!\d)800{_GBPS}|(?<!\d)800{_GBPS}.*roce", "a100-roce800"),
+            (rf"4x hdr|4 ?x ?200|(?<!\d)800{_GBPS}", "a100-hdr4"),
+            (rf"4 ?x ?100|(?<!\d)400{_GBPS}", "a100-roce400"),
+            (r"roce", "a100-roce800"),  # a rate that is not published
         ),
     ),
-    Gpu(written=r"v100.*(sxm3|dgx-2)", usual="v100-sxm3"),
+    Gpu(written=r"v100.*(sxm3|dgx-?2)", usual="v100-sxm3"),
     Gpu(written=r"v100.*16 ?gb", usual="v100-16gb-sxm"),
     Gpu(written=r"v100", usual="v100-sxm"),
 )

@@ -54,6 +54,8 @@ def save_accuracy_plot(card: Scorecard, path: Path) -> None:
 
 
 def _panel(axes: Any, family: str, rows: Sequence[RowScore]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     measured = [row.measured_step_s or 0.0 for row in rows]
     predicted = [row.predicted_step_s or 0.0 for row in rows]
     low, high = min(*measured, *predicted) / 1.3, max(*measured, *predicted) * 1.3
@@ -63,4 +65,8 @@ def _panel(axes: Any, family: str, rows: Sequence[RowScore]) -> None:
     axes.scatter(measured, predicted, s=7, alpha=0.5, linewidths=0, color="tab:blue", rasterized=len(rows) > 500)
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
     axes.set_title(f"{family}, {len(rows)} rows", fontsize=8)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize=7, which="both")
