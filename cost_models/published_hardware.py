@@ -42,40 +42,40 @@ GPUS: tuple[Gpu, ...] = (
     Gpu(written=r"l40s", usual="l40s"),
     Gpu(written=r"rtx[ -]?4090", usual="rtx-4090"),
     Gpu(written=r"h200", usual="h200-sxm"),
-    Gpu(written=r"h800", usual="h800-ib"),
-    Gpu(written=r"h100.*(hbm2e|9[456] ?gb)", usual="h100-96gb-hbm2e"),
+    Gpu(written=r"h800", usual="h800-sxm"),
+    Gpu(written=r"h100.*(hbm2e|9[456] ?gb)", usual="h100-96gb-500w"),
     Gpu(
-        written=r"h100|gh200",
+        written=r"(?<!g)h100",
         usual="h100-sxm",
         networks=(
             (r"\befa", "h100-efa"),
-            (r"tcpx|a3 ?mega", "h100-tcpxo"),
+            (r"tcpx|a3 ?mega", "h100-a3-mega"),
             (r"oversubscri|pods", "h100-roce-pods"),
-            (rf"(?<!\d)800{_GBPS}(?! per gpu)|2 ?x ?400", "h100-roce800"),
+            (rf"(?<!\d)800{_GBPS}(?! per gpu)|2 ?x ?400", "h100-800gbps"),
             (r"roce|rdma", "h100-roce"),
         ),
     ),
-    Gpu(written=r"a800", usual="a800-ib", networks=((rf"4 ?x ?100|(?<!\d)400{_GBPS}", "a800-roce400"),)),
+    Gpu(written=r"a800", usual="a800-sxm"),
     Gpu(
         written=r"a100.*40 ?gb",
         usual="a100-40gb-sxm",
         networks=(
-            (rf"1600{_GBPS}|8 ?x ?200.*roce|roce.*8 ?x ?200", "a100-40gb-roce1600"),
-            (rf"4x hdr|4 ?x ?200|(?<!\d)800{_GBPS}", "a100-40gb-hdr4"),
+            (rf"1600{_GBPS}|8 ?x ?200.*roce|roce.*8 ?x ?200", "a100-40gb-roce-1600"),
+            (rf"4x hdr|4 ?x ?200|(?<!\d)800{_GBPS}", "a100-40gb-4x200"),
         ),
     ),
     Gpu(
         written=r"a100",
         usual="a100-sxm",
         networks=(
-            (r"omni-?path|\bopa\b", "a100-opa4"),
+            (r"omni-?path|\bopa\b", "a100-opa"),
             (r"\befa", "a100-efa"),
-            (rf"1600{_GBPS}|8 ?x ?200.*roce|roce.*8 ?x ?200", "a100-roce1600"),
+            (rf"1600{_GBPS}|8 ?x ?200.*roce|roce.*8 ?x ?200", "a100-roce-1600"),
             (r"8 ?x ?200", "a100-sxm"),
-            (rf"8 ?x ?100|roce.*(?<!\d)800{_GBPS}|(?<!\d)800{_GBPS}.*roce", "a100-roce800"),
-            (rf"4x hdr|4 ?x ?200|(?<!\d)800{_GBPS}", "a100-hdr4"),
-            (rf"4 ?x ?100|(?<!\d)400{_GBPS}", "a100-roce400"),
-            (r"roce", "a100-roce800"),  # a rate that is not published
+            (rf"8 ?x ?100|roce.*(?<!\d)800{_GBPS}|(?<!\d)800{_GBPS}.*roce", "a100-roce"),
+            (rf"4x hdr|4 ?x ?200|(?<!\d)800{_GBPS}", "a100-800gbps"),
+            (rf"4 ?x ?100|(?<!\d)400{_GBPS}", "a100-400gbps"),
+            (r"roce", "a100-roce"),  # a rate that is not published
         ),
     ),
     Gpu(written=r"v100.*(sxm3|dgx-?2)", usual="v100-sxm3"),
@@ -152,9 +152,20 @@ TARGETS: tuple[tuple[str, str, str], ...] = (
     (r"megatron-(core|bridge)|\bnemo\b|\bmcore\b", "", "megatron-bridge"),
     (r"megatron-lm fork", "", "megatron-lm"),
     (r"megatron-lm", r"h100|h200|h800|b200|b300|gb200|gb300", "megatron-bridge"),
-    (r"megatron-lm|megascale", "", "megatron-lm"),
+    (r"megascale", "", "megascale"),
+    (r"megatron-lm", "", "megatron-lm"),
     (r"deepspeed", "", "deepspeed"),
 )
+
+
+def _before_flash(row: Row) -> bool:
+    """Whether Megatron-LM had no flash attention yet (it has since January 2023), by the year of the source."""
+    if "flash" in row.text("attn_impl").lower():
+        return False
+    source = row.text("source")
+    years = [2000 + int(year) for year in re.findall(r"\b(\d\d)\d\d\.\d{5}\b", source)]  # arXiv numbers
+    years = years or [int(year) for year in re.findall(r"\b20\d\d\b", source)]
+    return bool(years) and max(years) < 2023
 
 
 def target_of(row: Row) -> str:
@@ -164,5 +175,5 @@ def target_of(row: Row) -> str:
         if re.search(said, framework) and re.search(on, gpu):
             if not target:
                 break
-            return target
+            return "megatron-lm-2021" if target == "megatron-lm" and _before_flash(row) else target
     raise Skip(f"no target for framework {row.text('framework')!r}" if framework else "framework is not published")
