@@ -124,7 +124,7 @@ def run_of(row: Row) -> PublishedRun:
         cluster=cluster,
         framework=framework,
         config=config,
-        counts=counts_of(row, model, config, framework_named(framework)),
+        counts=counts_of(row, model, config, framework_named(framework), workload.seq_len),
         scope="moe" if model.moe else "cp" if config.cp > 1 else "dense",
         num_gpus=config.world_size,
         status=row.text("status") or "ok",

@@ -5,6 +5,7 @@ What a source does not say is filled with what its framework does by default, an
 
 from __future__ import annotations
 
+import math
 import re
 
 from meshwright.cost_models.blocks import block_kinds
@@ -152,7 +153,7 @@ def _recompute(row: Row) -> tuple[Recompute, tuple[str, ...]]:
     return known.get(said, Recompute.SELECTIVE), ()
 
 
-def counts_of(row: Row, model: ModelSpec, config: ParallelConfig, target: Framework) -> Counts | None:
+def counts_of(row: Row, model: ModelSpec, config: ParallelConfig, target: Framework, seq_len: int) -> Counts | None:
     """Blocks of each stage where a source cut its model in a way of its own; ``None`` for the target's default.
 
     Vocabulary parallelism (arXiv 2411.05288, sections 3 and 6) moves decoder layers away from the stage of the head
@@ -164,7 +165,7 @@ def counts_of(row: Row, model: ModelSpec, config: ParallelConfig, target: Framew
     if config.pp == 1 or target.partition is not Partition.EVEN:
         return None
     if "redis" in said and config.vpp == 1:
-        return _counts(model, config, redistributed(model, config.pp), ends=True)
+        return _counts(model, config, redistributed(model, config.pp, seq_len), ends=True)
     if ("vocab" in said or "interlaced" in said) and model.num_layers % stages == 0:
         return _counts(model, config, [model.num_layers // stages] * stages, ends=False)
     if model.num_layers < stages:
@@ -175,19 +176,20 @@ def counts_of(row: Row, model: ModelSpec, config: ParallelConfig, target: Framew
     return None
 
 
-def redistributed(model: ModelSpec, pp: int) -> list[int]:
-    """Decoder layers of each stage that make the slowest stage fastest, by matmul weights: the head counts as some.
+def redistributed(model: ModelSpec, pp: int, seq_len: int) -> list[int]:
+    """Decoder layers of each stage where the head counts as some: the last has what is left of an even share.
 
-    Only the last stage differs: it has the head, and fewer layers; those left over go to the stages before it.
+    The head is ``h`` layers by FLOPs (a token's attention over all ``seq_len`` others among a layer's); the last
+    stage takes ``(layers + h) / pp - h`` layers, rounded up, at least none: so the settings that the authors publish
+    (sail-sg/VocabularyParallelism, ``artifact/exp_one_host.csv``, layers_last). The others share the rest, those
+    before the last having one more (``transformer_block.py: get_num_layers_to_build`` there).
     """
-    layer = sum(_weights(layer, model) for layer in model.decoder_blocks[0].layers)
-    head = _weights(model.head, model)
-    best = min(
-        range(model.num_layers + 1),
-        key=lambda last: (max(-(-(model.num_layers - last) // (pp - 1)) * layer, last * layer + head), -last),
-    )
-    base, left = divmod(model.num_layers - best, pp - 1)
-    return [base + (stage < left) for stage in range(pp - 1)] + [best]
+    attention = model.attention.num_heads * (model.attention.head_dim + model.attention.value_head_dim) * seq_len
+    layer = attention + sum(_weights(layer, model) for layer in model.decoder_blocks[0].layers)
+    head = _weights(model.head, model) / layer
+    last = max(math.ceil((model.num_layers + head) / pp - head), 0)
+    base, left = divmod(model.num_layers - last, pp - 1)
+    return [base + (stage >= pp - 1 - left) for stage in range(pp - 1)] + [last]
 
 
 def _weights(layer: LayerSpec, model: ModelSpec) -> int:

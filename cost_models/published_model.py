@@ -6,6 +6,7 @@ architecture and, for embeddings, from the published number of parameters.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from meshwright.cost_models.published_rows import Row, Skip
@@ -24,6 +25,7 @@ from meshwright.profiler.model import Block, BlockKind, ModelSpec
 from meshwright.profiler.record import record
 
 GPT_VOCAB = 50304  # GPT-2's 50,257, padded to a multiple of 128 as Megatron-LM does
+SENTENCEPIECE_VOCAB = 32000  # T5's, Llama's and those of many papers' own tokenizers
 
 
 @record
@@ -62,9 +64,6 @@ def model_of(row: Row) -> tuple[ModelSpec, tuple[str, ...]]:
     experts = row.integer("experts", 1) if row.number("experts") else 0
     if experts and any(word in name for word in _LATENT):
         raise Skip("MLA ranks and shared experts have no column: not modelled")
-    vocab = row.integer("vocab", GPT_VOCAB)
-    if row.number("vocab") is None:
-        notes.append(f"vocabulary assumed {GPT_VOCAB}")
     shape = Shape(
         name=row.text("model"),
         arch_family=arch,
@@ -74,7 +73,7 @@ def model_of(row: Row) -> tuple[ModelSpec, tuple[str, ...]]:
         kv_heads=row.integer("kv_heads", heads),
         head_dim=_HEAD_DIMS.get(name.split()[0] if name else "", hidden // heads),
         ffn=row.integer("ffn", 4 * hidden) if not experts else 0,
-        vocab=vocab,
+        vocab=row.integer("vocab", GPT_VOCAB),
         positions=0 if modern or "bloom" in name or "glm" in name else row.integer("seq_len"),
         experts=experts,
         top_k=row.integer("topk", 1) if experts else 0,
@@ -87,6 +86,9 @@ def model_of(row: Row) -> tuple[ModelSpec, tuple[str, ...]]:
     )
     if hidden % heads and shape.head_dim == hidden // heads:
         raise Skip(f"heads={heads} does not divide hidden={hidden}")
+    if row.number("vocab") is None:
+        shape = replace(shape, vocab=_vocab(shape, row.number("params_b")))
+        notes.append(f"vocabulary assumed {shape.vocab}")
     tied = _tied(shape, row.number("params_b"), default=not modern and not _redistributes(row))
     return _spec(shape, tied), tuple(notes)
 
@@ -104,6 +106,20 @@ def _redistributes(row: Row) -> bool:
     """Vocabulary parallelism's models keep embedding and head apart (arXiv 2411.05288, section 6.1)."""
     schedule = row.text("schedule").lower()
     return "redis" in schedule or "vocab" in schedule
+
+
+def _vocab(shape: Shape, params_b: float | None) -> int:
+    """A vocabulary that is not published: the usual one that explains the parameters, SentencePiece's where both do.
+
+    Parameters are counted with one table, as papers do (arXiv 2104.04473, equation 2), and published in units of 0.1
+    billion. Without them GPT-2's, as in Megatron-LM's examples.
+    """
+    if params_b is None or shape.experts:
+        return GPT_VOCAB
+    return min(
+        (SENTENCEPIECE_VOCAB, GPT_VOCAB),
+        key=lambda vocab: max(abs(_spec(replace(shape, vocab=vocab), True).params - params_b * 1e9) - 0.05e9, 0.0),
+    )
 
 
 def _tied(shape: Shape, params_b: float | None, default: bool) -> bool:

@@ -163,8 +163,18 @@ _MEGATRON = Framework(
     half_precision=True,
 )
 
-MEGATRON_LM = replace(
-    _MEGATRON, name="megatron-lm", pointwise=MEGATRON_2021, attention=AttentionKernel.WRITTEN_OUT, splits_hops=True
+# Megatron-LM with --use-flash-attn (since January 2023), and its forks; dropout off
+MEGATRON_LM = replace(_MEGATRON, name="megatron-lm")
+
+# before that: attention written out, as in arXiv 2104.04473 and 2205.05198
+MEGATRON_LM_2021 = replace(
+    _MEGATRON, name="megatron-lm-2021", pointwise=MEGATRON_2021, attention=AttentionKernel.WRITTEN_OUT
+)
+
+# arXiv 2402.15627, section 3.2: gathers and reductions of ZeRO and of tensor parallelism run beside compute. Left out:
+# parallel blocks and sliding windows of its own models, which are less work than the model named.
+MEGASCALE = replace(
+    _MEGATRON, name="megascale", zero_stages=(0, 1, 2), overlap_dp_reduce=1.0, overlap_dp_gather=1.0, overlap_tp=1.0
 )
 
 MEGATRON_DEEPSPEED = replace(
@@ -254,6 +264,8 @@ FRAMEWORKS: dict[str, Framework] = {
     for target in (
         MESHWRIGHT,
         MEGATRON_LM,
+        MEGATRON_LM_2021,
+        MEGASCALE,
         MEGATRON_DEEPSPEED,
         MEGATRON_BRIDGE,
         NANOTRON,

@@ -282,11 +282,26 @@ class TestHardware:
             ("torchtitan (FSDP2)", "H100", "torchtitan"),
             ("fms-fsdp (FSDP1 + compile)", "H100", "torchtitan"),
             ("DeepSpeed ZeRO-3 in Megatron", "A100", "deepspeed"),
+            ("MegaScale", "A100", "megascale"),
             ("InternEvo", "A800", "internevo"),
         ],
     )
     def test_targets(self, framework: str, gpu: str, target: str) -> None:
         assert target_of(row(GPT, framework=framework, gpu_type=gpu)) == target
+
+    @pytest.mark.parametrize(
+        ("source", "attention", "target"),
+        [
+            ("Korthikanti et al. (arXiv 2205.05198)", "", "megatron-lm-2021"),
+            ("Megatron-LM README tables 2020", "", "megatron-lm-2021"),
+            ("Megatron-LM README tables 2020", "flash", "megatron-lm"),
+            ("MegaScale (arXiv 2402.15627)", "", "megatron-lm"),
+            ("", "", "megatron-lm"),
+        ],
+    )
+    def test_megatron_before_flash_attention(self, source: str, attention: str, target: str) -> None:
+        changes = {"framework": "Megatron-LM", "gpu_type": "A100", "source": source, "attn_impl": attention}
+        assert target_of(row(GPT, **changes)) == target
 
     @pytest.mark.parametrize("framework", ["MaxText (JAX)", "Paxml (JAX) TE BF16", "Colossal-AI", ""])
     def test_frameworks_without_a_target_are_skipped(self, framework: str) -> None:
