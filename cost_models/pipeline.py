@@ -14,9 +14,66 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.strategy import IntArray
+from meshwright.cost_models import shortened
+from meshwright.cost_models.strategy import IntArray, Schedule
 
 FloatArray = NDArray[np.float64]
+
+
+def makespan(
+    schedule: Schedule,
+    forward: FloatArray,
+    backward_input: FloatArray,
+    backward_weight: FloatArray,
+    hop: FloatArray,
+    microbatches: IntArray,
+    per_round: IntArray,
+) -> FloatArray:
+    """Seconds from the start until all ranks are done: ``[num_configs]``, from arguments as ``finish`` takes them."""
+    ends = finish(schedule, forward, backward_input, backward_weight, hop, microbatches, per_round)
+    return np.asarray(ends.max(axis=1))
+
+
+def finish(
+    schedule: Schedule,
+    forward: FloatArray,
+    backward_input: FloatArray,
+    backward_weight: FloatArray,
+    hop: FloatArray,
+    microbatches: IntArray,
+    per_round: IntArray,
+) -> FloatArray:
+    """Seconds from the start to each rank's last action, never above the played ones: ``[num_configs, pp]``.
+
+    ``forward``, ``backward_input``, ``backward_weight``: seconds of a pass of each chunk of each rank,
+    ``[num_configs, pp, vpp]``; which stage that is says ``schedules.stage_indices``. A backward that is not split takes
+    the sum of the last two. ``hop``: seconds of a transfer between each two stages that follow each other,
+    ``[num_configs, pp * vpp - 1]``; between two on the same rank it is not looked at. ``microbatches``, ``per_round``:
+    ``[num_configs]``, the latter being how many micro-batches an interleaved schedule runs through a chunk before the
+    next.
+
+    Raises ``InputError`` where the schedule does not run with these numbers.
+    """
+    if schedule is Schedule.GPIPE:
+        return _gpipe(forward[:, :, 0], (backward_input + backward_weight)[:, :, 0], hop, microbatches)
+    return shortened.finish(schedule, forward, backward_input, backward_weight, hop, microbatches, per_round)
+
+
+def _gpipe(forward: FloatArray, backward: FloatArray, hop: FloatArray, microbatches: IntArray) -> FloatArray:
+    """All forwards, then all backwards: each a flow shop of equal jobs, ranks and links alike being its machines.
+
+    That takes one job's way and ``m - 1`` times the slowest machine on it (exact); the first backward follows the last
+    forward on the last rank, and the backwards of rank ``r`` pass the machines from the last rank to it.
+    """
+    more = (microbatches - 1.0)[:, None]
+    links = hop.max(axis=1, initial=0.0)
+    down = (forward.sum(axis=1) + hop.sum(axis=1))[:, None] + more * np.maximum(forward.max(axis=1), links)[:, None]
+    slowest = backward.copy()
+    slowest[:, :-1] = np.maximum(slowest[:, :-1], hop)
+    slowest = np.maximum.accumulate(slowest[:, ::-1], axis=1)[:, ::-1]
+    way = backward.copy()
+    way[:, :-1] += hop
+    return np.asarray(down + np.cumsum(way[:, ::-1], axis=1)[:, ::-1] + more * slowest)
 
 
 def gpipe(forward: FloatArray, backward: FloatArray, hop: FloatArray, microbatches: IntArray) -> FloatArray:

@@ -4,15 +4,15 @@ A rank runs its list in order, each action as soon as the one before it has ende
 forward of the stage before, the gradient of the stage after, its own forward or input gradient. A result takes ``hop``
 seconds to the next stage, and none to a stage on the same rank.
 
-* Sends in the background (the default): a transfer starts when its result is there and delays the receiver only. Links
-  carry any number of transfers at once.
-* ``blocking_sends``, for one chunk a rank: a transfer starts when both ranks have come to it and holds both until it
+* Sends in the background (the default): a transfer delays the receiver only. From one rank to another one transfer
+  runs at a time, in the order in which their results are sent; both directions run at once.
+* ``blocking_sends``, for gpipe and 1f1b: a transfer starts when both ranks have come to it and holds both until it
   ends. Where a rank turns from forward to backward, or back, it sends and receives in one exchange, both ways at the
   same time; between two passes of the same direction it sends, then receives. So Megatron-LM's 1F1B without
   interleaving (``megatron/core/pipeline_parallel/schedules.py``: ``send_forward_recv_backward`` and
   ``send_backward_recv_forward``, otherwise ``recv_forward`` and ``send_forward`` apart).
 
-Left out: anything that makes the same pass take longer once than another time, and links shared by other traffic.
+Left out: anything that makes the same pass take longer once than another time, and what else uses the links.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from meshwright.profiler.record import record
 
 FloatArray = NDArray[np.float64]
 
+BLOCKING = (Schedule.GPIPE, Schedule.ONE_F_ONE_B)  # what is played with blocking sends
 _BLOCK_BYTES = 64 << 20  # configs are played in blocks whose times fit into this
 
 
@@ -92,8 +93,8 @@ def play(
     transfer between each two stages that follow each other, ``[num_configs, num_stages - 1]``. ``per_round`` as in
     ``schedules.rank_actions``.
 
-    Raises ``InputError`` when the schedule does not run with these numbers, or for ``blocking_sends`` with several
-    chunks a rank.
+    Raises ``InputError`` when the schedule does not run with these numbers, or for ``blocking_sends`` with another
+    schedule than gpipe and 1f1b.
     """
     game = _game(schedule, pp, forward.shape[1] // pp, microbatches, per_round, blocking_sends)
     finish = np.empty((len(forward), pp))
@@ -141,14 +142,12 @@ def timeline(
 class _Game:
     """A schedule as a graph whose nodes are passes and, with blocking sends, transfers.
 
-    Node 0 is the start. Node ``i`` starts when nodes ``after[i]`` and ``arrives[i]`` have ended, the latter followed by
-    the transfer ``delay[i]``; ``seconds`` and ``delay`` are rows of ``table``. ``levels`` are runs of nodes in which
-    none waits for another.
+    Node 0 is the start. Node ``i`` starts when nodes ``first[i]`` and ``second[i]`` have ended and takes the seconds of
+    row ``seconds[i]`` of ``table``. ``levels`` are runs of nodes of which none waits for another.
     """
 
-    after: IntArray
-    arrives: IntArray
-    delay: IntArray
+    first: IntArray
+    second: IntArray
     seconds: IntArray
     levels: tuple[slice, ...]
     last: IntArray  # [pp]: the node of each rank's last pass
@@ -167,9 +166,8 @@ class _Game:
         table = self.table(*columns)
         ends = np.zeros((len(self.seconds), table.shape[1]))
         for level in self.levels:
-            arrival = ends[self.arrives[level]] + table[self.delay[level]]
-            np.maximum(arrival, ends[self.after[level]], out=arrival)
-            np.add(arrival, table[self.seconds[level]], out=ends[level])
+            start = np.maximum(ends[self.first[level]], ends[self.second[level]])
+            np.add(start, table[self.seconds[level]], out=ends[level])
         return ends
 
 
@@ -178,106 +176,109 @@ def _game(
     schedule: Schedule, pp: int, vpp: int, microbatches: int, per_round: int | None, blocking_sends: bool
 ) -> _Game:
     lists = rank_actions(schedule, pp, vpp, microbatches, per_round)
-    if blocking_sends and vpp > 1:
-        raise InputError(f"blocking sends are modelled for one chunk on each rank, not for {schedule.value}")
-    graph = _Graph(lists, stage_indices(schedule, pp, vpp), blocking_sends)
-    order, levels = _levels(graph.after, graph.arrives)
+    if blocking_sends and schedule not in BLOCKING:
+        raise InputError(f"blocking sends are modelled for gpipe and 1f1b, not for {schedule.value}")
+    graph = _Graph(lists, stage_indices(schedule, pp, vpp))
+    graph.exchange() if blocking_sends else graph.send()
+    order, levels = node_levels(graph.first, graph.second)
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    passes = [
-        (rank, action, int(place[graph.first[rank] + index]))
-        for rank, actions in enumerate(lists)
-        for index, action in enumerate(actions)
-    ]
     return _Game(
-        after=place[np.array(graph.after)[order]],
-        arrives=place[np.array(graph.arrives)[order]],
-        delay=np.array(graph.delay)[order],
+        first=place[np.array(graph.first)[order]],
+        second=place[np.array(graph.second)[order]],
         seconds=np.array(graph.seconds)[order],
         levels=levels,
-        last=place[np.array([graph.first[rank] + len(actions) - 1 for rank, actions in enumerate(lists)])],
-        passes=tuple(passes),
+        last=place[[nodes[-1] for nodes in graph.nodes]],
+        passes=tuple(
+            (rank, action, int(place[node]))
+            for rank, actions in enumerate(lists)
+            for action, node in zip(actions, graph.nodes[rank], strict=True)
+        ),
     )
 
 
 class _Graph:
     """The columns of a ``_Game``, passes rank by rank and then transfers, not yet in order of time."""
 
-    def __init__(self, lists: tuple[Actions, ...], stages: IntArray, blocking: bool) -> None:
+    def __init__(self, lists: tuple[Actions, ...], stages: IntArray) -> None:
         self.lists, self.num_stages = lists, stages.size
-        self.rank_of = {int(stage): rank for rank, row in enumerate(stages) for stage in row}
-        self.nothing = 5 * self.num_stages - 1  # the last row of the table
-        self.first = np.cumsum([1, *(len(actions) for actions in lists)]).tolist()
-        self.made = {
-            (action.kind is Pass.FORWARD, action.stage, action.microbatch): (rank, place)
-            for rank, actions in enumerate(lists)
-            for place, action in enumerate(actions)
-            if action.kind is not Pass.WEIGHT_GRADIENT
-        }
-        self.after, self.arrives, self.delay, self.seconds = [0], [0], [self.nothing], [self.nothing]
-        kinds = {kind: self.num_stages * row for row, kind in enumerate(Pass)}
-        for rank, actions in enumerate(lists):
-            for place, action in enumerate(actions):
-                self.after.append(self.first[rank] + place - 1 if place else 0)
-                self.arrives.append(0)
-                self.delay.append(self.nothing)
-                self.seconds.append(kinds[action.kind] + action.stage)
-        self._exchange() if blocking else self._arrive()
+        nothing = 5 * self.num_stages - 1  # the last row of the table
+        self.first, self.second, self.seconds = [0], [0], [nothing]
+        rows = {kind: self.num_stages * place for place, kind in enumerate(Pass)}
+        self.nodes = [
+            [
+                self.add(len(self.first) - 1 if place else 0, 0, rows[action.kind] + action.stage)
+                for place, action in enumerate(actions)
+            ]
+            for actions in lists
+        ]
+        self.transfers = sorted(transfers(lists, stages))
 
-    def source(self, action: Action) -> tuple[int, int, int] | None:
-        """What ``action`` waits for from another rank: that rank, the place in its list, the table's row of the hop."""
-        forward = action.kind is Pass.FORWARD
-        other = action.stage - 1 if forward else action.stage + 1
-        inside = action.kind is not Pass.WEIGHT_GRADIENT and 0 <= other < self.num_stages
-        if not inside or self.rank_of[other] == self.rank_of[action.stage]:
-            return None
-        return *self.made[forward, other, action.microbatch], 4 * self.num_stages + min(other, action.stage)
+    def add(self, first: int, second: int, seconds: int) -> int:
+        """A node that waits for two others; its number."""
+        for column, value in zip((self.first, self.second, self.seconds), (first, second, seconds), strict=True):
+            column.append(value)
+        return len(self.first) - 1
 
-    def _arrive(self) -> None:
-        for rank, actions in enumerate(self.lists):
-            for place, action in enumerate(actions):
-                if found := self.source(action):
-                    node, (peer, made, hop) = self.first[rank] + place, found
-                    leaves = made + self.lists[peer][made].leaves_with_next
-                    self.arrives[node], self.delay[node] = self.first[peer] + leaves, hop
+    def send(self) -> None:
+        """Transfers in the background, one after another from each rank to each other."""
+        on_link: dict[tuple[int, int], int] = {}
+        for sender, leaves, receiver, needed, stage in self.transfers:
+            before = on_link.get((sender, receiver), 0)
+            node = self.add(self.nodes[sender][leaves], before, 4 * self.num_stages + stage)
+            on_link[sender, receiver] = self.second[self.nodes[receiver][needed]] = node
 
-    def _exchange(self) -> None:
-        """One node for each transfer; passes then wait for the transfers on both sides of them."""
-        sent: dict[int, int] = {}  # pass -> its transfer
-        received: dict[int, tuple[int, int]] = {}  # pass -> the transfer it waits for, and the pass that sends
+    def exchange(self) -> None:
+        """Transfers that hold both ranks: a pass waits for those on both sides of it."""
+        sent: dict[tuple[int, int], int] = {}
+        received: dict[tuple[int, int], int] = {}
+        for sender, leaves, receiver, needed, stage in self.transfers:
+            node = self.add(self.nodes[sender][leaves], 0, 4 * self.num_stages + stage)
+            sent[sender, leaves] = received[receiver, needed] = node
         for rank, actions in enumerate(self.lists):
-            for place, action in enumerate(actions):
-                if found := self.source(action):
-                    peer, made, hop = found
-                    sent[self.first[peer] + made] = len(self.after)
-                    received[self.first[rank] + place] = len(self.after), self.first[peer] + made
-                    for column, value in zip(
-                        (self.after, self.arrives, self.delay, self.seconds), (0, 0, self.nothing, hop), strict=True
-                    ):
-                        column.append(value)
-        for rank, actions in enumerate(self.lists):
-            for place, action in enumerate(actions):
-                node = self.first[rank] + place
-                before = node - 1 if place else 0
-                held = sent.get(before, before) if place else 0
-                self.after[node] = held
-                if node in received:
-                    transfer, sender = received[node]
+            for place, (node, action) in enumerate(zip(self.nodes[rank], actions, strict=True)):
+                self.first[node] = held = sent.get((rank, place - 1), self.first[node])
+                if transfer := received.get((rank, place)):
                     turns = place > 0 and (actions[place - 1].kind is Pass.FORWARD) != (action.kind is Pass.FORWARD)
-                    self.after[transfer], self.arrives[transfer] = before if turns else held, sender
-                    self.arrives[node] = transfer
+                    self.second[transfer] = self.nodes[rank][place - 1] if turns else held
+                    self.second[node] = transfer
 
 
-def _levels(after: list[int], arrives: list[int]) -> tuple[IntArray, tuple[slice, ...]]:
+def transfers(lists: tuple[Actions, ...], stages: IntArray) -> list[tuple[int, int, int, int, int]]:
+    """Every result that goes to another rank, in the order of the receivers' lists.
+
+    Of each: the sender, the place in its list after which it leaves, the receiver, the place in its list that needs it,
+    and the stage before the hop it takes.
+    """
+    rank_of = {int(stage): rank for rank, row in enumerate(stages) for stage in row}
+    made = {
+        (action.kind is Pass.FORWARD, action.stage, action.microbatch): place + action.leaves_with_next
+        for actions in lists
+        for place, action in enumerate(actions)
+        if action.kind is not Pass.WEIGHT_GRADIENT
+    }
+    found = []
+    for rank, actions in enumerate(lists):
+        for place, action in enumerate(actions):
+            forward = action.kind is Pass.FORWARD
+            other = action.stage - 1 if forward else action.stage + 1
+            sender = rank_of.get(other, rank)
+            if action.kind is not Pass.WEIGHT_GRADIENT and sender != rank:
+                leaves = made[forward, other, action.microbatch]
+                found.append((sender, leaves, rank, place, min(other, action.stage)))
+    return found
+
+
+def node_levels(first: list[int], second: list[int]) -> tuple[IntArray, tuple[slice, ...]]:
     """Nodes ordered so that each comes after those it waits for, and the runs of which none waits for another.
 
     Raises ``InputError`` when nodes wait for each other in a circle.
     """
-    followers: list[list[int]] = [[] for _ in after]
-    for node in range(1, len(after)):
-        followers[after[node]].append(node)
-        followers[arrives[node]].append(node)
-    missing = [0] + [2] * (len(after) - 1)
+    followers: list[list[int]] = [[] for _ in first]
+    for node in range(1, len(first)):
+        followers[first[node]].append(node)
+        followers[second[node]].append(node)
+    missing = [0] + [2] * (len(first) - 1)
     order, starts, level = [0], [0], [0]
     while level:
         following = []
@@ -289,7 +290,7 @@ def _levels(after: list[int], arrives: list[int]) -> tuple[IntArray, tuple[slice
         level = following
         starts.append(len(order))
         order += level
-    if len(order) < len(after):
+    if len(order) < len(first):
         raise InputError("with blocking sends the ranks of this schedule would wait for each other for ever")
     levels = tuple(slice(start, end) for start, end in pairwise(starts[1:]))
     return np.array(order), levels

@@ -1,0 +1,269 @@
+"""A lower bound of a played step, from a play of its beginning and its end: what ranks millions of configs.
+
+After their warm-up all ranks repeat one period of actions. So a list for ``m`` micro-batches is a shorter list with
+more periods put in after one that is there, the *slab*. Play the short lists; move all ends in the slab by the time
+that the periods left out take at least, and play on. Each end that comes out is the length of a chain of actions which must
+follow each other in the full schedule: up to the slab the same actions, behind it those of the same name so many
+periods later, between them these periods of one rank's own actions. So it is never above the played end, and equal to
+it wherever the slowest chain crosses the periods on one rank. Few micro-batches are played in full.
+
+Where results come back to a rank only after a way through its neighbours (1f1b, zb-h1, dualpipev), a chain may run in
+loops instead: the forwards of ranks ``r`` to ``s``, the backwards of ``s`` to ``r``, and again with the micro-batch
+that the schedule lets in for this one. One such loop takes ``s - r + 1`` periods, and with transfers it is longer than
+these periods of one rank. Of the many intervals ``(r, s)`` those are tried that end at the first or the last rank, and
+pairs of neighbours.
+
+Links carry any number of transfers at once here, which can only be faster. Interleaved lists wait for the first and the
+last micro-batch of a round only; in between a chunk runs on one rank like jobs of equal length through a flow shop,
+where waiting for others in the middle is hardly ever the longest chain (0.2 % at most on random stages).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright import InputError
+from meshwright.cost_models.player import node_levels, transfers
+from meshwright.cost_models.schedules import Actions, Pass, rank_actions, stage_indices
+from meshwright.cost_models.strategy import V_SHAPED, IntArray, Schedule
+
+FloatArray = NDArray[np.float64]
+
+_BLOCK = 1000  # configs played at once: their times stay in the processor's cache
+_LOOPED_BACK = (Schedule.ONE_F_ONE_B, Schedule.ZB_H1, Schedule.DUALPIPEV)
+
+
+def finish(
+    schedule: Schedule,
+    forward: FloatArray,
+    backward_input: FloatArray,
+    backward_weight: FloatArray,
+    hop: FloatArray,
+    microbatches: IntArray,
+    per_round: IntArray,
+) -> FloatArray:
+    """At least the seconds from the start to each rank's last action: ``[num_configs, pp]``.
+
+    Arguments as of ``pipeline.finish``. Raises ``InputError`` where the schedule does not run with these numbers.
+    """
+    pp, vpp = forward.shape[1:]
+    size = per_round if schedule is Schedule.INTERLEAVED else np.ones_like(microbatches)
+    periods, left = np.divmod(microbatches, size)
+    if left.any():
+        row = int(np.argmax(left))
+        raise InputError(f"interleaved: {size[row]} micro-batches a round do not divide {microbatches[row]}")
+    shortest = _shortest(schedule, pp)
+    loop = pp if schedule in _LOOPED_BACK else 1
+    shape = np.stack([np.where(periods > shortest, shortest + (periods - shortest) % loop, periods), size])
+    result = np.empty(forward.shape[:2])
+    for few, one in np.unique(shape, axis=1).T:
+        rows = np.flatnonzero((shape[0] == few) & (shape[1] == one))
+        short = _short(schedule, pp, vpp, int(few), int(one))
+        for start in range(0, len(rows), _BLOCK):
+            some = rows[start : start + _BLOCK]
+            work = (forward[some], backward_input[some], backward_weight[some])
+            result[some] = short.finish(schedule, *work, hop[some], microbatches[some] - few * one)
+    return result
+
+
+def _shortest(schedule: Schedule, pp: int) -> int:
+    """Periods after which a list is shortened: the warm-up is over on all ranks, and there is a slab and some more."""
+    if schedule is Schedule.INTERLEAVED:
+        return 3
+    return {Schedule.ONE_F_ONE_B: pp + 3, Schedule.ZB_H1: pp + 5, Schedule.ZBV: 2 * pp}.get(schedule, 2 * pp + 1)
+
+
+def _slabs(schedule: Schedule, pp: int, vpp: int, per_round: int) -> list[slice]:
+    """The places of the repeated period in each rank's shortened list; what they wait for is not behind them."""
+    ranks = range(pp)
+    if schedule is Schedule.ONE_F_ONE_B:  # warm-up, then B F; one period stays before the slab
+        starts, length = [pp - rank + 2 for rank in ranks], 2
+    elif schedule is Schedule.INTERLEAVED:  # warm-up, then F B for all chunks
+        starts, length = [(vpp - 1) * per_round + 2 * (pp - 1 - rank) for rank in ranks], 2 * vpp * per_round
+    elif schedule is Schedule.ZB_H1:  # F t, I t - (pp - 1 - rank), W t - (pp - 1) for t up to pp + 1
+        starts, length = [(pp + 2) + (rank + 3) + 3 for rank in ranks], 3
+    elif schedule is Schedule.ZBV:  # F, I W, F, I W of both chunks
+        starts, length = [2 * pp - 1 - rank + pp + 2 * (pp - rank) for rank in ranks], 6
+    else:  # two pairs; one period stays before the slab, since on the last rank it is not quite the same
+        starts, length = [2 * pp - rank + pp + 1 + 2 * (pp - 1 - rank) + 2 for rank in ranks], 4
+    return [slice(start, start + length) for start in starts]
+
+
+@dataclass(frozen=True, slots=True)
+class _Short:
+    """The passes of shortened lists that wait or are waited for, as nodes in order of time; node 0 is the start.
+
+    Node ``i`` starts when ``after[i]``, on its rank, has ended and the passes in between are done, row ``gap[i]``, and
+    when ``arrives[i]`` has ended and the transfer, row ``delay[i]``, is over; it takes row ``seconds[i]``. ``delay``
+    and ``seconds`` are rows of the table of times; gap ``g`` is the sum over ``t`` of ``gap_counts[g, t]`` times row
+    ``gap_rows[g, t]``. ``before`` and ``behind`` are runs of nodes of which none waits for another, up to the slab's
+    end and after it; ``slab`` are the slab's nodes, on ranks ``slab_rank``.
+    """
+
+    stages: IntArray  # [pp, vpp]
+    after: IntArray
+    gap: IntArray
+    arrives: IntArray
+    delay: IntArray
+    seconds: IntArray
+    gap_rows: IntArray
+    gap_counts: IntArray
+    before: tuple[slice, ...]
+    behind: tuple[slice, ...]
+    slab: IntArray
+    slab_rank: IntArray
+    last: IntArray  # [pp]
+
+    def finish(
+        self,
+        schedule: Schedule,
+        forward: FloatArray,
+        backward_input: FloatArray,
+        backward_weight: FloatArray,
+        hop: FloatArray,
+        more: IntArray,
+    ) -> FloatArray:
+        """When each rank ends, with periods of ``more`` micro-batches put in: ``[num_configs, pp]`` seconds."""
+        num_stages, num_configs = self.stages.size, len(forward)
+        table = np.zeros((5 * num_stages, num_configs))
+        passes = (forward, backward_input + backward_weight, backward_input, backward_weight)
+        for kind, seconds in enumerate(passes):
+            table[kind * num_stages + self.stages] = seconds.transpose(1, 2, 0)
+        table[4 * num_stages : -1] = hop.T
+        gaps = np.zeros((len(self.gap_rows), num_configs))
+        for rows, counts in zip(self.gap_rows.T, self.gap_counts.T, strict=True):
+            gaps += table[rows] * counts[:, None]
+        ends = np.zeros((len(self.seconds), num_configs))
+        self._play(self.before, table, gaps, ends)
+        if more.any():
+            ends[self.slab] += _periods(schedule, passes, hop, more).T[self.slab_rank]
+        self._play(self.behind, table, gaps, ends)
+        return ends[self.last].T
+
+    def _play(self, levels: tuple[slice, ...], table: FloatArray, gaps: FloatArray, ends: FloatArray) -> None:
+        for level in levels:
+            start = ends[self.after[level]]
+            if len(gaps) > 1:
+                start += gaps[self.gap[level]]
+            arrival = ends[self.arrives[level]]
+            arrival += table[self.delay[level]]
+            np.maximum(start, arrival, out=start)
+            np.add(start, table[self.seconds[level]], out=ends[level])
+
+
+def _periods(
+    schedule: Schedule, passes: tuple[FloatArray, FloatArray, FloatArray, FloatArray], hop: FloatArray, more: IntArray
+) -> FloatArray:
+    """Seconds that the periods of ``more`` micro-batches take each rank at least, loops included: ``[num_configs, pp]``."""
+    forward, backward, backward_input, backward_weight = passes
+    pp = forward.shape[1]
+    work = (forward + backward).sum(axis=2)
+    result = more[:, None] * work
+    if schedule not in _LOOPED_BACK or not hop.any():
+        return np.asarray(result)
+    links = hop[:, : pp - 1] * 2 if schedule not in V_SHAPED else hop[:, : pp - 1] + hop[:, : pp - 1 : -1]
+    through, top = (work, 0.0 * work)
+    if schedule is Schedule.ZB_H1:  # weight gradients stand in the way of the next forward only
+        through, top = (forward + backward_input)[:, :, 0], backward_weight[:, :, 0]
+    to = np.concatenate([np.zeros((len(work), 1)), np.cumsum(through, axis=1)], axis=1)
+    over = np.concatenate([np.zeros((len(work), 1)), np.cumsum(links, axis=1)], axis=1)
+    loops = np.arange(pp + 1.0)[:, None, None] * work  # by their number of periods; a rank's own work is one, too
+    inner = range(1, pp - 1)
+    for first, end in {*((0, s) for s in inner), *((r, pp - 1) for r in range(pp - 1)), *pairwise(range(pp))}:
+        loop = to[:, end + 1] - to[:, first] + over[:, end] - over[:, first] + top[:, first]
+        longest = loops[end + 1 - first, :, first : end + 1]
+        np.maximum(longest, loop[:, None], out=longest)
+    for periods in range(2, pp + 1):
+        turns, left = np.divmod(more, periods)
+        np.maximum(result, turns[:, None] * loops[periods] + loops[left, np.arange(len(work))], out=result)
+    return np.asarray(result)
+
+
+@lru_cache(maxsize=512)
+def _short(schedule: Schedule, pp: int, vpp: int, periods: int, per_round: int) -> _Short:
+    """The shortened lists of ``periods`` periods, of ``per_round`` micro-batches each."""
+    lists = rank_actions(schedule, pp, vpp, periods * per_round, per_round)
+    stages = stage_indices(schedule, pp, vpp)
+    long_enough = periods >= _shortest(schedule, pp)
+    slabs = _slabs(schedule, pp, vpp, per_round) if long_enough else [slice(len(actions)) for actions in lists]
+    builder = _Builder(lists, stages, slabs, per_round if schedule is Schedule.INTERLEAVED else 0)
+    return builder.short(stages)
+
+
+class _Builder:
+    """The columns of a ``_Short``, rank by rank, and then in order of time."""
+
+    def __init__(self, lists: tuple[Actions, ...], stages: IntArray, slabs: list[slice], per_round: int) -> None:
+        num_stages = stages.size
+        self.nothing = 5 * num_stages - 1
+        edges = {
+            (receiver, needed): (sender, leaves, 4 * num_stages + stage)
+            for sender, leaves, receiver, needed, stage in transfers(lists, stages)
+            if not per_round or lists[receiver][needed].microbatch % per_round in (0, per_round - 1)
+        }
+        kept = {edge[:2] for edge in edges.values()} | set(edges)
+        for rank, actions in enumerate(lists):
+            kept |= {(rank, slabs[rank].stop - 1), (rank, len(actions) - 1)}
+        rows = {kind: num_stages * place for place, kind in enumerate(Pass)}
+        self.gaps: dict[tuple[tuple[int, int], ...], int] = {(): 0}
+        self.after, self.gap, self.seconds, self.slab_rank = [0], [0], [self.nothing], [-1]
+        self.is_before = [True]
+        self.node: dict[tuple[int, int], int] = {}
+        for rank, actions in enumerate(lists):
+            previous, between = 0, Counter[int]()
+            for place, action in enumerate(actions):
+                row = rows[action.kind] + action.stage
+                if (rank, place) not in kept:
+                    between[row] += 1
+                    continue
+                self.node[rank, place] = len(self.after)
+                self.after.append(previous)
+                self.gap.append(self.gaps.setdefault(tuple(sorted(between.items())), len(self.gaps)))
+                self.seconds.append(row)
+                slab = slabs[rank]
+                self.slab_rank.append(rank if slab.start is not None and slab.start <= place < slab.stop else -1)
+                self.is_before.append(place < slab.stop)
+                previous, between = self.node[rank, place], Counter[int]()
+        self.last = [self.node[rank, len(actions) - 1] for rank, actions in enumerate(lists)]
+        self.arrives, self.delay = [0] * len(self.after), [self.nothing] * len(self.after)
+        for needed, (sender, leaves, hop) in edges.items():
+            self.arrives[self.node[needed]], self.delay[self.node[needed]] = self.node[sender, leaves], hop
+
+    def short(self, stages: IntArray) -> _Short:
+        """Number the nodes in order of time, those up to the slab's end first."""
+        order, levels = node_levels(self.after, self.arrives)
+        level = np.zeros(len(order), dtype=np.int64)
+        for number, nodes in enumerate(levels, start=1):
+            level[order[nodes]] = number
+        behind = ~np.array(self.is_before)
+        order = np.lexsort((level, behind))
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        num_before = len(order) - int(behind.sum())
+        starts = [1, *(np.flatnonzero(np.diff(level[order]) | np.diff(behind[order])) + 1).tolist()[1:], len(order)]
+        runs = [slice(start, end) for start, end in pairwise(sorted({*starts, num_before}))]
+        slab = np.flatnonzero(np.array(self.slab_rank) >= 0)
+        width = max(len(gap) for gap in self.gaps)
+        padded = [[*gap, *[(self.nothing, 0)] * (width - len(gap))] for gap in self.gaps]
+        gaps = np.array(padded, dtype=np.int64).reshape(len(padded), width, 2)
+        return _Short(
+            stages=stages,
+            after=place[np.array(self.after)[order]],
+            gap=np.array(self.gap)[order],
+            arrives=place[np.array(self.arrives)[order]],
+            delay=np.array(self.delay)[order],
+            seconds=np.array(self.seconds)[order],
+            gap_rows=gaps[:, :, 0],
+            gap_counts=gaps[:, :, 1],
+            before=tuple(run for run in runs if run.start < num_before),
+            behind=tuple(run for run in runs if run.start >= num_before),
+            slab=place[slab],
+            slab_rank=np.array(self.slab_rank)[slab],
+            last=place[self.last],
+        )
