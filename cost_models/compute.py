@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models.blocks import vocab_rows
-from meshwright.cost_models.framework import AttentionKernel, Framework, PointwiseCost
+from meshwright.cost_models.framework import TRITON_SLOWDOWN, AttentionKernel, Framework, PointwiseCost
 from meshwright.cost_models.roofline import operator_seconds
 from meshwright.cost_models.strategy import ConfigBatch, Recompute
 from meshwright.cost_models.workload import DType, Workload
@@ -151,7 +151,7 @@ class _Clock:
         elif isinstance(layer, AttentionLayer):
             self._attention(layer)
         elif isinstance(layer, MlpLayer):
-            self._mlp(layer.hidden, layer.ffn_size, layer.gated)
+            self._mlp(layer.hidden, layer.ffn_size, layer.gated, bias=layer.bias)
         elif isinstance(layer, MoeLayer):
             self._moe(layer)
         elif isinstance(layer, EmbeddingLayer):
@@ -165,8 +165,8 @@ class _Clock:
             self.pointwise(table.loss, np.where(split, 0.0, self.tokens * logits))
             self.pointwise(table.sharded_loss, np.where(split, self.tokens * logits, 0.0))
 
-    def matmul(self, m: Any, n: Any, k: Any) -> None:
-        """One projection, forward and both gradients."""
+    def matmul(self, m: Any, n: Any, k: Any, *, bias: bool = False) -> None:
+        """One projection, forward and both gradients; its bias is added in the same kernel, and summed apart."""
         self.last = self._matmul(m, n, k)
         self.forward, self.projections = self.forward + self.last, self.projections + self.last
         self.by_input = self.by_input + self._matmul(m, k, n)
@@ -174,6 +174,8 @@ class _Clock:
         self._launch(1, 2)
         if self.narrow is not None:
             self.pointwise(self.framework.pointwise.quantize, m * k)
+        if bias:
+            self.pointwise(self.framework.pointwise.bias, m * n)
 
     def pointwise(self, cost: PointwiseCost, elements: Any) -> None:
         """A memory-bound operator over ``elements`` numbers."""
@@ -227,17 +229,19 @@ class _Clock:
             self._latent_projections(layer, heads)
             kv_heads = heads
         elif self.framework.fused_projections:
-            self.matmul(self.tokens, heads * query_dim + kv_heads * (query_dim + value_dim), layer.hidden)
+            width = heads * query_dim + kv_heads * (query_dim + value_dim)
+            self.matmul(self.tokens, width, layer.hidden, bias=layer.qkv_bias)
+            self.pointwise(self.framework.pointwise.split, self.tokens * width)
         else:
             for width in (heads * query_dim, kv_heads * query_dim, kv_heads * value_dim):
-                self.matmul(self.tokens, width, layer.hidden)
+                self.matmul(self.tokens, width, layer.hidden, bias=layer.qkv_bias)
             self._branch(2)
         if layer.rotary:
             rotated = layer.rope_head_dim or query_dim
             rotated_heads = heads + (1.0 if layer.rope_head_dim else kv_heads)
             self.pointwise(self.framework.pointwise.rotary, self.tokens * rotated_heads * rotated)
         self._core(layer, heads, kv_heads, query_dim, value_dim)
-        self.matmul(self.tokens, layer.hidden, heads * value_dim)
+        self.matmul(self.tokens, layer.hidden, heads * value_dim, bias=layer.out_bias)
 
     def _latent_projections(self, layer: AttentionLayer, heads: FloatArray) -> None:
         query_width = heads * (layer.head_dim + layer.rope_head_dim)
@@ -271,8 +275,10 @@ class _Clock:
             for name in ("attention_forward", "attention_backward")
         )
         width = (query_dim + value_dim) / 2
-        self.forward = self.forward + self._roofline(forward, flops, num_bytes, *shape, head_dim=width)
-        self.by_input = self.by_input + self._roofline(backward, 2.5 * flops, 2.0 * num_bytes, *shape, head_dim=width)
+        slower = TRITON_SLOWDOWN if self.framework.attention is AttentionKernel.TRITON else (1.0, 1.0)
+        first = self._roofline(forward, flops, num_bytes, *shape, head_dim=width)
+        second = self._roofline(backward, 2.5 * flops, 2.0 * num_bytes, *shape, head_dim=width)
+        self.forward, self.by_input = self.forward + slower[0] * first, self.by_input + slower[1] * second
         self._launch(1, 3)  # backward: the dot product of outputs and their gradients, the kernel, a conversion
 
     def _written_out(self, heads: Any, query_dim: int, value_dim: int) -> None:
@@ -296,17 +302,17 @@ class _Clock:
             self.pointwise(table.softmax, scores)
             self.pointwise(table.loss, np.where(products % 4 == 0, 0.0, scores))
 
-    def _mlp(self, hidden: int, ffn_size: int, gated: bool) -> None:
+    def _mlp(self, hidden: int, ffn_size: int, gated: bool, *, bias: bool = False) -> None:
         width = ffn_size / self.tp
         if gated and self.framework.fused_projections:
-            self.matmul(self.tokens, 2.0 * width, hidden)
+            self.matmul(self.tokens, 2.0 * width, hidden, bias=bias)
         else:
             for _ in range(2 if gated else 1):
-                self.matmul(self.tokens, width, hidden)
+                self.matmul(self.tokens, width, hidden, bias=bias)
             self._branch(1 if gated else 0)
         table = self.framework.pointwise
         self.pointwise(table.gated_activation if gated else table.activation, self.tokens * width)
-        self.matmul(self.tokens, hidden, width)
+        self.matmul(self.tokens, hidden, width, bias=bias)
 
     def _moe(self, layer: MoeLayer) -> None:
         """Router, shared experts and all routed experts as grouped matmuls over evenly spread tokens."""

@@ -69,6 +69,12 @@ class Pointwise:
     quantize: PointwiseCost = PointwiseCost(
         forward_kernels=2, forward_passes=3, backward_kernels=3, backward_passes=4
     )  # the input of a matmul in fewer bits: its range found, cast and transposed
+    bias: PointwiseCost = PointwiseCost(
+        forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=0
+    )  # the output of a projection with a bias, whose gradient sums over tokens
+    split: PointwiseCost = PointwiseCost(
+        forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=0
+    )  # queries, keys and values of one matmul: parted, and their gradients put together
 
 
 class AttentionKernel(StrEnum):
@@ -76,7 +82,14 @@ class AttentionKernel(StrEnum):
 
     FLASH = "flash"  # FlashAttention-2, as torch's own
     FLASH3 = "flash3"  # FlashAttention-3 or cuDNN on Hopper
+    TRITON = "triton"  # FlashAttention of 2022 in Triton: TRITON_SLOWDOWN times the seconds of FLASH
     WRITTEN_OUT = "written out"  # batched matmuls with a softmax between them
+
+
+# seconds of the Triton kernel over those of FlashAttention-2, forward and backward: 1.3 to 2.5 over sequence lengths and
+# head sizes on an A100 (arXiv 2307.08691, section 4.1), less forward than backward, whose key and value gradients it
+# reads and writes again for every block of queries
+TRITON_SLOWDOWN = (1.4, 2.1)
 
 
 @record
