@@ -198,6 +198,8 @@ class LinkTier:
         rates = ("bytes_per_s", "contended_bytes_per_s", "peak_bytes_per_s", "reduction_bytes_per_s")
         terms = ("latency_s", "launch_s", "half_bytes", "copy_hops", "congestion")
         check_numbers(self, positive=rates, not_negative=terms)
+        if self.copy_hops > 1:  # else larger groups would cost less
+            raise InputError(f"copy_hops must be at most 1, found {self.copy_hops}")
 
 
 @record
