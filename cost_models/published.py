@@ -150,11 +150,11 @@ class Group:
 
 
 def grouped(runs: Iterable[PublishedRun]) -> tuple[Group, ...]:
-    """Runs by (model, workload, cluster, framework, placement), in order of appearance."""
+    """Runs by all but their config, and by schedule: one that has no cost model should not take others with it."""
     keys: dict[tuple[object, ...], list[int]] = {}
     runs = list(runs)
     for position, run in enumerate(runs):
-        key = (id(run.model), run.workload, run.cluster, run.framework, run.placement, run.counts)
+        key = (id(run.model), run.workload, run.cluster, run.framework, run.placement, run.counts, run.config.schedule)
         keys.setdefault(key, []).append(position)
     groups = []
     for positions in keys.values():
@@ -195,7 +195,8 @@ def predict(
     groups = tuple(groups)
     size = sum(len(group.positions) for group in groups)
     step, peak = np.full(size, np.nan), np.zeros(size, dtype=np.int64)
-    fits, reasons = np.zeros(size, dtype=np.bool_), [None] * size  # type: list[str | None]
+    fits = np.zeros(size, dtype=np.bool_)
+    reasons: list[str | None] = [None] * size
     for group in groups:
         try:
             found = estimate_batch(
