@@ -206,7 +206,8 @@ class _Clock:
     def _matmul(self, m: Any, n: Any, k: Any) -> FloatArray:
         dtype = self.narrow or self.dtype
         num_bytes = dtype.num_bytes * (m * k + k * n) + self.size * m * n
-        return self._roofline("matmul", 2.0 * m * n * k, num_bytes, m, n, k, dtype)
+        slower = self.framework.row_scaled_factor if self.narrow and self.workload.recipe.row_scaled else 1.0
+        return slower * self._roofline("matmul", 2.0 * m * n * k, num_bytes, m, n, k, dtype)
 
     def _roofline(
         self,

@@ -86,9 +86,9 @@ class AttentionKernel(StrEnum):
     WRITTEN_OUT = "written out"  # batched matmuls with a softmax between them
 
 
-# seconds of the Triton kernel over those of FlashAttention-2, forward and backward: 1.3 to 2.5 over sequence lengths and
-# head sizes on an A100 (arXiv 2307.08691, section 4.1), less forward than backward, whose key and value gradients it
-# reads and writes again for every block of queries
+# seconds of the Triton kernel over those of FlashAttention-2, forward and backward: 1.3 to 2.5 over sequence lengths
+# and head sizes on an A100 (arXiv 2307.08691, section 4.1), less forward than backward, which adds up the gradient of
+# queries in memory, block after block of keys
 TRITON_SLOWDOWN = (1.4, 2.1)
 
 
@@ -103,6 +103,7 @@ class Selective:
     rest: float = 1.0
     core: float = 0.0
     projections: float = 0.0
+    gathers: bool = False  # sequence-parallel inputs are gathered again
 
 
 @record
@@ -162,6 +163,8 @@ class Framework:
     vocab_multiple: int = 1  # the vocabulary is padded to a multiple of this times tp
     half_precision: bool = False  # runs float16 (loss scaling)
     float8: bool = False  # runs float8 matmuls
+    float8_gathers: bool = False  # with them, gathers weights and sequence-parallel activations in float8
+    row_scaled_factor: float = 1.0  # seconds of float8 matmuls with a scale for each row over those with one for all
     calibrated_on: str = ""  # which measurements the constants above were fitted on
 
 

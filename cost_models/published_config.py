@@ -43,6 +43,8 @@ def config_of(row: Row, model: ModelSpec, workload: Workload, target: str) -> tu
         raise Skip(f"dp*micro_batch={dp * micro} does not divide global_batch={workload.global_batch_size}")
     schedule, vpp, schedule_notes = _schedule(row, pp)
     stage, shard = _sharding(row, dp * cp)
+    if target.startswith("torchtitan") and pp > 1 and stage > 1:
+        stage = 1  # parallelize_llama.py: with pp weights stay gathered; torch reduces with the last micro-batch
     sequence_parallel, sp_notes = _sequence_parallel(row, tp, target)
     recompute, recompute_notes = _recompute(row)
     config = ParallelConfig(

@@ -168,6 +168,21 @@ def _before_flash(row: Row) -> bool:
     return bool(years) and max(years) < 2023
 
 
+def _variant(row: Row, target: str) -> str:
+    """The version or mode of a target that a row ran: before flash attention, on torch 1.13, with asynchronous tp.
+
+    llm-foundry's tables of torch 1.13 call the precision bf16, later ones amp_bf16.
+    """
+    notes = row.text("notes").lower()
+    if target == "megatron-lm" and _before_flash(row):
+        return "megatron-lm-2021"
+    if target == "llm-foundry" and re.search(r"precision label bf16\b", notes):
+        return "llm-foundry-torch1"
+    if target == "torchtitan" and re.search(r"\basync ?tp", notes):
+        return "torchtitan-async-tp"
+    return target
+
+
 def target_of(row: Row) -> str:
     """The name of the target. Raises ``Skip`` for a framework without one."""
     framework, gpu = row.text("framework").lower(), row.text("gpu_type").lower()
@@ -175,5 +190,5 @@ def target_of(row: Row) -> str:
         if re.search(said, framework) and re.search(on, gpu):
             if not target:
                 break
-            return "megatron-lm-2021" if target == "megatron-lm" and _before_flash(row) else target
+            return _variant(row, target)
     raise Skip(f"no target for framework {row.text('framework')!r}" if framework else "framework is not published")

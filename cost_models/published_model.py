@@ -184,6 +184,10 @@ def workload_of(row: Row) -> tuple[Workload, tuple[str, ...]]:
     words = _words(precision)
     names = ("mxfp8", "nvfp4", "fp8", "fp16", "bf16", "fp32")
     found = next((name for name in names if name in words), None)
+    if found == "fp8" and "rowwise" in words:
+        found = "fp8-rowwise"
+    if found == "bf16" and "mp mode pure" in row.text("notes").lower():
+        found = "bf16-grads"  # Composer's FSDP reduces gradients in bf16
     if found is None:
         raise Skip(f"no dtype recipe for precision {row.text('precision')!r}")
     recipe = RECIPES.get(found)

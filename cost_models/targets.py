@@ -66,6 +66,28 @@ EAGER_TORCH = Pointwise(
     accumulate=PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=3),
 )
 
+# MPT of llm-foundry under Composer, as of 2023: a bias everywhere, whose gradient is a sum of its own; queries, keys
+# and values cut from one tensor, gradients concatenated (and the kernel's query gradient summed in float32); a fused
+# cross entropy (flash_attn's), and after each backward two training metrics that take cross entropy over the logits
+# again, in float32 (llmfoundry/models/mpt/modeling_mpt.py: ComposerMPTCausalLM; composer/trainer/trainer.py:
+# _eval_train_metrics; composer/metrics/nlp.py); decoupled AdamW (composer/optim) after a clip of the norm
+MPT = replace(
+    EAGER_TORCH,
+    rms_norm=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=2, backward_passes=5),
+    layer_norm=PointwiseCost(forward_kernels=1, forward_passes=2, backward_kernels=2, backward_passes=5),
+    bias=PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=1),
+    split=PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=3, backward_passes=4),
+    loss=PointwiseCost(
+        forward_kernels=9,
+        forward_passes=2,
+        forward_float32_passes=8,
+        forward_casts=2,
+        backward_kernels=1,
+        backward_passes=2,
+    ),
+    adamw=PointwiseCost(forward_kernels=12, forward_passes=25, backward_kernels=0, backward_passes=0),
+)
+
 MESHWRIGHT = Framework(
     name="meshwright",
     schedules=(Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED),
@@ -125,6 +147,20 @@ FUSED = Pointwise(
     adamw=P(forward_kernels=4, forward_passes=11, backward_kernels=0, backward_passes=0),
     sgd=P(forward_kernels=1, forward_passes=3, backward_kernels=0, backward_passes=0),
     accumulate=P(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=2),
+)
+
+# Blocks through torch.compile, the loss not: norms join the addition before them; rotary tables are complex, which the
+# compiler leaves alone (cast, product and cast back in float32); keys and values of a group are written out for every
+# head (torchtitan/models/llama/model.py: apply_rotary_emb, repeat_kv)
+COMPILED = replace(
+    FUSED,
+    rms_norm=P(forward_kernels=1, forward_passes=1, backward_kernels=2, backward_passes=4),
+    residual=P(forward_kernels=1, forward_passes=3, backward_kernels=0, backward_passes=2),
+    rotary=P(forward_kernels=6, forward_passes=10, backward_kernels=6, backward_passes=10),
+    quantize=P(forward_kernels=2, forward_passes=2.5, backward_kernels=3, backward_passes=3.5),
+    embedding=EAGER_TORCH.embedding,
+    loss=EAGER_TORCH.loss,
+    sharded_loss=EAGER_TORCH.sharded_loss,
 )
 
 # Megatron-LM before flash attention: scores scaled, masked and normalised in one kernel, then dropped out of (the
@@ -221,11 +257,18 @@ TORCHTITAN = replace(
     schedules=tuple(Schedule),
     context_parallel=True,
     partial_sharding=True,
-    pointwise=FUSED,
+    pointwise=COMPILED,
     eager_rms_norm=False,
-    selective=Selective(rest=1.0, core=0.0, projections=0.5),  # every second matmul is kept
+    # torchtitan/parallelisms/parallelize_llama.py: outputs of every second matmul, of attention and of reduce-scatters
+    # are kept
+    selective=Selective(rest=1.0, core=0.0, projections=0.5, gathers=True),
     float8=True,
+    float8_gathers=True,
+    row_scaled_factor=1.7,
 )
+
+# matmuls cut along the sequence, each part beside the exchange of the next (torch.distributed._symmetric_memory)
+TORCHTITAN_ASYNC_TP = replace(TORCHTITAN, name="torchtitan-async-tp", overlap_tp=0.8)
 
 LLM_FOUNDRY = replace(
     MESHWRIGHT,
@@ -234,10 +277,14 @@ LLM_FOUNDRY = replace(
     zero_stages=(0, 2, 3),
     partial_sharding=True,
     fused_projections=True,
-    pointwise=replace(EAGER_TORCH, rms_norm=FUSED.rms_norm),
+    attention=AttentionKernel.TRITON,  # scripts/train/benchmarking/submit_benchmarks.py: --attn_impl triton
+    pointwise=MPT,
     eager_rms_norm=False,
     float8=True,
 )
+
+# before torch 2.1, a checkpoint without reentry repeats the whole block
+LLM_FOUNDRY_TORCH1 = replace(LLM_FOUNDRY, name="llm-foundry-torch1", recompute_stops_early=False, float8=False)
 
 DEEPSPEED = replace(
     MESHWRIGHT,
@@ -270,7 +317,9 @@ FRAMEWORKS: dict[str, Framework] = {
         MEGATRON_BRIDGE,
         NANOTRON,
         TORCHTITAN,
+        TORCHTITAN_ASYNC_TP,
         LLM_FOUNDRY,
+        LLM_FOUNDRY_TORCH1,
         DEEPSPEED,
         INTERNEVO,
     )

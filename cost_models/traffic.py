@@ -152,24 +152,39 @@ def _decoder(
     """A sum (or gather and reduce-scatter) for each cut layer, forward and backward.
 
     Full recompute repeats the forward, where the target stops early up to the last tensor that backward needs: all but
-    the last sum. A target that saves the sharded input of a matmul (``regathers_sequence``) gathers it in backward.
+    the last sum; selective recompute may repeat the gathers. A target that saves the sharded input of a matmul
+    (``regathers_sequence``) gathers it in backward. With ``float8_gathers`` what is gathered is a byte a number.
     """
     hidden = _hidden_bytes(model, workload, batch)
+    gathered = hidden * _gathered_share(workload, framework)
     cut = float(sum(isinstance(layer, AttentionLayer | MlpLayer | MoeLayer) for layer in block.layers))
     sp, full = batch.sequence_parallel, batch.is_recompute(Recompute.FULL)
+    again = full | (batch.is_recompute(Recompute.SELECTIVE) & framework.selective.gathers)
     entries = []
     for phase, sums, gathers in (
         ("forward", cut, cut),
         ("backward", cut, cut * (1.0 + framework.regathers_sequence)),
         ("recompute", cut - framework.recompute_stops_early, cut),
     ):
-        on = full if phase == "recompute" else np.ones(len(batch), dtype=np.bool_)
+        every = np.ones(len(batch), dtype=np.bool_)
+        on, gathering = (full, again) if phase == "recompute" else (every, every)
         entries += [
             _tp("all_reduce", phase, np.where(on & ~sp, sums, 0.0), hidden, batch),  # type: ignore[arg-type]
-            _tp("all_gather", phase, np.where(on & sp, gathers, 0.0), hidden, batch),  # type: ignore[arg-type]
+            _tp("all_gather", phase, np.where(gathering & sp, gathers, 0.0), gathered, batch),  # type: ignore[arg-type]
             _tp("reduce_scatter", phase, np.where(on & sp, sums, 0.0), hidden, batch),  # type: ignore[arg-type]
         ]
     return entries
+
+
+def _gathered_share(workload: Workload, framework: Framework) -> float:
+    """Bytes that are gathered of a decoder block's weights and inputs, over those in the compute dtype.
+
+    torchao casts before it gathers, weights and activations alike, where one scale goes with the whole tensor
+    (torchao/float8: fsdp_utils.py, float8_tensor_parallel.py).
+    """
+    recipe = workload.recipe
+    narrow = framework.float8_gathers and recipe.matmul is not None and not recipe.row_scaled
+    return recipe.matmul.num_bytes / recipe.compute.num_bytes if narrow and recipe.matmul else 1.0
 
 
 def _embedding(workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Collective]:
@@ -212,6 +227,8 @@ def _data_parallel(
         params = np.where(batch.num_stages == 1, 0.0, params)
     on = (batch.dp * batch.cp > 1) & (params > 0)
     weights, grads = params * workload.recipe.params.num_bytes, params * workload.recipe.grads.num_bytes
+    if not outer:
+        weights = weights * _gathered_share(workload, framework)
     zero, whole = batch.zero_stage, framework.reduces_once
     late = whole and framework.overlap_dp_reduce == 0.0
     in_backward = workload.recipe.has_master and not late

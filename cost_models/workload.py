@@ -49,11 +49,13 @@ class DTypeRecipe:
 
     ``master`` is the separate copy of the weights that the optimizer updates, ``None`` where the weights
     themselves are updated. ``grads`` is the dtype gradients are accumulated and reduced in. ``matmul`` is the dtype of
-    the projections inside decoder blocks where it is narrower than ``compute``: their operands are cast on the way in.
+    the projections inside decoder blocks where it is narrower than ``compute``: their operands are cast on the way in,
+    with one scale a tensor or, ``row_scaled``, one for each row.
     """
 
     compute: DType = DType.BFLOAT16
     matmul: DType | None = None
+    row_scaled: bool = False
     params: DType = DType.BFLOAT16
     grads: DType = DType.FLOAT32
     master: DType | None = DType.FLOAT32
@@ -74,6 +76,7 @@ RECIPES: dict[str, DTypeRecipe] = {
     "bf16-grads": DTypeRecipe(grads=DType.BFLOAT16),
     # bf16 with fp8 matmuls inside blocks (Transformer Engine, torchao): weights, gradients and states as bf16
     "fp8": DTypeRecipe(matmul=DType.FLOAT8),
+    "fp8-rowwise": DTypeRecipe(matmul=DType.FLOAT8, row_scaled=True),
     # everything in bf16, states too: 2 + 2 + 4 = 8 bytes a parameter
     "bf16-pure": DTypeRecipe(grads=DType.BFLOAT16, master=None, optimizer=DType.BFLOAT16),
     # everything in fp32: 4 + 4 + 8 = 16 bytes a parameter
