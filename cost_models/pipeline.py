@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models import shortened
+from meshwright.cost_models.schedules import Pass, rank_actions, stage_indices
 from meshwright.cost_models.strategy import IntArray, Schedule
 
 FloatArray = NDArray[np.float64]
@@ -74,6 +75,35 @@ def _gpipe(forward: FloatArray, backward: FloatArray, hop: FloatArray, microbatc
     way = backward.copy()
     way[:, :-1] += hop
     return np.asarray(down + np.cumsum(way[:, ::-1], axis=1)[:, ::-1] + more * slowest)
+
+
+def held_microbatches(
+    schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: IntArray, per_round: IntArray
+) -> FloatArray:
+    """Micro-batches whose activations a rank holds at its peak, by chunk: ``[num_configs, vpp]``.
+
+    A micro-batch is held from its forward to its backward, or to its weight gradient, which needs the inputs of all
+    matmuls; that the rest goes with the input gradient already is left out. Counted on the lists of actions, at the
+    first moment with the largest sum over chunks.
+
+    Raises ``InputError`` where the schedule does not run with these numbers.
+    """
+    if schedule in (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED):
+        return in_flight(pp, vpp, rank, microbatches, per_round)[schedule.value]
+    few = np.minimum(microbatches, 3 * pp)  # the warm-up is over by then, and from there on none is added
+    counts, group = np.unique(few, return_inverse=True)
+    return np.array([_peak(schedule, pp, vpp, rank, int(count)) for count in counts])[group]
+
+
+def _peak(schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: int) -> tuple[float, ...]:
+    chunk_of = {int(stage): chunk for chunk, stage in enumerate(stage_indices(schedule, pp, vpp)[rank])}
+    held, at_peak = [0.0] * vpp, [0.0] * vpp
+    for action in rank_actions(schedule, pp, vpp, microbatches)[rank]:
+        if action.kind is not Pass.INPUT_GRADIENT:
+            held[chunk_of[action.stage]] += 1.0 if action.kind is Pass.FORWARD else -1.0
+        if sum(held) > sum(at_peak):
+            at_peak = list(held)
+    return tuple(at_peak)
 
 
 def gpipe(forward: FloatArray, backward: FloatArray, hop: FloatArray, microbatches: IntArray) -> FloatArray:

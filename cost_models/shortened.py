@@ -2,8 +2,8 @@
 
 After their warm-up all ranks repeat one period of actions. So a list for ``m`` micro-batches is a shorter list with
 more periods put in after one that is there, the *slab*. Play the short lists; move all ends in the slab by the time
-that the periods left out take at least, and play on. Each end that comes out is the length of a chain of actions which must
-follow each other in the full schedule: up to the slab the same actions, behind it those of the same name so many
+that the periods left out take at least, and play on. Each end that comes out is the length of a chain of actions which
+must follow each other in the full schedule: up to the slab the same actions, behind it those of the same name so many
 periods later, between them these periods of one rank's own actions. So it is never above the played end, and equal to
 it wherever the slowest chain crosses the periods on one rank. Few micro-batches are played in full.
 
@@ -35,7 +35,7 @@ from meshwright.cost_models.strategy import V_SHAPED, IntArray, Schedule
 
 FloatArray = NDArray[np.float64]
 
-_BLOCK = 1000  # configs played at once: their times stay in the processor's cache
+_BLOCK_NUMBERS = 250_000  # configs are played in blocks whose times stay in the processor's cache
 _LOOPED_BACK = (Schedule.ONE_F_ONE_B, Schedule.ZB_H1, Schedule.DUALPIPEV)
 
 
@@ -60,15 +60,18 @@ def finish(
         raise InputError(f"interleaved: {size[row]} micro-batches a round do not divide {microbatches[row]}")
     shortest = _shortest(schedule, pp)
     loop = pp if schedule in _LOOPED_BACK else 1
-    shape = np.stack([np.where(periods > shortest, shortest + (periods - shortest) % loop, periods), size])
+    few = np.where(periods > shortest, shortest + (periods - shortest) % loop, periods)
     result = np.empty(forward.shape[:2])
-    for few, one in np.unique(shape, axis=1).T:
-        rows = np.flatnonzero((shape[0] == few) & (shape[1] == one))
-        short = _short(schedule, pp, vpp, int(few), int(one))
-        for start in range(0, len(rows), _BLOCK):
-            some = rows[start : start + _BLOCK]
+    keys, group = np.unique(few << 32 | size, return_inverse=True)
+    for number, key in enumerate(keys.tolist()):
+        rows = np.flatnonzero(group == number)
+        played, one = key >> 32, key & 0xFFFFFFFF
+        short = _short(schedule, pp, vpp, played, one)
+        block = max(500, _BLOCK_NUMBERS // len(short.seconds))
+        for start in range(0, len(rows), block):
+            some = rows[start : start + block]
             work = (forward[some], backward_input[some], backward_weight[some])
-            result[some] = short.finish(schedule, *work, hop[some], microbatches[some] - few * one)
+            result[some] = short.finish(schedule, *work, hop[some], microbatches[some] - played * one)
     return result
 
 
@@ -160,7 +163,7 @@ class _Short:
 def _periods(
     schedule: Schedule, passes: tuple[FloatArray, FloatArray, FloatArray, FloatArray], hop: FloatArray, more: IntArray
 ) -> FloatArray:
-    """Seconds that the periods of ``more`` micro-batches take each rank at least, loops included: ``[num_configs, pp]``."""
+    """Seconds that periods of ``more`` micro-batches take each rank at least, loops included: ``[num_configs, pp]``."""
     forward, backward, backward_input, backward_weight = passes
     pp = forward.shape[1]
     work = (forward + backward).sum(axis=2)
