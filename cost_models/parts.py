@@ -29,7 +29,8 @@ _COPIES, _COPIES_AT_END = 2.0, 4.0
 class BlockParts:
     """Seconds of one block on one rank, arrays of shape ``[num_configs]``.
 
-    For each micro-batch: ``compute_*`` kernels, ``recompute``, ``host_*`` launches not hidden, ``tp_*`` and ``dp_*``
+    For each micro-batch: ``compute_*`` kernels (``compute_weights`` is the part of ``compute_backward`` that a schedule
+    may put off, gradients of weights), ``recompute``, ``host_*`` launches not hidden, ``tp_*`` and ``dp_*``
     exposed communication, ``hidden`` communication behind compute. Once a step: ``dp_end`` after the last backward;
     ``dp_first`` and ``dp_last`` beside the first forward and the last backward, overlap not taken off yet.
     ``optimizer`` and its ``optimizer_host`` are the update of the block's parameters on this rank.
@@ -37,6 +38,7 @@ class BlockParts:
 
     compute_forward: FloatArray
     compute_backward: FloatArray
+    compute_weights: FloatArray
     recompute: FloatArray
     host_forward: FloatArray
     host_backward: FloatArray
@@ -122,6 +124,7 @@ def _parts(
     return BlockParts(
         compute_forward=kernels.forward,
         compute_backward=backward + accumulate,
+        compute_weights=kernels.backward_weight + accumulate,
         recompute=kernels.recompute,
         host_forward=host_forward,
         host_backward=host_backward + accumulate_host,

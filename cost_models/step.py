@@ -25,6 +25,7 @@ from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import (
     REASONS,
     SCHEDULES,
+    V_SHAPED,
     ConfigBatch,
     IntArray,
     ParallelConfig,
@@ -87,9 +88,12 @@ def estimate_batch(
     pipelines = np.stack([batch.pp, batch.vpp, batch.schedule])
     for pp, vpp, schedule in np.unique(pipelines, axis=1).T:
         rows = np.flatnonzero((batch.pp == pp) & (batch.vpp == vpp) & (batch.schedule == schedule))
+        blocks = stage_counts(kinds, int(pp), int(vpp), framework.partition) if counts is None else counts
+        if SCHEDULES[schedule] in V_SHAPED:  # stages of the second chunk run from the last rank to the first
+            blocks = np.array([blocks[:, 0], blocks[::-1, 1]]).swapaxes(0, 1)
         group = _Group(
             batch=batch.take(rows),
-            counts=stage_counts(kinds, int(pp), int(vpp), framework.partition) if counts is None else counts,
+            counts=blocks,
             schedule=SCHEDULES[schedule],
             model=model,
             workload=workload,
@@ -151,7 +155,8 @@ class _Group:
         wait = self.framework.host.microbatch_s
         transfers = self._transfers() * self.framework.host.hop_s
         forward, backward = (each + wait / 2.0 / self.counts.shape[1] + transfers for each in (forward, backward))
-        finish, unhindered = (self._finish(forward, backward, hops) for hops in (hop, np.zeros_like(hop)))
+        weights = self._by_chunk([part.compute_weights for part in parts])
+        finish, unhindered = (self._finish(forward, backward, weights, hops) for hops in (hop, np.zeros_like(hop)))
         busy = count * (forward + backward).sum(axis=2)
         idle = np.maximum(finish - busy, 0.0)
         waits = np.clip(finish - unhindered, 0.0, idle)
@@ -179,22 +184,16 @@ class _Group:
         rows = np.arange(len(self.batch))
         return {name: value[rows, slowest] for name, value in result.items()}
 
-    def _finish(self, forward: FloatArray, backward: FloatArray, hop: FloatArray) -> FloatArray:
-        """Seconds from the start to each rank's last backward: ``[num_configs, pp]``."""
+    def _finish(self, forward: FloatArray, backward: FloatArray, weights: FloatArray, hop: FloatArray) -> FloatArray:
+        """Seconds from the start to each rank's last action: ``[num_configs, pp]``; ``weights`` is part of backward."""
         count = num_microbatches(self.batch, self.workload)
-        if self.schedule is Schedule.GPIPE:
-            makespan = pipeline.gpipe(forward[:, :, 0], backward[:, :, 0], hop, count)
-        elif self.schedule is Schedule.ONE_F_ONE_B:
-            makespan = pipeline.one_f_one_b(forward[:, :, 0], backward[:, :, 0], hop, count)
-        elif self.schedule is Schedule.INTERLEAVED:
-            per_round = microbatches_per_round(self.batch, self.workload)
-            makespan = pipeline.interleaved(forward, backward, hop, count, per_round)
-        else:
-            raise InputError(f"no cost model for the schedule {self.schedule.value}")
-        return makespan[:, None] - pipeline.tail(backward[:, :, 0], hop)
+        if self.counts.shape[0] == 1:
+            return np.asarray(count[:, None] * (forward + backward).sum(axis=2))
+        per_round = microbatches_per_round(self.batch, self.workload)
+        return pipeline.finish(self.schedule, forward, backward - weights, weights, hop, count, per_round)
 
     def _transfers(self) -> FloatArray:
-        """Sends and receives of one micro-batch on each chunk, one way: ``[pp, vpp]``, fewer at the model's two ends."""
+        """Sends and receives of one micro-batch on each chunk, one way: ``[pp, vpp]``, fewer at the model's ends."""
         pp, vpp = self.counts.shape[:2]
         number = np.full((pp, vpp), 2.0 if pp > 1 else 0.0)
         number[0, 0] -= pp > 1
@@ -202,7 +201,10 @@ class _Group:
         return number
 
     def _hops(self) -> FloatArray:
-        """Seconds of a transfer between each two stages that follow each other: ``[num_configs, pp * vpp - 1]``."""
+        """Seconds of a transfer between each two stages that follow each other: ``[num_configs, pp * vpp - 1]``.
+
+        In a V ranks are passed down and back up, and the two stages in its middle are on one rank.
+        """
         pp, vpp = self.counts.shape[:2]
         stride = self._pp_stride()
         num_bytes = hop_bytes(self.model, self.workload, self.batch)
@@ -211,6 +213,9 @@ class _Group:
             first, second = rank * stride, (rank + 1) % pp * stride
             ends = (send_seconds(self.cluster, first + peer, second + peer, num_bytes) for peer in (0, stride - 1))
             hops[:, rank] = np.maximum(*ends)
+        if self.schedule in V_SHAPED:
+            down = hops[:, : pp - 1]
+            return np.concatenate([down, np.zeros((len(self.batch), 1)), down[:, ::-1]], axis=1)
         return np.tile(hops, vpp)[:, : pp * vpp - 1]
 
     def _pp_stride(self) -> IntArray:
@@ -273,7 +278,7 @@ class _Group:
         best = {name: np.zeros(len(self.batch)) for name in names}
         stage, largest = np.zeros(len(self.batch)), np.full(len(self.batch), -1.0)
         for rank in range(pp):
-            flying = pipeline.in_flight(pp, vpp, rank, count, per_round)[self.schedule.value]
+            flying = pipeline.held_microbatches(self.schedule, pp, vpp, rank, count, per_round)
             ends = (
                 2 * vpp - (rank == 0) - (rank == pp - 1)
             )  # torch allocates a buffer for every micro-batch it receives

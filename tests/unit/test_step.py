@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from meshwright import InputError
 from meshwright.cost_models.estimate import SECONDS, CostBreakdown
 from meshwright.cost_models.framework import PointwiseCost
+from meshwright.cost_models.player import play
 from meshwright.cost_models.step import assumptions, estimate, estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
 from meshwright.cost_models.targets import MESHWRIGHT
@@ -166,10 +168,17 @@ def test_what_cannot_run_is_not_priced(toy: Any, config: ParallelConfig, said: s
         estimate(toy.model(), WORKLOAD, toy.cluster(), config)
 
 
-def test_a_schedule_without_a_model_is_refused(toy: Any) -> None:
-    batch = ConfigBatch.from_configs([ParallelConfig(pp=2, schedule=Schedule.ZB_H1)])
-    with pytest.raises(InputError, match="zb-h1"):
-        estimate_batch(toy.model(), WORKLOAD, toy.cluster(), MESHWRIGHT, batch)
+@pytest.mark.parametrize(("schedule", "vpp"), [(Schedule.ZB_H1, 1), (Schedule.ZBV, 2), (Schedule.DUALPIPEV, 2)])
+def test_gradients_of_weights_fill_bubbles(toy: Any, schedule: Schedule, vpp: int) -> None:
+    free = toy.cluster(device=toy.device(memory_bytes_per_s=1e18), node=(0.0, 1e18), network=(0.0, 1e18))
+    got = cost(toy, ParallelConfig(pp=2, vpp=vpp, schedule=schedule), cluster=free)
+    stages = np.full(2 * vpp, 4 / (2 * vpp))  # layers of each stage in order; the last of all has the head too
+    head = np.eye(2 * vpp)[-1] * HEAD
+    forward, by_input = ((stages * (BLOCK + share * SCORES) + head) / RATE for share in (1.0, 2.5))
+    by_weight = (stages * BLOCK + head) / RATE
+    played = play(schedule, 2, 8, forward[None], by_input[None], by_weight[None], np.zeros((1, 2 * vpp - 1)))
+    assert got.step_s == pytest.approx(float(played.makespan[0]), rel=0.01)
+    assert got.compute_s + got.bubble_s == pytest.approx(got.step_s)
 
 
 def test_assumptions_say_what_was_not_measured(toy: Any) -> None:
