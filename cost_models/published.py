@@ -21,7 +21,7 @@ from meshwright.cost_models.published_config import Counts, config_of, counts_of
 from meshwright.cost_models.published_hardware import cluster_named, cluster_of, target_of
 from meshwright.cost_models.published_measured import Measured, measured_of
 from meshwright.cost_models.published_model import model_of, workload_of
-from meshwright.cost_models.published_rows import Row, Skip, read_rows
+from meshwright.cost_models.published_rows import Malformed, Row, read_rows
 from meshwright.cost_models.step import estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig
 from meshwright.cost_models.targets import framework_named
@@ -104,13 +104,15 @@ def read_published(path: str | Path) -> Published:
     for row in rows:
         try:
             runs.append(run_of(row))
-        except Skip as reason:
+        except Malformed:
+            raise
+        except InputError as reason:  # beside Skip: sizes that contradict each other, as the records find them
             skipped.append((row.text("id"), row.text("family"), str(reason)))
     return Published(tuple(row.text("id") for row in rows), tuple(runs), tuple(skipped))
 
 
 def run_of(row: Row) -> PublishedRun:
-    """One row as a run. Raises ``Skip`` with the reason where it cannot be predicted."""
+    """One row as a run. Raises ``Skip``, or another ``InputError``, with the reason where it cannot be predicted."""
     framework = target_of(row)
     cluster, cluster_notes = cluster_of(row)
     model, model_notes = model_of(row)

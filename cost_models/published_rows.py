@@ -30,7 +30,7 @@ class Row:
         return (self.columns.get(name) or "").strip()
 
     def number(self, name: str) -> float | None:
-        """The column as a number, ``None`` where blank. Raises ``InputError`` for anything else."""
+        """The column as a number, ``None`` where blank. Raises ``Malformed`` for anything else."""
         text = self.text(name)
         if not text:
             return None
@@ -39,23 +39,30 @@ class Row:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise InputError(f"line {self.line} ({self.text('id')}): {name} must be a number, found {text!r}")
+            raise Malformed(f"line {self.line} ({self.text('id')}): {name} must be a number, found {text!r}")
         return value
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """The column as a whole number of at least 1, ``default`` where blank. Raises ``InputError``."""
+        """The column as a whole number of at least 1, ``default`` where blank.
+
+        Raises ``Skip`` where it is blank without a default, ``Malformed`` for anything else.
+        """
         value = self.number(name)
         if value is None:
             if default is None:
                 raise Skip(f"{name} is not published")
             return default
         if value != int(value) or value < 1:
-            raise InputError(f"line {self.line} ({self.text('id')}): {name} must be 1, 2, ..., found {value:g}")
+            raise Malformed(f"line {self.line} ({self.text('id')}): {name} must be 1, 2, ..., found {value:g}")
         return int(value)
 
 
 class Skip(InputError):
     """A row that cannot be predicted; the message is the reason."""
+
+
+class Malformed(InputError):
+    """A column that does not hold what it is for: the table is wrong, not only this row out of reach."""
 
 
 def read_rows(path: str | Path) -> tuple[Row, ...]:

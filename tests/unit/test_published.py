@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meshwright import InputError
 from meshwright.cost_models.published import grouped, predict, read_published, run_of
 from meshwright.cost_models.published_config import redistributed
 from meshwright.cost_models.published_hardware import cluster_named, cluster_of, target_of
 from meshwright.cost_models.published_measured import hardware_flops
-from meshwright.cost_models.published_rows import REQUIRED, Row, Skip, read_rows
+from meshwright.cost_models.published_rows import REQUIRED, Malformed, Row, Skip, read_rows
 from meshwright.cost_models.step import estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, Recompute, Schedule
 from meshwright.cost_models.targets import framework_named
@@ -88,9 +90,22 @@ class TestReading:
 
     @pytest.mark.parametrize("bad", ["many", "nan", "inf", "2.5", "0", "-1"])
     def test_a_degree_that_is_none_is_the_files_fault(self, bad: str) -> None:
-        with pytest.raises(InputError, match=r"line 2 \(a-1\): tp must be") as raised:
+        with pytest.raises(Malformed, match=r"line 2 \(a-1\): tp must be"):
             run_of(row(GPT, tp=bad))
-        assert not isinstance(raised.value, Skip)
+
+    def test_a_malformed_figure_stops_and_a_contradiction_is_skipped(self, tmp_path: Path) -> None:
+        found = read_published(table(tmp_path / "runs.csv", GPT, GPT | {"id": "a-2", "kv_heads": "3"}))
+        assert [run.row_id for run in found.runs] == ["a-1"]
+        assert found.skipped == (("a-2", "a", "num_kv_heads=3 must divide num_heads=16"),)
+        with pytest.raises(InputError, match=r"line 3 \(a-2\): hidden must be"):
+            read_published(table(tmp_path / "runs.csv", GPT, GPT | {"id": "a-2", "hidden": "wide"}))
+
+    @given(st.dictionaries(st.sampled_from(sorted(GPT)), st.text(max_size=6) | st.integers(-2, 300).map(str)))
+    def test_whatever_a_row_holds_it_is_a_run_or_an_input_error(self, changes: dict[str, str]) -> None:
+        try:
+            assert run_of(row(GPT, **changes)).config.world_size >= 1
+        except InputError as error:
+            assert str(error)
 
 
 class TestModels:
