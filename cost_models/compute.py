@@ -275,8 +275,10 @@ class _Clock:
             name + "_fa3" * (newer and self.device.has_efficiency(name + "_fa3", self.dtype.value))
             for name in ("attention_forward", "attention_backward")
         )
-        width = (query_dim + value_dim) / 2
-        slower = TRITON_SLOWDOWN if self.framework.attention is AttentionKernel.TRITON else (1.0, 1.0)
+        triton = self.framework.attention is AttentionKernel.TRITON
+        width, slower = (query_dim + value_dim) / 2, (1.0, 1.0)
+        if triton:
+            width, slower = max(width, WIDE_HEAD), TRITON_SLOWDOWN
         first = self._roofline(forward, flops, num_bytes, *shape, head_dim=width)
         second = self._roofline(backward, 2.5 * flops, 2.0 * num_bytes, *shape, head_dim=width)
         self.forward, self.by_input = self.forward + slower[0] * first, self.by_input + slower[1] * second

@@ -88,7 +88,7 @@ class AttentionKernel(StrEnum):
 
 # seconds of the Triton kernel over those of FlashAttention-2, forward and backward: 1.3 to 2.5 over sequence lengths
 # and head sizes on an A100 (arXiv 2307.08691, section 4.1), less forward than backward, which adds up the gradient of
-# queries in memory, block after block of keys
+# queries in memory, block after block of keys; heads of 64 run at the rate of heads of 128
 TRITON_SLOWDOWN = (1.4, 2.1)
 
 
@@ -159,6 +159,7 @@ class Framework:
     selective: Selective = Selective()
     recompute_stops_early: bool = True  # as torch's checkpoint; Megatron repeats the whole block
     reduces_once: bool = False  # gradients stay whole until the last micro-batch whatever the ZeRO stage (1 and 2)
+    broadcasts_weights: bool = False  # ZeRO 1 gives whole tensors to ranks, and each sends its own to the others
     splits_hops: bool = False  # without sp, tp peers send a share each between stages and gather it there
     vocab_multiple: int = 1  # the vocabulary is padded to a multiple of this times tp
     half_precision: bool = False  # runs float16 (loss scaling)

@@ -38,7 +38,7 @@ def config_of(row: Row, model: ModelSpec, workload: Workload, target: str) -> tu
     if tp * pp * dp * cp != row.integer("num_gpus"):
         raise Skip(f"tp*cp*pp*dp={tp * pp * dp * cp} is not num_gpus={row.integer('num_gpus')}")
     ep, etp = _experts(row, model, tp, dp * cp)
-    micro, micro_notes = _micro_batch(row, dp)
+    micro, micro_notes = _micro_batch(row, dp, pp, target)
     if workload.global_batch_size % (dp * micro):
         raise Skip(f"dp*micro_batch={dp * micro} does not divide global_batch={workload.global_batch_size}")
     schedule, vpp, schedule_notes = _schedule(row, pp)
@@ -80,7 +80,15 @@ def _experts(row: Row, model: ModelSpec, tp: int, data_ranks: int) -> tuple[int,
     return ep, etp
 
 
-def _micro_batch(row: Row, dp: int) -> tuple[int, tuple[str, ...]]:
+def _micro_batch(row: Row, dp: int, pp: int, target: str) -> tuple[int, tuple[str, ...]]:
+    """Sequences of a micro-batch; torchtitan of 2024 cuts a rank's batch into ``pp`` micro-batches where not told.
+
+    (torchtitan/parallelisms/pipeline_llama.py: ``pipeline_parallel_microbatches or parallel_dims.pp``.)
+    """
+    assumed = re.search(r"microbatch \d+ assumed", row.text("notes").lower()) or row.number("micro_batch") is None
+    share, left = divmod(row.integer("global_batch"), dp * pp)
+    if target.startswith("torchtitan") and pp > 1 and assumed and share and not left:
+        return share, (f"micro batch not published: {share}, so that there are pp of them, as torchtitan has it",)
     if row.number("micro_batch") is not None:
         return row.integer("micro_batch"), ()
     if row.number("grad_accum") is not None:

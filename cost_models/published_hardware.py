@@ -169,7 +169,7 @@ def _before_flash(row: Row) -> bool:
 
 
 def _variant(row: Row, target: str) -> str:
-    """The version or mode of a target that a row ran: before flash attention, on torch 1.13, with asynchronous tp.
+    """The version or mode of a target that a row ran: before flash attention, on torch 1.13, not compiled.
 
     llm-foundry's tables of torch 1.13 call the precision bf16, later ones amp_bf16.
     """
@@ -178,8 +178,11 @@ def _variant(row: Row, target: str) -> str:
         return "megatron-lm-2021"
     if target == "llm-foundry" and re.search(r"precision label bf16\b", notes):
         return "llm-foundry-torch1"
-    if target == "torchtitan" and re.search(r"\basync ?tp", notes):
+    if target == "torchtitan" and row.text("tp") not in ("", "1") and re.search(r"\basync ?tp", notes):
         return "torchtitan-async-tp"
+    compiled = re.search(r"compile(?!=n)", f"{notes} {row.text('framework')}".lower())
+    if target == "torchtitan" and not compiled and "fp8" not in row.text("precision").lower():
+        return "torchtitan-eager"  # float8 wants the compiler
     return target
 
 

@@ -267,6 +267,11 @@ TORCHTITAN = replace(
     row_scaled_factor=1.7,
 )
 
+# as it was before blocks were compiled by default: Triton's fused RMSNorm, all else kernel by kernel
+TORCHTITAN_EAGER = replace(
+    TORCHTITAN, name="torchtitan-eager", pointwise=replace(EAGER_TORCH, rms_norm=FUSED.rms_norm), float8=False
+)
+
 # matmuls cut along the sequence, each part beside the exchange of the next (torch.distributed._symmetric_memory)
 TORCHTITAN_ASYNC_TP = replace(TORCHTITAN, name="torchtitan-async-tp", overlap_tp=0.8)
 
@@ -317,6 +322,7 @@ FRAMEWORKS: dict[str, Framework] = {
         MEGATRON_BRIDGE,
         NANOTRON,
         TORCHTITAN,
+        TORCHTITAN_EAGER,
         TORCHTITAN_ASYNC_TP,
         LLM_FOUNDRY,
         LLM_FOUNDRY_TORCH1,

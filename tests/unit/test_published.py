@@ -294,7 +294,7 @@ class TestHardware:
             ("Megatron-LM", "H100-80GB-SXM", "megatron-bridge"),
             ("NeMo / Megatron-Core", "GB200", "megatron-bridge"),
             ("llm-foundry (PyTorch FSDP)", "A100", "llm-foundry"),
-            ("torchtitan (FSDP2)", "H100", "torchtitan"),
+            ("torchtitan (FSDP2)", "H100", "torchtitan-eager"),
             ("fms-fsdp (FSDP1 + compile)", "H100", "torchtitan"),
             ("DeepSpeed ZeRO-3 in Megatron", "A100", "deepspeed"),
             ("MegaScale", "A100", "megascale"),
@@ -303,6 +303,21 @@ class TestHardware:
     )
     def test_targets(self, framework: str, gpu: str, target: str) -> None:
         assert target_of(row(GPT, framework=framework, gpu_type=gpu)) == target
+
+    @pytest.mark.parametrize(
+        ("framework", "columns", "target"),
+        [
+            ("torchtitan (FSDP2)", {"precision": "fp8"}, "torchtitan"),
+            ("torchtitan (FSDP2)", {"notes": "Table 1; FSDP + torch.compile"}, "torchtitan"),
+            ("torchtitan (FSDP2)", {"notes": "async TP; torch.compile", "tp": "8"}, "torchtitan-async-tp"),
+            ("torchtitan (FSDP2)", {"notes": "async TP; torch.compile", "tp": "1"}, "torchtitan"),
+            ("fms-fsdp (FSDP1)", {"notes": "compile=N"}, "torchtitan-eager"),
+            ("llm-foundry (PyTorch FSDP)", {"notes": "MP mode PURE; precision label bf16"}, "llm-foundry-torch1"),
+            ("llm-foundry (PyTorch FSDP)", {"notes": "MP mode DEFAULT; precision label amp_bf16"}, "llm-foundry"),
+        ],
+    )
+    def test_versions_and_modes(self, framework: str, columns: dict[str, str], target: str) -> None:
+        assert target_of(row(GPT, framework=framework, gpu_type="A100", **columns)) == target
 
     @pytest.mark.parametrize(
         ("source", "attention", "target"),
