@@ -190,12 +190,10 @@ def workload_of(row: Row) -> tuple[Workload, tuple[str, ...]]:
         found = "bf16-grads"  # Composer's FSDP reduces gradients in bf16
     if found is None:
         raise Skip(f"no dtype recipe for precision {row.text('precision')!r}")
-    recipe = RECIPES.get(found)
-    if recipe is None:
-        notes.append(f"{found} predicted as bf16")
-        recipe = RECIPES["bf16"]
-    batch = row.integer("global_batch")
-    return _workload(row.integer("seq_len"), batch, found if found in RECIPES else "bf16"), tuple(notes)
+    if found not in RECIPES:  # scaled in blocks: matmuls in few bits all the same
+        notes.append(f"{found} predicted as fp8")
+        found = "fp8"
+    return _workload(row.integer("seq_len"), row.integer("global_batch"), found), tuple(notes)
 
 
 @lru_cache(maxsize=4096)

@@ -164,6 +164,8 @@ class TestModels:
             ("fp16", DType.FLOAT16, None),
             ("fp8-cs", DType.BFLOAT16, DType.FLOAT8),
             ("fp8 rowwise", DType.BFLOAT16, DType.FLOAT8),
+            ("mxfp8", DType.BFLOAT16, DType.FLOAT8),
+            ("nvfp4", DType.BFLOAT16, DType.FLOAT8),
             ("bf16/fp16 (not stated)", DType.BFLOAT16, None),
         ],
     )
