@@ -41,7 +41,7 @@ def config_of(row: Row, model: ModelSpec, workload: Workload, target: str) -> tu
     micro, micro_notes = _micro_batch(row, dp, pp, target)
     if workload.global_batch_size % (dp * micro):
         raise Skip(f"dp*micro_batch={dp * micro} does not divide global_batch={workload.global_batch_size}")
-    schedule, vpp, schedule_notes = _schedule(row, pp)
+    schedule, vpp, schedule_notes = _schedule(row, pp, target, model.num_layers)
     stage, shard = _sharding(row, dp * cp)
     if target.startswith("torchtitan") and pp > 1 and stage > 1:
         stage = 1  # parallelize_llama.py: with pp weights stay gathered; torch reduces with the last micro-batch
@@ -108,8 +108,20 @@ _SCHEDULES: tuple[tuple[str, Schedule | None], ...] = (
 )
 
 
-def _schedule(row: Row, pp: int) -> tuple[Schedule, int, tuple[str, ...]]:
-    """Schedule and chunks of each rank; chunks that are not published are the least that the schedule needs."""
+# chunks of a rank in NVIDIA's own recipes for these models (recipes of NVIDIA/NeMo and of NVIDIA-NeMo/Megatron-Bridge)
+_RECIPE_CHUNKS: tuple[tuple[str, int], ...] = (
+    (r"nemotron-?4-340b", 12),
+    (r"llama-?3(\.\d)?-70b", 5),
+    (r"llama-?3(\.\d)?-405b", 8),
+    (r"gpt-?3-175b", 12),
+)
+
+
+def _schedule(row: Row, pp: int, target: str, num_layers: int) -> tuple[Schedule, int, tuple[str, ...]]:
+    """Schedule and chunks of each rank; chunks that are not published are the least that the schedule needs.
+
+    Of a model that NVIDIA has a recipe for they are the recipe's, where layers, embedding and head fill them.
+    """
     said = row.text("schedule").lower()
     if pp == 1:
         return Schedule.ONE_F_ONE_B, 1, ()
@@ -123,6 +135,12 @@ def _schedule(row: Row, pp: int) -> tuple[Schedule, int, tuple[str, ...]]:
     if row.number("vpp") is None:
         # "1f1b/interleaved" names both; "interleaved" alone is two chunks at least
         vpp = 2 if re.search(r"interleaved|1f1b-i\b", said) and "1f1b/" not in said else 1
+        for model, chunks in _RECIPE_CHUNKS if target == "megatron-bridge" else ():
+            if re.search(model, row.text("model").lower()) and 0 in (
+                num_layers % (pp * chunks),
+                (num_layers + 2) % (pp * chunks),
+            ):
+                vpp = chunks
         notes = (f"vpp not published: {vpp} assumed",)
     return (Schedule.INTERLEAVED if vpp > 1 else Schedule.ONE_F_ONE_B), vpp, notes
 
