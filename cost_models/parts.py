@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,7 @@ def block_parts(
     groups = {
         "tp": groups_of(batch, cluster, placement, "tp"),
         "dp": groups_of(batch, cluster, placement, "dp", "cp"),
+        "shard": groups_of(_one_shard(batch), cluster, placement, "dp", "cp"),
     }
     return [
         _parts(kinds, index, model, workload, cluster, framework, batch, groups) for index in range(len(kinds.kinds))
@@ -153,8 +154,18 @@ def hide(
     return communication - hidden * (1.0 - min(slowdown, 1.0)), hidden
 
 
+def _one_shard(batch: ConfigBatch) -> ConfigBatch:
+    """Configs whose data ranks are those of one shard group: neighbours, since a group that fits takes one node."""
+    return replace(batch, dp=np.maximum(batch.dp_shard // batch.cp, 1))
+
+
 def _price(entry: Collective, cluster: ClusterProfile, groups: dict[str, Groups]) -> FloatArray:
-    once = seconds(cluster, entry.op, groups[entry.axis], np.where(entry.calls > 0, entry.message_bytes, 0.0))
+    once = seconds(
+        cluster,
+        entry.op,
+        groups["shard" if entry.in_shard else entry.axis],
+        np.where(entry.calls > 0, entry.message_bytes, 0.0),
+    )
     copies = (_COPIES_AT_END if entry.phase == "end" else _COPIES) if entry.axis == "dp" else 0.0
     return np.asarray(entry.calls * (once + copies * entry.message_bytes / cluster.device.memory_bytes_per_s))
 

@@ -186,8 +186,9 @@ def workload_of(row: Row) -> tuple[Workload, tuple[str, ...]]:
     found = next((name for name in names if name in words), None)
     if found == "fp8" and "rowwise" in words:
         found = "fp8-rowwise"
-    if found == "bf16" and "mp mode pure" in row.text("notes").lower():
-        found = "bf16-grads"  # Composer's FSDP reduces gradients in bf16
+    pure = "mp mode pure" in row.text("notes").lower() or "internevo" in row.text("framework").lower()
+    if found == "bf16" and pure:
+        found = "bf16-grads"  # Composer's FSDP and InternEvo reduce gradients in bf16
     if found is None:
         raise Skip(f"no dtype recipe for precision {row.text('precision')!r}")
     if found not in RECIPES:  # scaled in blocks: matmuls in few bits all the same

@@ -299,14 +299,34 @@ DEEPSPEED = replace(
     half_precision=True,
 )
 
+# InternLM under InternEvo: logits cast to float32, flash_attn's cross entropy, and for each micro-batch the metrics of
+# internlm/model/metrics.py (AccPerplex: maxima twice, argmax, difference, exponential, sum; the loss again); the update
+# flattens, casts, unscales and clips gradients and runs torch's AdamW (internlm/solver/optimizer/hybrid_zero_optim.py)
+_INTERNLM_LOSS = P(
+    forward_kernels=16,
+    forward_passes=0,
+    forward_float32_passes=11,
+    forward_casts=1,
+    backward_kernels=2,
+    backward_passes=0,
+    backward_float32_passes=2,
+    backward_casts=1,
+)
 INTERNEVO = replace(
     _MEGATRON,
     name="internevo",
     zero_stages=(0, 1, 3),
     partial_sharding=True,
     attention=AttentionKernel.FLASH,
+    pointwise=replace(
+        FUSED,
+        loss=_INTERNLM_LOSS,
+        sharded_loss=_INTERNLM_LOSS,
+        adamw=P(forward_kernels=14, forward_passes=29, backward_kernels=0, backward_passes=0),
+    ),
     overlap_dp_reduce=1.0,
-    overlap_dp_gather=1.0,
+    overlap_dp_gather=0.0,  # overlap_sync_param is off in every config of configs/
+    broadcasts_weights=True,
     context_parallel=False,
     expert_parallel=False,
 )

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.blocks import BlockKinds, block_kinds, rank_params, stage_counts, vocab_rows
+from meshwright.cost_models.blocks import BlockKinds, block_kinds, num_tensors, rank_params, stage_counts, vocab_rows
 from meshwright.cost_models.framework import Framework, num_microbatches
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
 from meshwright.cost_models.targets import MESHWRIGHT
@@ -38,6 +38,7 @@ class Collective:
     ``calls`` is for each micro-batch in the phases forward, backward and recompute; once a step in ``first_forward``
     (before or during the first micro-batch), ``last_backward`` (during the last one's backward) and ``end`` (after it).
     ``message_bytes`` is the whole tensor, as ``profiler.cluster.CollectiveCurve`` defines it for each operation.
+    ``in_shard`` says that of the data ranks only the ``dp_shard`` that share one copy of the weights take part.
     """
 
     axis: Literal["tp", "dp"]
@@ -45,6 +46,7 @@ class Collective:
     phase: Phase
     calls: FloatArray
     message_bytes: FloatArray
+    in_shard: bool = False
 
 
 def block_traffic(
@@ -217,7 +219,10 @@ def _data_parallel(
 ) -> list[Collective]:
     """A unit's gathers and reductions, as the table of ``executors/data_parallel.py`` has them.
 
-    Each decoder block is a unit; embedding and head are one (the embedding's here) where they share a stage.
+    Each decoder block is a unit; embedding and head are one (the embedding's here) where they share a stage. Weights
+    are gathered among the ranks that shard them; where these are not all data ranks, gradients are summed over all, at
+    the price of an all_reduce: between nodes a reduce-scatter inside a node and sums of the parts across move as much.
+    A target that ``broadcasts_weights`` has whole tensors on each rank, which sends its own to the others.
     """
     outer = kinds.kinds[index].kind is not BlockKind.DECODER
     params = rank_params(kinds.kinds[index], batch)
@@ -230,18 +235,36 @@ def _data_parallel(
     if not outer:
         weights = weights * _gathered_share(workload, framework)
     zero, whole = batch.zero_stage, framework.reduces_once
-    late = whole and framework.overlap_dp_reduce == 0.0
+    once, often = (zero == 1) | (whole & (zero == 2)), (zero >= 2) & ~(whole & (zero == 2))
+    late = whole and framework.overlap_dp_reduce == 0.0 and not framework.overlap_dp_scatter
     in_backward = workload.recipe.has_master and not late
 
+    replicated = (zero > 0) & (batch.dp_shard < batch.dp * batch.cp)
+    owners = np.ones(len(batch))
+    if framework.broadcasts_weights:
+        tensors = [num_tensors(kind) for kind in kinds.kinds]
+        total = tensors[0] + tensors[-1] + sum(tensors[kind] for kind in kinds.of_layer)
+        owners = np.minimum(batch.dp_shard, total / batch.num_stages) * tensors[index] * batch.num_stages / total
+
     def entry(op: str, phase: Phase, when: Any, message_bytes: FloatArray) -> Collective:
-        return Collective("dp", op, phase, np.where(on & when, 1.0, 0.0), message_bytes)
+        once, in_shard = np.where(on & when, 1.0, 0.0), op in ("all_gather", "broadcast")
+        if op == "broadcast":
+            return Collective("dp", op, phase, once * owners, message_bytes / owners, in_shard)
+        return Collective("dp", op, phase, once, message_bytes, in_shard)
 
     return [
         # replicas: FSDP2 reduces as backward goes where it casts master weights, else the executor does afterwards
         entry("all_reduce", "last_backward" if in_backward else "end", zero == 0, grads),
-        entry("all_gather", "first_forward", (zero == 1) | (zero == 2), weights),
+        entry(
+            "broadcast" if framework.broadcasts_weights else "all_gather",
+            "first_forward",
+            (zero == 1) | (zero == 2),
+            weights,
+        ),
         entry("all_gather", "forward", zero == 3, weights),
         entry("all_gather", "backward", (zero == 3) & (not outer), weights),
-        entry("reduce_scatter", "end" if late else "last_backward", (zero == 1) | (whole & (zero == 2)), grads),
-        entry("reduce_scatter", "backward", (zero >= 2) & ~(whole & (zero == 2)), grads),
+        entry("reduce_scatter", "end" if late else "last_backward", once & ~replicated, grads),
+        entry("all_reduce", "end" if late else "last_backward", once & replicated, grads),
+        entry("reduce_scatter", "backward", often & ~replicated, grads),
+        entry("all_reduce", "backward", often & replicated, grads),
     ]
