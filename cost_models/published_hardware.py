@@ -142,18 +142,18 @@ def cluster_named(name: str) -> ClusterProfile:
 
 # what the framework column says (no matter the case), what the GPU is, and the target that runs it
 TARGETS: tuple[tuple[str, str, str], ...] = (
-    (r"maxtext|paxml|\bjax\b", "", ""),
+    (r"maxtext|paxml|\bjax\b|\balpa\b|levanter", "", ""),
     (r"nanotron", "", "nanotron"),
-    (r"deepspeed zero|zero-[123]", "", "deepspeed"),
-    (r"megatron-deepspeed|megatron\+deepspeed|bloom|gpt-neox", "", "megatron-deepspeed"),
-    (r"llm-?foundry", "", "llm-foundry"),
-    (r"torchtitan|fms-fsdp", "", "torchtitan"),
+    (r"deepspeed zero|zero-?[123]", "", "deepspeed"),
+    (r"megatron[- +]*deepspeed|deepspeed[- +]*megatron|\bbloom|gpt-?neox", "", "megatron-deepspeed"),
+    (r"llm[- ]?foundry|mosaicml|composer", "", "llm-foundry"),
+    (r"torch ?titan|fms-fsdp|fsdp2", "", "torchtitan"),
     (r"internevo|internlm", "", "internevo"),
-    (r"megatron-(core|bridge)|\bnemo\b|\bmcore\b", "", "megatron-bridge"),
-    (r"megatron-lm fork", "", "megatron-lm"),
-    (r"megatron-lm", r"h100|h200|h800|b200|b300|gb200|gb300", "megatron-bridge"),
+    (r"megatron[- ]?(core|bridge)|\bnemo\b|\bmcore\b", "", "megatron-bridge"),
     (r"megascale", "", "megascale"),
-    (r"megatron-lm", "", "megatron-lm"),
+    (r"megatron[- ]?lm.*fork|fork.*megatron[- ]?lm", "", "megatron-lm"),
+    (r"megatron", r"h[1278]00|b[23]00", "megatron-bridge"),  # what runs there is Megatron-Core
+    (r"megatron", "", "megatron-lm"),
     (r"deepspeed", "", "deepspeed"),
 )
 

@@ -301,6 +301,10 @@ class TestHardware:
             ("DeepSpeed ZeRO-3 in Megatron", "A100", "deepspeed"),
             ("MegaScale", "A100", "megascale"),
             ("InternEvo", "A800", "internevo"),
+            ("Megatron Core v0.11", "A100", "megatron-bridge"),
+            ("Megatron-LM fork (sail-sg)", "A100", "megatron-lm"),
+            ("LLM Foundry", "A100", "llm-foundry"),
+            ("MegaScale", "A100", "megascale"),
         ],
     )
     def test_targets(self, framework: str, gpu: str, target: str) -> None:
