@@ -157,7 +157,7 @@ CONSTANTS: tuple[Constant, ...] = (
     Constant(
         owner="target",
         name="dp_factor",
-        lower=0.5,
+        lower=0.2,
         upper=8.0,
         spread=1.5,
         meaning="seconds of data-parallel collectives over what their bytes cost",
@@ -169,6 +169,14 @@ CONSTANTS: tuple[Constant, ...] = (
         upper=1.0,
         spread=1.5,
         meaning="share of gradient reduction that can hide",
+    ),
+    Constant(
+        owner="target",
+        name="overlap_dp_scatter",
+        lower=0.0,
+        upper=1.0,
+        spread=1.5,
+        meaning="share of scattering gradients to their owners that can hide, where it differs",
     ),
     Constant(
         owner="target",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshwright.cost_models.strategy import (
     RECOMPUTES,
@@ -146,8 +147,9 @@ class Framework:
     windowed_attention: bool  # attention kernels skip what a sliding window masks
     eager_rms_norm: bool  # RMSNorm written out in float32, which keeps more for backward than a fused one
     regathers_sequence: bool  # with sp, saves the sharded input of a matmul and gathers it again in backward
-    overlap_dp_reduce: float  # gradients reduced during backward
+    overlap_dp_reduce: float  # gradients summed over replicas during backward
     overlap_dp_gather: float  # weights of ZeRO 1 to 3
+    overlap_dp_scatter: float | None = None  # gradients scattered to their shards' owners; None as overlap_dp_reduce
     overlap_tp: float
     overlap_pp: float
     pointwise: Pointwise
@@ -167,6 +169,12 @@ class Framework:
     float8_gathers: bool = False  # with them, gathers weights and sequence-parallel activations in float8
     row_scaled_factor: float = 1.0  # seconds of float8 matmuls with a scale for each row over those with one for all
     calibrated_on: str = ""  # which measurements the constants above were fitted on
+
+
+def reduce_overlap(framework: Framework, batch: ConfigBatch) -> NDArray[np.float64]:
+    """Share of gradient reduction that each config hides; shape ``[num_configs]``."""
+    scatter = framework.overlap_dp_reduce if framework.overlap_dp_scatter is None else framework.overlap_dp_scatter
+    return np.where(batch.zero_stage > 0, scatter, framework.overlap_dp_reduce)
 
 
 def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, workload: Workload) -> BoolArray:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from meshwright.cost_models.blocks import BlockKinds, num_tensors, rank_params
 from meshwright.cost_models.collectives import Groups, groups_of, seconds
 from meshwright.cost_models.compute import block_seconds, host_wait, launches_ahead
-from meshwright.cost_models.framework import Framework, num_microbatches
+from meshwright.cost_models.framework import Framework, num_microbatches, reduce_overlap
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ConfigBatch
 from meshwright.cost_models.traffic import Collective, block_traffic
@@ -97,12 +97,12 @@ def _parts(
         spent[key] = spent.get(key, zero) + factor * _price(entry, cluster, groups)
         calls[entry.phase] = calls.get(entry.phase, zero) + entry.calls
     on_streams = launches_ahead(device)  # a CPU runs collectives and compute one after the other
-    gather, reduce = (share * on_streams for share in (framework.overlap_dp_gather, framework.overlap_dp_reduce))
+    gather, reduce = framework.overlap_dp_gather * on_streams, reduce_overlap(framework, batch) * on_streams
     hidden_tp = framework.overlap_tp * on_streams
     backward = kernels.backward_input + kernels.backward_weight
     dp_forward, hidden_forward = hide(spent.get(("dp", "forward"), zero), gather, kernels.forward, cluster)
     both = spent.get(("dp", "backward"), zero)
-    dp_backward, hidden_backward = hide(both, min(gather, reduce), backward + kernels.recompute, cluster)
+    dp_backward, hidden_backward = hide(both, np.minimum(gather, reduce), backward + kernels.recompute, cluster)
     tp_forward, hidden_tp_forward = hide(spent.get(("tp", "forward"), zero), hidden_tp, kernels.forward, cluster)
     tp_back = spent.get(("tp", "backward"), zero) + spent.get(("tp", "recompute"), zero)
     tp_backward, hidden_tp_backward = hide(tp_back, hidden_tp, backward + kernels.recompute, cluster)
@@ -143,7 +143,7 @@ def _parts(
 
 
 def hide(
-    communication: FloatArray, share: float, behind: FloatArray, cluster: ClusterProfile
+    communication: FloatArray, share: FloatArray | float, behind: FloatArray, cluster: ClusterProfile
 ) -> tuple[FloatArray, FloatArray]:
     """``(exposed, hidden)`` seconds: ``share`` of the communication hides behind compute, at most as long as that is.
 

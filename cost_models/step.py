@@ -18,7 +18,13 @@ from meshwright.cost_models.blocks import block_kinds, stage_counts
 from meshwright.cost_models.collectives import groups_of, seconds, send_seconds
 from meshwright.cost_models.compute import launches_ahead
 from meshwright.cost_models.estimate import BYTES, SECONDS, BatchEstimate, Estimate, FloatArray
-from meshwright.cost_models.framework import Framework, microbatches_per_round, num_microbatches, supported
+from meshwright.cost_models.framework import (
+    Framework,
+    microbatches_per_round,
+    num_microbatches,
+    reduce_overlap,
+    supported,
+)
 from meshwright.cost_models.memory import BlockBytes, block_bytes, rank_bytes
 from meshwright.cost_models.parts import BlockParts, block_parts, hide
 from meshwright.cost_models.placement import Placement
@@ -228,19 +234,20 @@ class _Group:
     def _edges(self, parts: list[BlockParts]) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]:
         """Gathers of the first forward and reductions of the last backward: exposed and hidden, and whom they delay.
 
-        They stand in the way of the first micro-batch down the pipeline and of the last one back: a rank waits for
-        those of the ranks after it on the way back, and on a device without streams for all gathers on the way in.
+        On a device without streams they stand in the way of the first micro-batch down the pipeline and of the last one
+        back: a rank waits for the reductions of the ranks after it on the way back, and for all gathers on the way in.
         """
         forward, backward = (self._by_rank(parts, name) for name in ("compute_forward", "compute_backward"))
         streams = launches_ahead(self.cluster.device)
-        gather, reduce = (
-            share * streams for share in (self.framework.overlap_dp_gather, self.framework.overlap_dp_reduce)
-        )
+        gather = self.framework.overlap_dp_gather * streams
+        reduce = reduce_overlap(self.framework, self.batch)[:, None] * streams
         first, first_hidden = hide(self._by_rank(parts, "dp_first"), gather, forward, self.cluster)
         last, last_hidden = hide(self._by_rank(parts, "dp_last"), reduce, backward, self.cluster)
-        from_later = np.cumsum(last[:, ::-1], axis=1)[:, ::-1] - last
-        gathers = np.zeros_like(first) if streams else first.sum(axis=1, keepdims=True) - first
-        return first, first_hidden, last, last_hidden, from_later + gathers
+        delay = np.zeros_like(first)
+        if not streams:
+            from_later = np.cumsum(last[:, ::-1], axis=1)[:, ::-1] - last
+            delay = from_later + first.sum(axis=1, keepdims=True) - first
+        return first, first_hidden, last, last_hidden, delay
 
     def _tied(self) -> FloatArray:
         """First and last stage exchange the gradients of a tied embedding's two copies: ``[num_configs, pp]``."""
