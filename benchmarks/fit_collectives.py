@@ -10,7 +10,7 @@ Between nodes: one real cluster (H100, AWS EFA) from 1 to 64 nodes, ``aux/hf_clu
 of the folder of published runs (``MESHWRIGHT_VALIDATION``). Its "GBps" are bus bandwidths of 256 MiB: one node's
 all_reduce has 436, the NCCL table 430 at this size. Its all_gather and reduce_scatter take lists of tensors, which
 torch copies into one buffer or out of it: a read and a write of the whole, priced by the device's memory; with it one
-node's 250 is met without being fitted. Fitted are latency of a hop, rate and congestion.
+node's 250 is met without being fitted. Fitted are step of a ring, rate and congestion.
 
 Printed are errors by operation; ``--write`` puts the constants into ``profiler/presets/links``.
 """
@@ -56,7 +56,7 @@ SMALLEST_EXCHANGE = 1e6
 MESSAGE_BYTES = 2.0**28  # of the EFA cluster's file
 AUX = "aux/hf_cluster_collective_bandwidth_256MB.csv"
 NODE_FIELDS = ("launch_s", "latency_s", "bytes_per_s", "half_bytes", "copy_hops", "reduction_bytes_per_s")
-NETWORK_FIELDS = ("latency_s", "bytes_per_s", "congestion")
+NETWORK_FIELDS = ("step_s", "bytes_per_s", "congestion")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def main() -> None:
             field for field in NODE_FIELDS if field != "reduction_bytes_per_s" or name in ("nvlink4", "nvlink5")
         )
         cluster, samples = load_cluster(preset), nccl_samples(folder / table for table in tables)
-        fitted = fit(cluster, 0, fields, samples, [1e-6, 1e-7, 1e9, 1e3, 1e-2, 1e9], [1e-4, 1e-5, 1e12, 1e8, 2.0, 1e12])
+        fitted = fit(cluster, 0, fields, samples, [1e-6, 1e-7, 1e9, 1e3, 1e-2, 1e9], [1e-4, 1e-5, 1e12, 1e8, 1.0, 1e12])
         report(name, fitted.tiers[0], fields, samples, predicted(fitted, samples))
         if arguments.write:
             _write(name, fitted.tiers[0], fields)

@@ -20,7 +20,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.links import algorithms, slowdown
+from meshwright.cost_models.links import algorithms
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ConfigBatch, IntArray
 from meshwright.profiler.cluster import ClusterProfile, CollectiveCurve, CollectiveOp
@@ -98,8 +98,7 @@ def send_seconds(cluster: ClusterProfile, first: Any, second: Any, num_bytes: An
         rate = np.minimum(tier.contended_bytes_per_s * shares, max(tier.bytes_per_s, tier.contended_bytes_per_s))
         wire = num_bytes / rate
         ramp = np.sqrt(wire * tier.half_bytes / rate)
-        across = (tier.latency_s + wire + ramp) * slowdown(tier, 2.0 if low > 1 else 1.0)
-        result = np.where(together, tier.launch_s + across, result)
+        result = np.where(together, tier.launch_s + np.maximum(tier.latency_s, tier.step_s) + wire + ramp, result)
     return np.where((first == second) | (num_bytes == 0), 0.0, result)
 
 

@@ -6,9 +6,10 @@ A message of ``B`` bytes sends ``f_j * B`` bytes of one device over tier ``j``. 
     t_j = N_j^congestion * (x + sqrt(x * half_bytes / r_j)),
 
 so that ``half_bytes`` on the wire reach half of the rate; ``N_j`` is the number of lower domains (nodes) that the group
-joins at this tier. The square root is what measured tables show between 100 KB and 1 GB (``benchmarks/
-fit_collectives.py`` prints residuals); a plain alpha-beta line has ``half_bytes = 0``. Stages of one algorithm are
-pipelined: the slowest tier counts. A call costs ``launch_s`` besides, and the latency of its hops.
+joins at this tier, and the slowdown is that of trees and all_to_all: a ring's neighbours keep to themselves. The square
+root is what measured tables show between 100 KB and 1 GB (``benchmarks/fit_collectives.py`` prints residuals); a plain
+alpha-beta line has ``half_bytes = 0``. Stages of one algorithm are pipelined: the slowest tier counts. A call costs
+``launch_s`` besides, and the latency of its hops.
 """
 
 from __future__ import annotations
@@ -69,12 +70,14 @@ def algorithms(cluster: ClusterProfile, op: str, size: FloatArray, inside: Float
 
     ``size`` has shape ``[num_configs]``, ``inside`` ``[num_tiers, num_configs]``.
 
-    * ring (all ops but all_to_all): ``n - 1`` hops, of which ``D_(j-1) - D_j`` cross tier ``j`` (``D_j`` domains of
-      tier ``j``, ``D_(-1) = n``), twice for all_reduce. A group with ``m`` ranks in each lower domain lays ``m`` rings
-      (https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-cross-nic), so that each device carries
-      an ``m``-th of ``(n - 1) / n`` of the message; ``copy_hops`` adds the handling of its own chunk. Each byte
-      crosses the network with every ring, so an all_gather over nodes has no cheaper, hierarchical, way here: NCCL
-      has none either.
+    * ring (all ops but all_to_all): ``n - 1`` hops, twice for all_reduce, of which ``D_(j-1) - D_j`` cross tier ``j``
+      (``D_j`` domains of tier ``j``, ``D_(-1) = n``); but as many steps, in each of which every link passes a chunk on:
+      where a port is busy with a chunk for ``step_s``, they cost that each (256 MiB gathered by 64 to 512 ranks of EFA
+      take 36 to 45 us a step; over InfiniBand the hops' latencies are all there is). A group with ``m`` ranks in each
+      lower domain lays ``m`` rings (https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-cross-nic),
+      so that each device carries an ``m``-th of ``(n - 1) / n`` of the message; ``copy_hops`` adds the handling of its
+      own chunk. Each byte crosses the network with every ring, so an all_gather over nodes has no cheaper,
+      hierarchical, way here: NCCL has none.
     * tree (all_reduce, half of it for broadcast): hierarchical, a chain inside the innermost domain and ``log2``
       levels across those outside, as NCCL prices it (src/graph/tuning.cc); double trees (Sanders, Speck and Traeff
       2009, doi:10.1016/j.parco.2009.09.001) send twice the message from each device, but once between two domains.
@@ -96,7 +99,7 @@ def algorithms(cluster: ClusterProfile, op: str, size: FloatArray, inside: Float
     return ring, tree
 
 
-def slowdown(tier: LinkTier, domains: FloatArray | float) -> FloatArray:
+def _slowdown(tier: LinkTier, domains: FloatArray) -> FloatArray:
     """What congestion makes of a time at this tier, over a group that joins ``domains`` lower domains."""
     return np.asarray(np.maximum(domains, 1.0) ** tier.congestion)
 
@@ -116,22 +119,23 @@ def _launch(cluster: ClusterProfile, inside: FloatArray) -> FloatArray:
 
 def _ring(cluster: ClusterProfile, op: str, size: FloatArray, inside: FloatArray) -> Algorithm:
     rounds = 2.0 if op == "all_reduce" else 1.0
-    latency, legs = _launch(cluster, inside), []
+    hops, steps, legs = np.zeros_like(size), np.zeros_like(size), []
     for tier, low, joined in _crossings(cluster, inside):
-        slow = slowdown(tier, joined)
-        latency = latency + rounds * size / low * (1.0 - 1.0 / joined) * tier.latency_s * slow
-        hops = 1.0 if op == "broadcast" else (rounds * (size - 1.0) + tier.copy_hops) / size
-        legs.append(Leg(np.where(joined > 1, hops / low, 0.0), slow, tier.contended_bytes_per_s, tier.half_bytes))
-    return Algorithm(latency, tuple(legs))
+        hops = hops + rounds * size / low * (1.0 - 1.0 / joined) * tier.latency_s
+        steps = np.maximum(steps, np.where(joined > 1, rounds * (size - 1.0) * tier.step_s, 0.0))
+        sent = 1.0 if op == "broadcast" else (rounds * (size - 1.0) + tier.copy_hops) / size
+        share = np.where(joined > 1, sent / low, 0.0)
+        legs.append(Leg(share, np.ones_like(size), tier.contended_bytes_per_s, tier.half_bytes))
+    return Algorithm(_launch(cluster, inside) + np.maximum(hops, steps), tuple(legs))
 
 
 def _tree(cluster: ClusterProfile, size: FloatArray, inside: FloatArray, *, reducing: bool) -> Algorithm:
     latency, legs = _launch(cluster, inside), []
     for place, (tier, low, joined) in enumerate(_crossings(cluster, inside)):
-        slow = slowdown(tier, joined)
+        slow = _slowdown(tier, joined)
         in_switch = reducing and tier.reduction_bytes_per_s is not None
         levels = joined - 1.0 if place == 0 else np.minimum(np.ceil(np.log2(joined)), 1.0 if in_switch else np.inf)
-        latency = latency + 2.0 * levels * tier.latency_s * slow
+        latency = latency + 2.0 * levels * tier.latency_s
         if in_switch:
             assert tier.reduction_bytes_per_s is not None
             sent, rate = np.ones_like(size), tier.reduction_bytes_per_s
@@ -144,9 +148,9 @@ def _tree(cluster: ClusterProfile, size: FloatArray, inside: FloatArray, *, redu
 def _direct(cluster: ClusterProfile, size: FloatArray, inside: FloatArray) -> Algorithm:
     latency, legs = _launch(cluster, inside), []
     for tier, low, joined in _crossings(cluster, inside):
-        slow = slowdown(tier, joined)
+        slow = _slowdown(tier, joined)
         peers = low * (joined - 1.0)
-        latency = latency + np.ceil(peers / PEERS_AT_ONCE) * tier.latency_s * slow
+        latency = latency + np.ceil(peers / PEERS_AT_ONCE) * tier.latency_s
         leaves = np.where(joined > 1, (size - low + tier.copy_hops) / size, 0.0)
         legs.append(Leg(leaves, slow, tier.contended_bytes_per_s, tier.half_bytes))
     return Algorithm(latency, tuple(legs))

@@ -173,8 +173,10 @@ class LinkTier:
 
     What a collective adds to latency and bandwidth, by default nothing: ``launch_s`` is what any call costs at least
     (its kernel, its synchronisation); ``half_bytes`` the bytes of one device over this tier at which it reaches half
-    of its rate; ``copy_hops`` a device's handling of its own chunk, in hops of a ring; ``congestion`` the exponent of
-    the slowdown over the lower domains that a group joins (0.4: twice the nodes, 1.3 times the time);
+    of its rate; ``copy_hops`` a device's handling of its own chunk, in hops of a ring; ``step_s`` what each step of a
+    ring over this tier costs at least, since a port is busy that long with a chunk of any size; ``congestion`` the
+    exponent of the slowdown, over the lower domains that a group joins, of traffic that isn't between neighbours
+    (trees, all_to_all; 0.4: twice the nodes, 1.3 times the time);
     ``reduction_bytes_per_s`` the bytes of a buffer that the switch of this tier adds up and hands back a second, None
     where it does not reduce.
     """
@@ -188,6 +190,7 @@ class LinkTier:
     launch_s: float = 0.0
     half_bytes: float = 0.0
     copy_hops: float = 0.0
+    step_s: float = 0.0
     congestion: float = 0.0
     reduction_bytes_per_s: float | None = None
     peak_bytes_per_s: float | None = None  # the datasheet's; bytes_per_s is what a large message reaches
@@ -196,7 +199,7 @@ class LinkTier:
 
     def __post_init__(self) -> None:
         rates = ("bytes_per_s", "contended_bytes_per_s", "peak_bytes_per_s", "reduction_bytes_per_s")
-        terms = ("latency_s", "launch_s", "half_bytes", "copy_hops", "congestion")
+        terms = ("latency_s", "launch_s", "half_bytes", "copy_hops", "step_s", "congestion")
         check_numbers(self, positive=rates, not_negative=terms)
         if self.copy_hops > 1:  # else larger groups would cost less
             raise InputError(f"copy_hops must be at most 1, found {self.copy_hops}")

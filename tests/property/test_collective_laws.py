@@ -36,6 +36,7 @@ def links(draw: Any, toy: Any, name: str, size: int) -> LinkTier:
         launch_s=draw(st.sampled_from([0.0, 5e-6])),
         half_bytes=draw(st.sampled_from([0.0, 1e5, 1e7])),
         copy_hops=draw(st.floats(0.0, 1.0)),
+        step_s=draw(st.sampled_from([0.0, 1e-5, 1e-4])),
         congestion=draw(st.sampled_from([0.0, 0.4, 1.0])),
         reduction_bytes_per_s=draw(st.sampled_from([None, rate, 0.7 * rate])),
         source=toy.source,
@@ -89,7 +90,7 @@ def test_a_better_link_is_never_slower(
     better = data.draw(
         st.sampled_from(
             [
-                replace(tier, latency_s=tier.latency_s / factor),
+                replace(tier, latency_s=tier.latency_s / factor, step_s=tier.step_s / factor),
                 replace(
                     tier,
                     bytes_per_s=tier.bytes_per_s * factor,

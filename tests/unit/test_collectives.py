@@ -133,15 +133,32 @@ def test_a_switch_that_reduces(toy: Any) -> None:
     assert price(across, "all_reduce", 1e9, ("dp",), dp=32) == pytest.approx(6e-6 + 2e-5 + 0.25)
 
 
-def test_congestion_grows_with_the_nodes_of_a_group(toy: Any) -> None:
+def test_congestion_grows_with_the_nodes_that_a_tree_or_an_exchange_joins(toy: Any) -> None:
     cluster = toy.cluster(num_nodes=16)
     network = replace(cluster.tiers[1], congestion=0.5)
     cluster = replace(cluster, tiers=(cluster.tiers[0], network))
-    four, sixteen = (3 * 1e-5 + 0.75 * 1e-3, 15 * 1e-5 + 15 / 16 * 1e-3)
-    assert price(cluster, "all_gather", 1e6, ("dp",), tp=4, dp=4) == pytest.approx(2 * four)
-    assert price(cluster, "all_gather", 1e6, ("dp",), tp=4, dp=16) == pytest.approx(4 * sixteen)
-    assert price(cluster, "all_gather", 1e6, ("tp",), tp=4) == pytest.approx(3e-6 + 0.75e-4)
-    assert send_seconds(cluster, 0, 4, 1e6) == pytest.approx(2**0.5 * (1e-5 + 1e-3))
+    # a small all_reduce: 2 log2(16) levels, twice the message at a quarter of the rate
+    assert price(cluster, "all_reduce", 64.0, ("dp",), tp=4, dp=16) == pytest.approx(8e-5 + 4 * 128 / 1e9)
+    # a large one runs on the ring, whose neighbours keep to themselves
+    assert price(cluster, "all_reduce", 1e8, ("dp",), tp=4, dp=16) == pytest.approx(30e-5 + 1.875 * 0.1)
+    assert price(cluster, "all_gather", 1e6, ("dp",), tp=4, dp=16) == pytest.approx(15e-5 + 15 / 16 * 1e-3)
+    # 15 peers in two rounds
+    assert price(cluster, "all_to_all", 1e6, ("dp",), tp=4, dp=16) == pytest.approx(2e-5 + 4 * 15 / 16 * 1e-3)
+    assert send_seconds(cluster, 0, 4, 1e6) == pytest.approx(1e-5 + 1e-3)
+
+
+def test_a_port_that_is_busy_with_each_chunk(toy: Any) -> None:
+    cluster = toy.cluster()
+    network = replace(cluster.tiers[1], step_s=5e-5)
+    cluster = replace(cluster, tiers=(cluster.tiers[0], network))
+    # 8 ranks on 2 nodes: 7 steps, in each of which a chunk crosses
+    assert price(cluster, "all_gather", 1e3, ("dp",), dp=8) == pytest.approx(7 * 5e-5 + 7 / 8 * 1e3 / 4e9)
+    assert price(cluster, "all_gather", 1e3, ("dp",), tp=4, dp=2) == pytest.approx(5e-5 + 0.5 * 1e3 / 1e9)
+    # an all_reduce takes the tree: 2 * 3 hops inside, 2 across
+    assert price(cluster, "all_reduce", 1e3, ("dp",), dp=8) == pytest.approx(6e-6 + 2e-5 + 1e3 / 4e9)
+    # inside a node nothing waits for the network
+    assert price(cluster, "all_gather", 1e3, ("tp",), tp=4) == pytest.approx(3e-6 + 0.75 * 1e3 / 1e10)
+    assert send_seconds(cluster, 0, 4, 1e6) == pytest.approx(5e-5 + 1e-3)
 
 
 def test_a_middle_tier(toy: Any) -> None:
