@@ -80,10 +80,12 @@ def algorithms(cluster: ClusterProfile, op: str, size: FloatArray, inside: Float
       hierarchical, way here: NCCL has none.
     * tree (all_reduce, half of it for broadcast): hierarchical, a chain inside the innermost domain and ``log2``
       levels across those outside, as NCCL prices it (src/graph/tuning.cc); double trees (Sanders, Speck and Traeff
-      2009, doi:10.1016/j.parco.2009.09.001) send twice the message from each device, but once between two domains.
+      2009, doi:10.1016/j.parco.2009.09.001) send twice the message from each device.
     * switch (all_reduce where the innermost tier or the network reduces, NVLink SHARP and SHARP): each device sends
-      its buffer once and receives the sum; tiers that don't reduce run the tree. Small messages take the chain's
-      latency inside a domain, as measured.
+      its buffer once and receives the sum; tiers that don't reduce run the tree, with half of the traffic between two
+      domains, each of which sends one direction only. (Plain trees should, too; two nodes of A100 take a ring's time:
+      8.2 ms for 403 MB at 96 GB/s, vTrain's runs with tp = 16.) Small messages take the chain's latency inside a
+      domain, as measured.
     * direct (all_to_all): every rank to every other, ``PEERS_AT_ONCE`` at a time; what leaves a domain crosses the
       tier at the device's own share.
     """
@@ -140,7 +142,7 @@ def _tree(cluster: ClusterProfile, size: FloatArray, inside: FloatArray, *, redu
             assert tier.reduction_bytes_per_s is not None
             sent, rate = np.ones_like(size), tier.reduction_bytes_per_s
         else:
-            sent, rate = np.where(joined > 2, 2.0, 1.0), tier.contended_bytes_per_s
+            sent, rate = np.where(reducing & (joined <= 2), 1.0, 2.0), tier.contended_bytes_per_s
         legs.append(Leg(np.where(joined > 1, sent / low, 0.0), slow, rate, tier.half_bytes))
     return Algorithm(latency, tuple(legs))
 

@@ -63,7 +63,7 @@ def test_a_tree_for_a_small_all_reduce_across_nodes(toy: Any) -> None:
     # one rank on each of 8 nodes: 2 log2(8) latencies up and down instead of 14, and twice the message
     cluster = toy.cluster(num_nodes=8)
     assert price(cluster, "all_reduce", 8.0, ("dp",), tp=4, dp=8) == pytest.approx(6 * 1e-5 + 16 / 1e9)
-    # between two nodes each sends it once: as fast as the ring
+    # between two nodes the ring is as quick, with half of the bytes
     assert price(cluster, "all_reduce", 8.0, ("dp",), tp=4, dp=2) == pytest.approx(2 * 1e-5 + 8 / 1e9)
     # inside a node a chain, up and down: 2 * 3 hops and twice the message, which the ring beats
     assert price(cluster, "all_reduce", 8.0, ("tp",), tp=4) == pytest.approx(6 * 1e-6 + 1.5 * 8 / 1e10)
@@ -133,6 +133,15 @@ def test_a_switch_that_reduces(toy: Any) -> None:
     assert price(across, "all_reduce", 1e9, ("dp",), dp=32) == pytest.approx(6e-6 + 2e-5 + 0.25)
 
 
+def test_two_nodes_that_reduce_in_their_switches_send_once_each(toy: Any) -> None:
+    cluster = toy.cluster()
+    node = replace(cluster.tiers[0], reduction_bytes_per_s=1e10)
+    inside = replace(cluster, tiers=(node, cluster.tiers[1]))
+    # 8 ranks: 0.1 s inside, 0.25 s across at four devices' rate, one after the other in a pipeline; a ring has 1.75 / 4
+    assert price(inside, "all_reduce", 1e9, ("dp",), dp=8) == pytest.approx(6e-6 + 2e-5 + 0.25)
+    assert price(cluster, "all_reduce", 1e9, ("dp",), dp=8) == pytest.approx(2 * (1e-5 + 6e-6) + 1.75 / 4)
+
+
 def test_congestion_grows_with_the_nodes_that_a_tree_or_an_exchange_joins(toy: Any) -> None:
     cluster = toy.cluster(num_nodes=16)
     network = replace(cluster.tiers[1], congestion=0.5)
@@ -155,7 +164,7 @@ def test_a_port_that_is_busy_with_each_chunk(toy: Any) -> None:
     assert price(cluster, "all_gather", 1e3, ("dp",), dp=8) == pytest.approx(7 * 5e-5 + 7 / 8 * 1e3 / 4e9)
     assert price(cluster, "all_gather", 1e3, ("dp",), tp=4, dp=2) == pytest.approx(5e-5 + 0.5 * 1e3 / 1e9)
     # an all_reduce takes the tree: 2 * 3 hops inside, 2 across
-    assert price(cluster, "all_reduce", 1e3, ("dp",), dp=8) == pytest.approx(6e-6 + 2e-5 + 1e3 / 4e9)
+    assert price(cluster, "all_reduce", 1e3, ("dp",), dp=8) == pytest.approx(6e-6 + 2e-5 + 2e3 / 4e9)
     # inside a node nothing waits for the network
     assert price(cluster, "all_gather", 1e3, ("tp",), tp=4) == pytest.approx(3e-6 + 0.75 * 1e3 / 1e10)
     assert send_seconds(cluster, 0, 4, 1e6) == pytest.approx(5e-5 + 1e-3)
