@@ -1,9 +1,9 @@
 """Measured steps -> corrected constants: the fit behind ``meshwright calibrate`` and behind the presets.
 
 The error of a run is ``log(predicted / measured)``, so that twice too slow weighs as much as twice too fast. The fit
-minimises the sum of its robust squares (soft l1: beyond ``ROBUST`` an error counts by its size, not its square) and of
-each constant's distance from its prior in units of its ``spread``, with scipy's ``least_squares`` (trust region,
-Branch, Coleman and Li 1999, doi:10.1137/S1064827595289108). Constants are fitted as logarithms; shares between 0 and 1
+minimises the sum of Cauchy's loss ``log(1 + (error / ROBUST)^2)``, under which runs that something else held up hardly
+count, and of each constant's squared distance from its prior in units of its ``spread``, with scipy's ``least_squares``
+(trust region, Branch, Coleman and Li 1999, doi:10.1137/S1064827595289108). Constants are fitted as logarithms; shares between 0 and 1
 as they are.
 """
 
@@ -66,7 +66,7 @@ def fit(
 
     def residuals(point: FloatArray) -> FloatArray:
         error = np.log(predict(values_at(point)) / measured) / ROBUST
-        runs = np.sign(error) * np.sqrt(2.0 * (np.sqrt(1.0 + error**2) - 1.0)) * np.sqrt(scale)  # soft l1, as a square
+        runs = np.sign(error) * np.sqrt(scale * np.log1p(error**2))  # whose square is the loss
         return np.concatenate([runs, (point - origin) / spread])
 
     bounds = (to_log(lower) - 1e-9, to_log(upper) + 1e-9)
