@@ -128,7 +128,7 @@ HOPPER_FA2_SOURCE = (
 
 def main() -> None:
     """Fit and write every preset, or those named."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Fit the efficiency curves of the device presets to measured tables.")
     parser.add_argument("presets", nargs="*", default=[], help=f"of {', '.join((*PRESETS, *SLOWED))}; all by default")
     parser.add_argument("--package", type=Path, help="folder of an unpacked aiconfigurator_core")
     parser.add_argument("--dry-run", action="store_true", help="print errors, write nothing")
@@ -184,7 +184,7 @@ def _fit_device(name: str, device: Device, tables: Tables, folder: Path, version
                 curve = _fit(name, device, samples, weights, source, {"overhead_s": quickest})
             floor = {"overhead_s": curve.overhead_s}
         else:
-            curve = replace(_fit(name, device, samples, weights, source), **floor)
+            curve = replace(_fit(name, device, samples, weights, source), overhead_s=floor["overhead_s"])
         curves.append(curve)
         if tables.moe is None or dtype == "float4":
             reference = f"0.85 of a matmul's limit, assumed, for uneven groups; {source.reference}"
@@ -195,9 +195,9 @@ def _fit_device(name: str, device: Device, tables: Tables, folder: Path, version
         experts = moe_samples(base / "moe" / tables.moe / "moe_perf.parquet", dtype, device.memory_bytes_per_s)
         source = _source(version, tables.system, (tables.moe,), "moe_perf")
         fixed = {name: getattr(curve, name) for name in ("tile_exponent", "half_k")}
-        curves.append(replace(_fit(name, device, experts, None, source, fixed), **floor))
-    runs = [base / "attention" / run / "context_attention_perf.parquet" for run in tables.attention]
-    heads, weights = attention_samples(runs, tables.attention_op, device.memory_bytes_per_s)
+        curves.append(replace(_fit(name, device, experts, None, source, fixed), overhead_s=floor["overhead_s"]))
+    paths = [base / "attention" / run / "context_attention_perf.parquet" for run in tables.attention]
+    heads, weights = attention_samples(paths, tables.attention_op, device.memory_bytes_per_s)
     source = _source(version, tables.system, tables.attention, "context_attention_perf")
     fixed = dict(floor)
     if tables is AMPERE:  # its tables hold heads of 128 only; the same kernel on another device says the rest

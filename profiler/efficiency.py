@@ -11,10 +11,11 @@ multiprocessors`` tiles on each, the share is multiplied by ``w / (w + half_wave
 FLOPs (FlashAttention-3, arXiv 2407.08608, section 3.1, on the rates of exponentials and of matmuls).
 
 *Matmuls on a GPU* are cut into tiles of ``tile_m x tile_n`` of the output, one multiprocessor each, in whole waves over
-all multiprocessors; ``k`` may be split in up to eight parts, whose partial sums in float32 go through memory (NVIDIA,
-Matrix Multiplication Background User's Guide, sections on tile and wave quantization). A small tile reads more numbers
-for each FLOP: with ``r = (1/128 + 1/256) / (1/tile_m + 1/tile_n)``, its reading rate over that of the largest, it
-reaches ``max_share * r ** tile_exponent``. The library takes the fastest tile and split:
+all multiprocessors (NVIDIA, Matrix Multiplication Background User's Guide, sections on tile and wave quantization).
+Where the tiles are fewer than the multiprocessors ``k`` may be split in up to eight parts, whose partial sums in
+float32 go through memory. A small tile reads more numbers for each FLOP: with ``r = (1/128 + 1/256) / (1/tile_m +
+1/tile_n)``, its FLOPs for each number over those of the largest, it reaches ``max_share * r ** tile_exponent``. The
+library is taken to choose the fastest tile and split:
 
 ``busy = min over tiles, splits of max(waves * 2 tile_m tile_n (k/split + half_k) / (peak/multiprocessors * share),
 (bytes + 8 m n split [split > 1]) / memory rate)``.
@@ -68,7 +69,14 @@ def kernel_seconds(
         splits = SPLITS if curve.op == "matmul" else (1,)
         groups = flops / np.maximum(2.0 * m * n * k, 1.0)
         rate = curve.peak_flops_per_s * share
-        work = _tiled(curve, num_multiprocessors, memory_bytes_per_s, splits, rate, groups, num_bytes, m, n, k)
+        work = _tiled(
+            (curve.tile_exponent, curve.half_k, num_multiprocessors, memory_bytes_per_s),
+            splits,
+            rate,
+            groups,
+            num_bytes,
+            (m, n, k),
+        )
         return np.asarray(curve.overhead_s + work)
     share = share * k / (k + curve.half_k)
     if curve.half_waves or curve.head_exponent:
@@ -80,25 +88,23 @@ def kernel_seconds(
 
 
 def _tiled(
-    curve: Efficiency,
-    num_multiprocessors: int,
-    memory_bytes_per_s: float,
+    figures: tuple[float, float, int, float],
     splits: tuple[int, ...],
     rate: FloatArray,
     groups: FloatArray,
     num_bytes: FloatArray,
-    m: FloatArray,
-    n: FloatArray,
-    k: FloatArray,
+    shape: tuple[FloatArray, FloatArray, FloatArray],
 ) -> FloatArray:
     """The fastest tile and split for each shape: the menu is a first axis, reduced at the end."""
+    (tile_exponent, half_k, num_multiprocessors, memory_bytes_per_s), (m, n, k) = figures, shape
     menu = np.array([(*tile, split) for tile in TILES for split in splits], dtype=np.float64)
     ndim = np.broadcast(m, n, k, groups).ndim
     tile_m, tile_n, split = (menu[:, column].reshape(-1, *([1] * ndim)) for column in range(3))
-    tiles = groups * np.ceil(m / tile_m) * np.ceil(n / tile_n) * split
-    waves = np.ceil(tiles / num_multiprocessors)
+    tiles = groups * np.ceil(m / tile_m) * np.ceil(n / tile_n)
+    waves = np.ceil(tiles * split / num_multiprocessors)
     reading = (1 / 128 + 1 / 256) / (1 / tile_m + 1 / tile_n)
-    tile_rate = rate / num_multiprocessors * reading**curve.tile_exponent
-    computed = waves * (2.0 * tile_m * tile_n) * (k / split + curve.half_k) / tile_rate
+    tile_rate = rate / num_multiprocessors * reading**tile_exponent
+    computed = waves * (2.0 * tile_m * tile_n) * (k / split + half_k) / tile_rate
     sums = np.where(split > 1, PARTIAL_SUM_BYTES * split, 0.0) * (groups * m * n)
-    return np.asarray(np.maximum(computed, (num_bytes + sums) / memory_bytes_per_s).min(axis=0))
+    seconds = np.maximum(computed, (num_bytes + sums) / memory_bytes_per_s)
+    return np.asarray(np.where((split > 1) & (tiles > num_multiprocessors), np.inf, seconds).min(axis=0))

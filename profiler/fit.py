@@ -82,7 +82,7 @@ def fit_efficiency(
         peak_flops_per_s=peak_flops_per_s,
         max_share=1.0,
         source=source,
-        **given,  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        **given,
     )
     tied = num_multiprocessors is None and bool(np.all(columns["m"] == columns["k"]))
     names = [name for name in _unknowns(columns, first.op, tied, num_multiprocessors) if name not in given]

@@ -38,7 +38,12 @@ def test_h200_against_h100_by_hand() -> None:
     }
     assert changes["memory bandwidth"].percent == pytest.approx(100 * (4.8 / 3.35 - 1))
     assert changes["memory"].percent == pytest.approx(76.25)
-    assert changes["matmul bfloat16"].percent == 0
+    assert changes["matmul float32"].percent == 0
+    limit = {name: load_cluster(name).device.efficiency("matmul", "bfloat16") for name in ("h100-sxm", "h200-sxm")}
+    ratio = (limit["h200-sxm"].max_share / (1024 + limit["h200-sxm"].half_k)) / (
+        limit["h100-sxm"].max_share / (1024 + limit["h100-sxm"].half_k)
+    )
+    assert changes["matmul bfloat16"].percent == pytest.approx(100 * (ratio - 1), abs=1e-6)
 
 
 def test_what_only_one_side_has_is_named() -> None:
@@ -64,6 +69,7 @@ def test_from_nothing_to_something_is_infinite() -> None:
 
 
 def test_reference_rate_by_hand() -> None:
-    curve = load_cluster("h100-sxm").device.efficiency("matmul", "bfloat16")
-    share = 0.803 * 1024 / (1024 + 64) * 1024 / (1024 + 64) * 1024 / (1024 + 128)
-    assert reference_rate(curve) == pytest.approx(share * 989.5e12)
+    curve = load_cluster("h100-sxm").device.efficiency("matmul", "float32")
+    share = 0.85 * 1024 / (1024 + 64) * 1024 / (1024 + 64) * 1024 / (1024 + 128)
+    assert reference_rate(curve) == pytest.approx(share * 67e12)
+    assert reference_rate(replace(curve, tile_exponent=0.5, overhead_s=1.0)) == pytest.approx(share * 67e12)

@@ -6,17 +6,51 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from meshwright import InputError, load_cluster
 from meshwright.profiler.artifact import save
-from meshwright.profiler.cluster import Provenance
-from meshwright.profiler.cluster_presets import FOLDER, LINK_FOLDER, preset_names
+from meshwright.profiler.cluster import Device, Provenance
+from meshwright.profiler.cluster_presets import DEVICE_FOLDER, FOLDER, LINK_FOLDER, preset_names
 
 GIB = 2**30
 
 
 def test_the_well_known_machines_are_there() -> None:
-    assert {"h100-sxm", "h200-sxm", "a100-sxm", "a100-40gb-sxm", "v100-sxm"} <= set(preset_names())
+    nvidia = {
+        "h100-sxm",
+        "h200-sxm",
+        "a100-sxm",
+        "a100-40gb-sxm",
+        "v100-sxm",
+        "b200-sxm",
+        "b300-sxm",
+        "l40s",
+        "rtx-4090",
+    }
+    assert nvidia | {"gb200-nvl72", "gb300-nvl72", "mi300x", "mi250x"} <= set(preset_names())
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in DEVICE_FOLDER.glob("*.json")))
+def test_every_device_has_the_operators_of_a_step_in_every_dtype_it_knows(name: str) -> None:
+    device = TypeAdapter(Device).validate_json((DEVICE_FOLDER / f"{name}.json").read_text())
+    half = {"float16"} if name.startswith("v100") else {"bfloat16", "float16"}
+    for dtype in half | {"float32"}:
+        for op in ("matmul", "attention_forward", "attention_backward", "grouped_matmul"):
+            assert device.has_efficiency(op, dtype), (op, dtype)
+    assert device.has_efficiency("matmul", "float8") == (not name.startswith(("v100", "a100", "mi250x")))
+    assert device.has_efficiency("attention_forward_fa3", "bfloat16") == name.startswith(("h100", "h200"))
+    pairs = [(curve.op, curve.dtype) for curve in device.efficiencies]
+    assert len(pairs) == len(set(pairs))
+
+
+def test_nvl72_is_a_domain_of_hosts() -> None:
+    rack = load_cluster("gb200-nvl72:18")
+    assert (rack.num_devices, rack.devices_per_node) == (72, 4)
+    assert [tier.group_size for tier in rack.tiers] == [72]  # NVLink throughout
+    two = load_cluster("gb200-nvl72:36")
+    assert [tier.group_size for tier in two.tiers] == [72, 144]
+    assert load_cluster("gb200-nvl72:2").tiers[0].bytes_per_s == rack.tiers[0].bytes_per_s
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -64,7 +98,9 @@ def test_dgx_a100_and_dgx_1_figures() -> None:
     a100 = load_cluster("a100-sxm").device
     assert (a100.memory_bytes, a100.peak_memory_bytes_per_s) == (80 * GIB, 2.039e12)
     assert a100.efficiency("matmul", "float16").peak_flops_per_s == 312e12
-    assert a100.efficiency("matmul", "float16").max_share == pytest.approx(271.2 / 312, abs=5e-4)
+    limit = a100.efficiency("matmul", "float16").max_share
+    assert 271.2 / 312 < limit < 1  # ml-engineering's table of reached FLOP/s: 271.2 at its best shape
+    assert a100.num_multiprocessors == 108
     assert load_cluster("a100-40gb-sxm").device.memory_bytes == 40 * GIB
     v100 = load_cluster("v100-sxm:2")
     assert v100.device.efficiency("matmul", "float16").peak_flops_per_s == 125e12
