@@ -15,6 +15,7 @@ Left out: transposes, casts between operators that no layer owns, index arithmet
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from meshwright.profiler.layers import (
 from meshwright.profiler.model import Block, BlockKind
 
 FloatArray = NDArray[np.float64]
+HOPPER = ("H100", "H200", "H800")  # kinds of devices
 FIELDS = ("tp", "cp", "micro_batch_size", "sequence_parallel", "vocab_parallel", "recompute")
 
 
@@ -73,6 +75,21 @@ def host_wait(device: Device, framework: Framework, on_device: FloatArray, on_ho
     power = framework.host.run_ahead
     both = longest * ((on_device / longest) ** power + (on_host / longest) ** power) ** (1.0 / power)
     return np.asarray(both - on_device)
+
+
+def slowest(device: Device, batch: ConfigBatch) -> FloatArray:
+    """Seconds of kernels on the slowest of a config's devices, over those of a usual one; ``[num_configs]``.
+
+    Devices of one kind differ (Sinha et al. 2022, "Not All GPUs Are Created Equal", SC22), and a step waits for the
+    slowest: ``1 + variation * E(n)``, with ``E(n)`` the mean of the largest of ``n`` standard normal numbers, about
+    ``inverse((n - 0.375) / (n + 0.25))`` (Blom 1958). The mean that the device's rates stand for is a usual node's, so
+    that ``E`` counts from 8 devices on.
+    """
+    ranks, inverse = np.unique(batch.tp * batch.cp * batch.pp * batch.dp, return_inverse=True)
+    normal = NormalDist()
+    largest = np.array([normal.inv_cdf((n - 0.375) / (n + 0.25)) for n in np.maximum(ranks, 8).tolist()])
+    usual = normal.inv_cdf((8 - 0.375) / (8 + 0.25))
+    return np.asarray(1.0 + device.variation * (largest - usual)[inverse])
 
 
 def launches_ahead(device: Device) -> bool:
@@ -207,6 +224,8 @@ class _Clock:
         dtype = self.narrow or self.dtype
         num_bytes = dtype.num_bytes * (m * k + k * n) + self.size * m * n
         slower = self.framework.row_scaled_factor if self.narrow and self.workload.recipe.row_scaled else 1.0
+        if self.device.kind.startswith(HOPPER):
+            slower *= self.framework.hopper_factor
         return slower * self._roofline("matmul", 2.0 * m * n * k, num_bytes, m, n, k, dtype)
 
     def _roofline(

@@ -60,6 +60,14 @@ CONSTANTS: tuple[Constant, ...] = (
     ),
     Constant(
         owner="device",
+        name="variation",
+        lower=0.0,
+        upper=0.05,
+        spread=1.02,
+        meaning="standard deviation of kernels' seconds from device to device, over their mean",
+    ),
+    Constant(
+        owner="device",
         name="communication_slowdown",
         lower=0.0,
         upper=0.6,
@@ -153,6 +161,22 @@ CONSTANTS: tuple[Constant, ...] = (
         upper=4.0,
         spread=1.5,
         meaning="seconds of the memory-bound rest over what its passes cost",
+    ),
+    Constant(
+        owner="target",
+        name="hopper_factor",
+        lower=0.9,
+        upper=1.5,
+        spread=1.15,
+        meaning="seconds of matmuls on Hopper over those of the library that the curves were measured with",
+    ),
+    Constant(
+        owner="target",
+        name="row_scaled_factor",
+        lower=1.0,
+        upper=2.5,
+        spread=1.2,
+        meaning="seconds of float8 matmuls with a scale for each row over those with one for all",
     ),
     Constant(
         owner="target",

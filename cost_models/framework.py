@@ -168,6 +168,7 @@ class Framework:
     float8: bool = False  # runs float8 matmuls
     float8_gathers: bool = False  # with them, gathers weights and sequence-parallel activations in float8
     row_scaled_factor: float = 1.0  # seconds of float8 matmuls with a scale for each row over those with one for all
+    hopper_factor: float = 1.0  # seconds of matmuls on Hopper over those of today's library: fewer kernels at first
     calibrated_on: str = ""  # which measurements the constants above were fitted on
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from meshwright.cost_models.blocks import BlockKinds, num_tensors, rank_params
 from meshwright.cost_models.collectives import Groups, groups_of, seconds
-from meshwright.cost_models.compute import block_seconds, host_wait, launches_ahead
+from meshwright.cost_models.compute import block_seconds, host_wait, launches_ahead, slowest
 from meshwright.cost_models.framework import Framework, num_microbatches, reduce_overlap
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ConfigBatch
@@ -86,6 +86,15 @@ def _parts(
 ) -> BlockParts:
     device = cluster.device
     kernels = block_seconds(kinds.kinds[index], workload, device, framework, batch)
+    if device.variation:
+        slower = slowest(device, batch)
+        kernels = replace(
+            kernels,
+            forward=kernels.forward * slower,
+            backward_input=kernels.backward_input * slower,
+            backward_weight=kernels.backward_weight * slower,
+            recompute=kernels.recompute * slower,
+        )
     zero = np.zeros(len(batch))
     spent: dict[tuple[str, str], FloatArray] = {}
     calls: dict[str, FloatArray] = {}  # by phase

@@ -186,9 +186,10 @@ def workload_of(row: Row) -> tuple[Workload, tuple[str, ...]]:
     found = next((name for name in names if name in words), None)
     if found == "fp8" and "rowwise" in words:
         found = "fp8-rowwise"
-    pure = "mp mode pure" in row.text("notes").lower() or "internevo" in row.text("framework").lower()
+    framework = row.text("framework").lower()
+    pure = "mp mode pure" in row.text("notes").lower() or "internevo" in framework or "fms-fsdp" in framework
     if found == "bf16" and pure:
-        found = "bf16-grads"  # Composer's FSDP and InternEvo reduce gradients in bf16
+        found = "bf16-grads"  # Composer's FSDP, fms-fsdp and InternEvo reduce gradients in bf16
     if found is None:
         raise Skip(f"no dtype recipe for precision {row.text('precision')!r}")
     if found not in RECIPES:  # scaled in blocks: matmuls in few bits all the same

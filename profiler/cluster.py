@@ -123,6 +123,7 @@ class Device:
     matmul_factor: float = 1.0  # seconds of matmuls inside steps (power, clocks, cold caches) over those of the curves
     attention_factor: float = 1.0  # the same of attention kernels
     memory_factor: float = 1.0  # the same of memory-bound kernels, over bytes / memory_bytes_per_s
+    variation: float = 0.0  # standard deviation of kernels' seconds from device to device, over their mean
     peak_memory_bytes_per_s: float | None = None  # the datasheet's; memory_bytes_per_s is what a large copy reaches
     num_multiprocessors: int | None = None
     source: Source  # of memory, bandwidth and launch
