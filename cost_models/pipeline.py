@@ -1,10 +1,10 @@
 """Seconds of a pipeline under every schedule, over arrays: what ranks millions of configs.
 
-Stages may be unequal and transfers take time; nothing is ever above what ``player.play`` gives for the same numbers. For
-equal stages and transfers not longer than a forward pass it is what the player gives: ``(m + pp - 1)(f + b)`` for gpipe
-and 1f1b (Huang et al. 2019, arXiv 1811.06965), ``m (f + b) + (pp - 1)(f + b) / vpp`` interleaved (Narayanan et al. 2021,
-arXiv 2104.04473, section 2.2), and so on. For uneven layers, with an embedding and a head, it is within 1 % of the
-player nearly always; the worst are interleaved schedules whose chunks differ much, about 7 % low.
+Stages may be unequal and transfers take time; nothing is ever above what ``player.play`` gives for the same numbers.
+For equal stages and transfers not longer than a forward pass it is what the player gives: ``(m + pp - 1)(f + b)`` for
+gpipe and 1f1b (Huang et al. 2019, arXiv 1811.06965), ``m (f + b) + (pp - 1)(f + b) / vpp`` interleaved (Narayanan et
+al. 2021, arXiv 2104.04473, section 2.2), and so on. For uneven layers, with an embedding and a head, it is within 1 %
+of the player nearly always; the worst are interleaved schedules whose chunks differ much, about 7 % low.
 """
 
 from __future__ import annotations

@@ -97,6 +97,8 @@ def rank_actions(
         size = rounds_size(pp, microbatches) if per_round is None else per_round
         if microbatches % size:
             raise InputError(f"interleaved: {size} micro-batches a round do not divide {microbatches}")
+        if size < min(pp, microbatches):
+            raise InputError(f"interleaved: a round of {size} micro-batches is too short for pp={pp}")
         return tuple(_interleaved(pp, rank, vpp, microbatches, size) for rank in range(pp))
     if schedule is Schedule.ZB_H1:
         return tuple(_zb_h1(pp, rank, microbatches) for rank in range(pp))

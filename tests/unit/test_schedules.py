@@ -113,6 +113,8 @@ def test_rounds_of_torch() -> None:
 def test_numbers_a_schedule_does_not_run_with_are_refused() -> None:
     with pytest.raises(InputError, match=r"interleaved: 4 micro-batches a round do not divide 9"):
         rank_actions(Schedule.INTERLEAVED, 4, 2, 9)
+    with pytest.raises(InputError, match="interleaved: a round of 2 micro-batches is too short for pp=4"):
+        rank_actions(Schedule.INTERLEAVED, 4, 2, 8, 2)
     with pytest.raises(InputError, match="zbv runs 2 chunks on each rank, not vpp=1"):
         rank_actions(Schedule.ZBV, 4, 1, 8)
     with pytest.raises(InputError, match="1f1b runs 1 chunk on each rank, not vpp=2"):
