@@ -96,10 +96,10 @@ def held_microbatches(
         full_turns, left = np.divmod(units, vpp * per_round)
         size = per_round[:, None]
         dealt = full_turns[:, None] * size + np.clip(left[:, None] - np.arange(vpp) * size, 0, size)
-        return dealt.astype(np.float64)
+        return np.asarray(dealt, dtype=np.float64)
     if schedule in (Schedule.GPIPE, Schedule.ONE_F_ONE_B):
         most = microbatches if schedule is Schedule.GPIPE else np.minimum(microbatches, pp - rank)
-        return most.astype(np.float64)[:, None]
+        return np.asarray(most[:, None], dtype=np.float64)
     few = np.minimum(microbatches, 3 * pp)  # the warm-up is over by then, and from there on none is added
     counts, group = np.unique(few, return_inverse=True)
     return np.array([_peak(schedule, pp, vpp, rank, int(count)) for count in counts])[group]

@@ -103,9 +103,9 @@ def test_the_bulk_form_is_never_above_the_played_step(game: dict[str, Any]) -> N
     played = play(**game)
     schedule, pp = game["schedule"], game["pp"]
     stages = stage_indices(schedule, pp, game["forward"].shape[1] // pp)
-    passes = [game[name][:, stages] for name in ("forward", "backward_input", "backward_weight")]
+    passes: Any = [game[name][:, stages] for name in ("forward", "backward_input", "backward_weight")]
     counts, sizes = np.array([game["microbatches"]]), np.array([game["per_round"]])
-    bulk = pipeline.finish(schedule, *passes, game["hop"], counts, sizes)
+    bulk = pipeline.finish(schedule, *passes, hop=game["hop"], microbatches=counts, per_round=sizes)
     assert (bulk <= played.finish * (1 + ROUNDING)).all()
 
 
@@ -113,8 +113,8 @@ def test_the_bulk_form_is_never_above_the_played_step(game: dict[str, Any]) -> N
 @given(pp=st.integers(1, 8), more=st.integers(0, 12), forward=SECONDS, backward=SECONDS)
 def test_the_bubble_of_equal_1f1b(pp: int, more: int, forward: float, backward: float) -> None:
     count = pp + more
-    columns = [np.full((1, pp), seconds) for seconds in (forward, backward / 2, backward / 2)]
-    played = play(Schedule.ONE_F_ONE_B, pp, count, *columns, np.zeros((1, pp - 1)))
+    columns: Any = [np.full((1, pp), seconds) for seconds in (forward, backward / 2, backward / 2)]
+    played = play(Schedule.ONE_F_ONE_B, pp, count, *columns, hop=np.zeros((1, pp - 1)))
     assert np.isclose(played.bubble_share[0], (pp - 1) / (count + pp - 1))
 
 
@@ -127,8 +127,8 @@ def test_zero_bubble_is_never_slower_than_1f1b_on_equal_stages(
     schedule: Schedule, pp: int, more: int, forward: float, backward_input: float, backward_weight: float
 ) -> None:
     count, vpp = 2 * pp + more, 2 if schedule in V_SHAPED else 1
-    one = [np.full((1, pp), seconds) for seconds in (forward, backward_input, backward_weight)]
-    split = [np.full((1, pp * vpp), seconds / vpp) for seconds in (forward, backward_input, backward_weight)]
-    plain = play(Schedule.ONE_F_ONE_B, pp, count, *one, np.zeros((1, pp - 1)))
-    zero = play(schedule, pp, count, *split, np.zeros((1, pp * vpp - 1)))
+    one: Any = [np.full((1, pp), seconds) for seconds in (forward, backward_input, backward_weight)]
+    split: Any = [np.full((1, pp * vpp), seconds / vpp) for seconds in (forward, backward_input, backward_weight)]
+    plain = play(Schedule.ONE_F_ONE_B, pp, count, *one, hop=np.zeros((1, pp - 1)))
+    zero = play(schedule, pp, count, *split, hop=np.zeros((1, pp * vpp - 1)))
     assert zero.makespan[0] <= plain.makespan[0] * (1 + ROUNDING)

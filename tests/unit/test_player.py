@@ -44,7 +44,8 @@ def test_unequal_stages_by_hand() -> None:
 
 def test_zero_bubble_sends_the_gradient_before_the_weights() -> None:
     # rank 1: F 1-2 I 2-3 F 3-4 I 4-5 W 5-6 W 6-7; rank 0: F F, I 3-4 W 4-5, I 5-6 W 6-7
-    entries = timeline(Schedule.ZB_H1, 2, 2, *(np.ones(n) for n in (2, 2, 2)), np.zeros(1))
+    ones = np.ones(2)
+    entries = timeline(Schedule.ZB_H1, 2, 2, ones, ones, ones, np.zeros(1))
     told = {(e.rank, f"{e.kind}{e.microbatch}"): e.start_s for e in entries}
     assert told == {
         (0, "F0"): 0, (0, "F1"): 1, (0, "I0"): 3, (0, "W0"): 4, (0, "I1"): 5, (0, "W1"): 6,

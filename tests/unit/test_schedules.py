@@ -45,7 +45,7 @@ def torch_lists(schedule: Schedule, pp: int, vpp: int, microbatches: int) -> lis
 def _actions(listed: Any) -> tuple[Action, ...]:
     actions = []
     for entry in listed:
-        parts = () if entry is None else entry.sub_actions or (entry,)
+        parts: tuple[Any, ...] = () if entry is None else entry.sub_actions or (entry,)
         for part in parts:
             if part.computation_type in KINDS:
                 pair = len(parts) == 2 and part is parts[0]
