@@ -78,9 +78,9 @@ def algorithms(cluster: ClusterProfile, op: str, size: FloatArray, inside: Float
       so that each device carries an ``m``-th of ``(n - 1) / n`` of the message; ``copy_hops`` adds the handling of its
       own chunk. Each byte crosses the network with every ring, so an all_gather over nodes has no cheaper,
       hierarchical, way here: NCCL has none.
-    * tree (all_reduce, half of it for broadcast): hierarchical, a chain inside the innermost domain and ``log2``
-      levels across those outside, as NCCL prices it (src/graph/tuning.cc); double trees (Sanders, Speck and Traeff
-      2009, doi:10.1016/j.parco.2009.09.001) send twice the message from each device.
+    * tree (all_reduce alone, NCCL broadcasts along rings): hierarchical, a chain inside the innermost domain and
+      ``log2`` levels across those outside, as NCCL prices it (src/graph/tuning.cc); double trees (Sanders, Speck and
+      Traeff 2009, doi:10.1016/j.parco.2009.09.001) send twice the message from each device.
     * switch (all_reduce where the innermost tier or the network reduces, NVLink SHARP and SHARP): each device sends
       its buffer once and receives the sum; tiers that don't reduce run the tree, with half of the traffic between two
       domains, each of which sends one direction only. (Plain trees should, too; two nodes of A100 take a ring's time:
@@ -92,8 +92,6 @@ def algorithms(cluster: ClusterProfile, op: str, size: FloatArray, inside: Float
     if op == "all_to_all":
         return (_direct(cluster, size, inside),)
     ring, tree = _ring(cluster, op, size, inside), _tree(cluster, size, inside, reducing=False)
-    if op == "broadcast":
-        return ring, Algorithm(tree.latency_s / 2.0 + _launch(cluster, inside) / 2.0, ring.legs)
     if op != "all_reduce":
         return (ring,)
     if any(tier.reduction_bytes_per_s is not None for tier in cluster.tiers):

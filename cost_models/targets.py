@@ -130,7 +130,7 @@ FUSED = Pointwise(
         forward_casts=1,
         backward_kernels=4,
         backward_passes=0,
-        backward_float32_passes=4,
+        backward_float32_passes=2,
         backward_casts=1,
     ),
     sharded_loss=P(
@@ -140,7 +140,7 @@ FUSED = Pointwise(
         forward_casts=1,
         backward_kernels=4,
         backward_passes=0,
-        backward_float32_passes=4,
+        backward_float32_passes=2,
         backward_casts=1,
     ),
     routing=P(forward_kernels=12, forward_passes=4, backward_kernels=8, backward_passes=6),

@@ -222,7 +222,8 @@ def _data_parallel(
     Each decoder block is a unit; embedding and head are one (the embedding's here) where they share a stage. Weights
     are gathered among the ranks that shard them; where these are not all data ranks, gradients are summed over all, at
     the price of an all_reduce: between nodes a reduce-scatter inside a node and sums of the parts across move as much.
-    A target that ``broadcasts_weights`` has whole tensors on each rank, which sends its own to the others.
+    A target that ``broadcasts_weights`` has whole tensors on each rank, which sends its own to the others; all ranks
+    get all gradients (InternEvo, ``hybrid_zero_optim.py: broadcast_params``, ``reduce_tensor``).
     """
     outer = kinds.kinds[index].kind is not BlockKind.DECODER
     params = rank_params(kinds.kinds[index], batch)
@@ -239,7 +240,7 @@ def _data_parallel(
     late = whole and framework.overlap_dp_reduce == 0.0 and not framework.overlap_dp_scatter
     in_backward = workload.recipe.has_master and not late
 
-    replicated = (zero > 0) & (batch.dp_shard < batch.dp * batch.cp)
+    replicated = (zero > 0) & ((batch.dp_shard < batch.dp * batch.cp) | framework.broadcasts_weights)
     owners = np.ones(len(batch))
     if framework.broadcasts_weights:
         tensors = [num_tensors(kind) for kind in kinds.kinds]

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from meshwright.cost_models.strategy import ParallelConfig, Recompute, Schedule
-from meshwright.cost_models.traffic import rank_traffic
+from meshwright.cost_models.blocks import block_kinds
+from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
+from meshwright.cost_models.targets import INTERNEVO
+from meshwright.cost_models.traffic import block_traffic, rank_traffic
 from meshwright.cost_models.workload import RECIPES, Workload
 
 # 12 sequences of 16 tokens, 4 bytes a number; the toy model: 4 blocks of hidden 64, ffn 128, 8 and 4 heads of 8
@@ -105,3 +107,15 @@ def test_stages_reduce_their_own_units(toy: Any) -> None:
     first, last = (rank_traffic(toy.model(), WORKLOAD, config, rank)["reduce_scatter", "dp"] for rank in (0, 1))
     assert first == (3, 2 * BLOCK + TABLE)
     assert last == (3, 2 * BLOCK + TABLE + NORM)
+
+
+def test_owners_of_tensors_broadcast_them_in_their_shard_group(toy: Any) -> None:
+    # 4 data ranks share one copy of the weights, 8 have all gradients; 39 tensors: 9 a block, table, head and norm
+    model, batch = toy.model(), ConfigBatch.from_configs([ParallelConfig(dp=8, zero_stage=1, dp_shard=4)])
+    kinds = block_kinds(model)
+    entries = [
+        (entry.op, float(entry.calls[0]), entry.in_shard, float(entry.calls[0] * entry.message_bytes[0]))
+        for entry in block_traffic(kinds, 1, model, WORKLOAD, batch, INTERNEVO)
+        if entry.axis == "dp" and entry.calls[0]
+    ]
+    assert entries == [("broadcast", 4 * 9 / 39, True, BLOCK), ("all_reduce", 1.0, False, BLOCK)]
