@@ -404,7 +404,7 @@ def _rounded(curve: Efficiency) -> Efficiency:
     """Four digits: more are noise."""
     names = ("max_share", "half_k", "tile_exponent", "half_waves", "head_exponent", "overhead_s", "residual")
     known = {name: getattr(curve, name) for name in names if getattr(curve, name) is not None}
-    return replace(curve, **{name: float(f"{value:.4g}") for name, value in known.items()})
+    return replace(curve, **{name: float(f"{value:.4g}") for name, value in known.items()})  # type: ignore[arg-type]
 
 
 def _source(version: str, system: str, runs: tuple[str, ...], table: str) -> Source:

@@ -124,11 +124,20 @@ def _device(device: Device, console: Console) -> None:
             format_flops_per_s(curve.peak_flops_per_s),
             f"{curve.max_share:.0%}",
             format_flops_per_s(reference_rate(curve)),
-            f"{curve.half_m:.3g}, {curve.half_n:.3g}, {curve.half_k:.3g}",
-            f"{curve.residual:.1%}" if count else "",
+            _half_sizes(curve),
+            f"{curve.residual:.1%}" if curve.residual else "",
             f"{count} samples" if count else curve.source.provenance.value,
         )
     console.print(table)
+
+
+def _half_sizes(curve: Efficiency) -> str:
+    """Of a matmul in tiles only k has one; tiles and waves say the rest."""
+    if curve.tile_exponent is not None:
+        return f"tiles, {curve.half_k:.3g}"
+    if curve.half_waves:
+        return f"waves, {curve.half_k:.3g}"
+    return f"{curve.half_m:.3g}, {curve.half_n:.3g}, {curve.half_k:.3g}"
 
 
 def _links(profile: ClusterProfile, console: Console) -> None:
