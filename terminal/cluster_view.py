@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from meshwright.profiler.cluster import ClusterProfile, CollectiveCurve, Device
+    from meshwright.profiler.cluster import ClusterProfile, CollectiveCurve, Device, Efficiency
     from meshwright.profiler.cluster_diff import ClusterDiff
 
 WORTH_SAYING_PERCENT = 2.0  # smaller changes are noise of any measurement
