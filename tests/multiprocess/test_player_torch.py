@@ -53,7 +53,7 @@ class SleepingStage(nn.Module):
         super().__init__()
         self.index, self.sleeps, self.awake = index, sleeps, True
         kinds = (Pass.FORWARD, Pass.INPUT_GRADIENT, Pass.WEIGHT_GRADIENT)
-        self.seconds = dict(zip(kinds, seconds[:, index].tolist(), strict=True))
+        self.seconds: dict[Pass, float] = dict(zip(kinds, seconds[:, index].tolist(), strict=True))
         self.weight = nn.Parameter(torch.ones(4))
 
     def sleep(self, kind: Pass) -> None:

@@ -18,6 +18,7 @@ LAWS = settings(max_examples=60, deadline=None)
 SECONDS = st.floats(0.01, 10.0)
 SPLIT = (Schedule.ZB_H1, Schedule.ZBV, Schedule.DUALPIPEV)
 ROUNDING = 1e-9
+PASSES = ("forward", "backward_input", "backward_weight")
 
 
 @st.composite
@@ -28,10 +29,7 @@ def pipelines(draw: Any, schedules: tuple[Schedule, ...] = tuple(Schedule)) -> d
     vpp = 2 if schedule in V_SHAPED else draw(st.integers(2, 3)) if schedule in LOOPED else 1
     count = draw(st.integers(2 * pp if schedule is Schedule.DUALPIPEV else 1, 3 * pp + 2))
     stages = pp * vpp
-    columns = {
-        name: np.array([draw(st.lists(SECONDS, min_size=size, max_size=size))]).reshape(1, size)
-        for name, size in (("forward", stages), ("backward_input", stages), ("backward_weight", stages))
-    }
+    columns = {name: np.array([draw(st.lists(SECONDS, min_size=stages, max_size=stages))]) for name in PASSES}
     hop = np.array([draw(st.lists(st.floats(0.0, 5.0), min_size=stages - 1, max_size=stages - 1))])
     rounds = draw(st.integers(1, 4)) if schedule in LOOPED and count >= pp else 1
     return {
@@ -103,9 +101,9 @@ def test_the_bulk_form_is_never_above_the_played_step(game: dict[str, Any]) -> N
     played = play(**game)
     schedule, pp = game["schedule"], game["pp"]
     stages = stage_indices(schedule, pp, game["forward"].shape[1] // pp)
-    passes: Any = [game[name][:, stages] for name in ("forward", "backward_input", "backward_weight")]
+    passes: dict[str, Any] = {name: game[name][:, stages] for name in PASSES}
     counts, sizes = np.array([game["microbatches"]]), np.array([game["per_round"]])
-    bulk = pipeline.finish(schedule, *passes, hop=game["hop"], microbatches=counts, per_round=sizes)
+    bulk = pipeline.finish(schedule, **passes, hop=game["hop"], microbatches=counts, per_round=sizes)
     assert (bulk <= played.finish * (1 + ROUNDING)).all()
 
 
@@ -113,8 +111,8 @@ def test_the_bulk_form_is_never_above_the_played_step(game: dict[str, Any]) -> N
 @given(pp=st.integers(1, 8), more=st.integers(0, 12), forward=SECONDS, backward=SECONDS)
 def test_the_bubble_of_equal_1f1b(pp: int, more: int, forward: float, backward: float) -> None:
     count = pp + more
-    columns: Any = [np.full((1, pp), seconds) for seconds in (forward, backward / 2, backward / 2)]
-    played = play(Schedule.ONE_F_ONE_B, pp, count, *columns, hop=np.zeros((1, pp - 1)))
+    f, half = np.full((1, pp), forward), np.full((1, pp), backward / 2)
+    played = play(Schedule.ONE_F_ONE_B, pp, count, f, half, half, hop=np.zeros((1, pp - 1)))
     assert np.isclose(played.bubble_share[0], (pp - 1) / (count + pp - 1))
 
 
@@ -127,8 +125,9 @@ def test_zero_bubble_is_never_slower_than_1f1b_on_equal_stages(
     schedule: Schedule, pp: int, more: int, forward: float, backward_input: float, backward_weight: float
 ) -> None:
     count, vpp = 2 * pp + more, 2 if schedule in V_SHAPED else 1
-    one: Any = [np.full((1, pp), seconds) for seconds in (forward, backward_input, backward_weight)]
-    split: Any = [np.full((1, pp * vpp), seconds / vpp) for seconds in (forward, backward_input, backward_weight)]
-    plain = play(Schedule.ONE_F_ONE_B, pp, count, *one, hop=np.zeros((1, pp - 1)))
-    zero = play(schedule, pp, count, *split, hop=np.zeros((1, pp * vpp - 1)))
+    seconds = dict(zip(PASSES, (forward, backward_input, backward_weight), strict=True))
+    one: dict[str, Any] = {name: np.full((1, pp), value) for name, value in seconds.items()}
+    split: dict[str, Any] = {name: np.full((1, pp * vpp), value / vpp) for name, value in seconds.items()}
+    plain = play(Schedule.ONE_F_ONE_B, pp, count, **one, hop=np.zeros((1, pp - 1)))
+    zero = play(schedule, pp, count, **split, hop=np.zeros((1, pp * vpp - 1)))
     assert zero.makespan[0] <= plain.makespan[0] * (1 + ROUNDING)

@@ -13,6 +13,7 @@ from meshwright.cost_models.player import by_stage, play
 from meshwright.cost_models.schedules import Pass, rank_actions, rounds_size, stage_indices
 from meshwright.cost_models.strategy import Schedule
 
+PASSES = ("forward", "backward_input", "backward_weight")
 CHUNKS = {Schedule.ZBV: (2,), Schedule.DUALPIPEV: (2,), Schedule.INTERLEAVED: (2, 3, 4)}
 
 
@@ -24,41 +25,44 @@ def bulk_and_played(
     size = size or rounds_size(pp, count)
     counts, sizes = np.full(num_configs, count), np.full(num_configs, size)
     bulk = pipeline.finish(schedule, forward, backward_input, backward_weight, hop, counts, sizes)
-    stages: Any = [by_stage(schedule, seconds) for seconds in (forward, backward_input, backward_weight)]
-    return bulk, play(schedule, pp, count, *stages, hop=hop, per_round=size).finish
+    stages = [by_stage(schedule, seconds) for seconds in (forward, backward_input, backward_weight)]
+    return bulk, play(schedule, pp, count, stages[0], stages[1], stages[2], hop, per_round=size).finish
 
 
-def equal(pp: int, vpp: int, *, hop: float = 0.0) -> Any:
+def equal(pp: int, vpp: int, *, hop: float = 0.0) -> dict[str, Any]:
     """One config whose passes take 2, 3 and 2."""
-    return [*(np.full((1, pp, vpp), seconds) for seconds in (2.0, 3.0, 2.0)), np.full((1, pp * vpp - 1), hop)]
+    passes = {name: np.full((1, pp, vpp), seconds) for name, seconds in zip(PASSES, (2.0, 3.0, 2.0), strict=True)}
+    return {**passes, "hop": np.full((1, pp * vpp - 1), hop)}
 
 
 @pytest.mark.parametrize(("pp", "m"), [(1, 3), (2, 2), (4, 8), (8, 9), (4, 100)])
 def test_equal_stages_take_the_textbook_time(pp: int, m: int) -> None:
     counts = np.array([m])
     for schedule in (Schedule.GPIPE, Schedule.ONE_F_ONE_B):
-        got = pipeline.makespan(schedule, *equal(pp, 1), microbatches=counts, per_round=counts)
+        got = pipeline.makespan(schedule, **equal(pp, 1), microbatches=counts, per_round=counts)
         assert got == pytest.approx([(m + pp - 1) * 7.0])
 
 
 @pytest.mark.parametrize(("pp", "vpp", "m"), [(2, 2, 4), (4, 2, 8), (4, 3, 12), (4, 2, 100)])
 def test_equal_chunks_divide_the_bubble(pp: int, vpp: int, m: int) -> None:
-    got = pipeline.makespan(Schedule.INTERLEAVED, *equal(pp, vpp), microbatches=np.array([m]), per_round=np.array([pp]))
+    got = pipeline.makespan(
+        Schedule.INTERLEAVED, **equal(pp, vpp), microbatches=np.array([m]), per_round=np.array([pp])
+    )
     assert got == pytest.approx([m * 7.0 * vpp + (pp - 1) * 7.0])
 
 
 def test_zero_bubble_h1_has_a_third_of_the_bubble_where_all_passes_take_the_same() -> None:
     # Qi et al. 2023, arXiv 2401.10241, table 2: (pp - 1)(f + bi - bw)
-    ones: Any = [np.ones((1, 4, 1))] * 3
+    ones: dict[str, Any] = {name: np.ones((1, 4, 1)) for name in PASSES}
     got = pipeline.makespan(
-        Schedule.ZB_H1, *ones, hop=np.zeros((1, 3)), microbatches=np.array([50]), per_round=np.array([4])
+        Schedule.ZB_H1, **ones, hop=np.zeros((1, 3)), microbatches=np.array([50]), per_round=np.array([4])
     )
     assert got == pytest.approx([50 * 3.0 + 3.0])
 
 
 def test_transfers_slow_the_steady_state_of_one_f_one_b() -> None:
     # pp 2, f 1, b 2, x 0.5: rank 0 sends two forwards per round trip of 3 + 3 + 1, so 7 for two micro-batches
-    columns: Any = [np.full((1, 2, 1), seconds) for seconds in (1.0, 1.0, 1.0)]
+    columns: dict[str, Any] = {name: np.ones((1, 2, 1)) for name in PASSES}
     for count in (8, 80):
         got = pipeline.makespan(
             Schedule.ONE_F_ONE_B,
@@ -82,12 +86,12 @@ def shapes(schedule: Schedule, rng: np.random.Generator, num: int) -> list[tuple
     return found
 
 
-def random_stages(rng: np.random.Generator, num_configs: int, pp: int, vpp: int) -> Any:
+def random_stages(rng: np.random.Generator, num_configs: int, pp: int, vpp: int) -> dict[str, Any]:
     """Passes of any length, some of them nothing, with transfers from none to longer than the passes."""
-    passes = [rng.lognormal(0.0, rng.choice([0.1, 0.5, 1.0]), (num_configs, pp, vpp)) for _ in range(3)]
-    passes[1][rng.random((num_configs, pp, vpp)) < 0.02] = 0.0
+    passes = {name: rng.lognormal(0.0, rng.choice([0.1, 0.5, 1.0]), (num_configs, pp, vpp)) for name in PASSES}
+    passes["backward_input"][rng.random((num_configs, pp, vpp)) < 0.02] = 0.0
     scale = rng.choice([0.0, 0.1, 1.0, 3.0], (num_configs, 1))
-    return [*passes, scale * rng.random((num_configs, pp * vpp - 1))]
+    return {**passes, "hop": scale * rng.random((num_configs, pp * vpp - 1))}
 
 
 @pytest.mark.parametrize("schedule", Schedule)
@@ -95,7 +99,7 @@ def test_never_above_the_played_step(schedule: Schedule) -> None:
     """10,000 random pipelines over the six schedules, each rank's end as well as the last."""
     rng = np.random.default_rng(11)
     for pp, vpp, count, size in shapes(schedule, rng, 48):
-        bulk, played = bulk_and_played(schedule, *random_stages(rng, 35, pp, vpp), count=count, size=size)
+        bulk, played = bulk_and_played(schedule, **random_stages(rng, 35, pp, vpp), count=count, size=size)
         assert (bulk <= played * (1 + 1e-9)).all(), (pp, vpp, count, size)
 
 
@@ -135,7 +139,7 @@ def test_unequal_stages_are_nearly_played_ones(schedule: Schedule) -> None:
 def test_ranks_finish_when_played_ones_do() -> None:
     for schedule in (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED):
         bulk, played = bulk_and_played(
-            schedule, *equal(4, 2 if schedule is Schedule.INTERLEAVED else 1, hop=0.1), count=24
+            schedule, **equal(4, 2 if schedule is Schedule.INTERLEAVED else 1, hop=0.1), count=24
         )
         assert bulk[0].tolist() == pytest.approx(played[0].tolist())
         assert bulk[0, 0] > bulk[0, 3]
@@ -145,17 +149,17 @@ def test_configs_with_different_micro_batches_are_worked_out_together() -> None:
     rng = np.random.default_rng(3)
     columns = random_stages(rng, 9, 4, 2)
     counts, sizes = np.array([4, 8, 12, 24, 60, 5, 6, 30, 100]), np.array([4, 4, 4, 4, 4, 5, 6, 5, 4])
-    together = pipeline.finish(Schedule.INTERLEAVED, *columns, microbatches=counts, per_round=sizes)
+    together = pipeline.finish(Schedule.INTERLEAVED, **columns, microbatches=counts, per_round=sizes)
     for index in range(9):
         some = slice(index, index + 1)
-        one: Any = [column[some] for column in columns]
-        alone = pipeline.finish(Schedule.INTERLEAVED, *one, microbatches=counts[some], per_round=sizes[some])
+        one = {name: column[some] for name, column in columns.items()}
+        alone = pipeline.finish(Schedule.INTERLEAVED, **one, microbatches=counts[some], per_round=sizes[some])
         assert together[index].tolist() == pytest.approx(alone[0].tolist())
 
 
 def test_rounds_that_do_not_divide_are_refused() -> None:
     with pytest.raises(InputError, match="interleaved: 4 micro-batches a round do not divide 41"):
-        pipeline.finish(Schedule.INTERLEAVED, *equal(4, 2), microbatches=np.array([41]), per_round=np.array([4]))
+        pipeline.finish(Schedule.INTERLEAVED, **equal(4, 2), microbatches=np.array([41]), per_round=np.array([4]))
 
 
 @pytest.mark.parametrize(("pp", "m"), [(1, 4), (4, 8), (4, 3), (2, 4), (3, 3), (4, 40)])
