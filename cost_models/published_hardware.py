@@ -180,6 +180,8 @@ def _variant(row: Row, target: str) -> str:
         return "llm-foundry-torch1"
     if target == "torchtitan" and row.text("tp") not in ("", "1") and re.search(r"\basync ?tp", notes):
         return "torchtitan-async-tp"
+    if target == "nanotron" and row.integer("num_gpus") >= 512:
+        return "nanotron-2024"  # all but a few of 207 pipelined runs on 64 nodes: see targets.NANOTRON_2024
     compiled = re.search(r"compile(?!=n)", f"{notes} {row.text('framework')}".lower())
     if target == "torchtitan" and not compiled and "fp8" not in row.text("precision").lower():
         return "torchtitan-eager"  # float8 wants the compiler

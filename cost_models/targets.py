@@ -11,6 +11,7 @@ from meshwright import InputError
 from meshwright.cost_models.framework import (
     AttentionKernel,
     Framework,
+    HostCost,
     Pointwise,
     PointwiseCost,
     Selective,
@@ -235,9 +236,22 @@ MEGATRON_BRIDGE = replace(
     float8=True,
 )
 
+# eager torch, launches slow to come: Python between kernels, a coalesced call for every gather and scatter of tensor
+# parallelism; ZeRO 1 scatters and gathers between steps, with nothing beside it
 NANOTRON = replace(
     _MEGATRON,
     name="nanotron",
+    host=HostCost(
+        launch_factor=9.6,
+        collective_s=5.9e-5,
+        pipelined_collective_s=2.2e-4,
+        hop_s=9e-5,
+        step_s=0.03,
+        run_ahead=11.0,
+    ),
+    overlap_dp_reduce=0.9,
+    overlap_dp_scatter=0.0,
+    overlap_tp=0.7,
     schedules=(Schedule.GPIPE, Schedule.ONE_F_ONE_B),
     recomputes=(Recompute.NONE, Recompute.FULL),
     expert_parallel=False,
@@ -249,6 +263,15 @@ NANOTRON = replace(
     splits_hops=False,
     vocab_multiple=1,
     half_precision=False,
+)
+
+# as it was when 64 nodes were measured: sends of 0.2 s, held-up micro-batches, slow reductions that nothing hides
+NANOTRON_2024 = replace(
+    NANOTRON,
+    name="nanotron-2024",
+    host=replace(NANOTRON.host, hop_s=0.2, microbatch_s=0.1),
+    overlap_dp_reduce=0.0,
+    dp_factor=5.0,
 )
 
 TORCHTITAN = replace(
@@ -341,6 +364,7 @@ FRAMEWORKS: dict[str, Framework] = {
         MEGATRON_DEEPSPEED,
         MEGATRON_BRIDGE,
         NANOTRON,
+        NANOTRON_2024,
         TORCHTITAN,
         TORCHTITAN_EAGER,
         TORCHTITAN_ASYNC_TP,
