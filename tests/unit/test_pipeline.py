@@ -66,7 +66,7 @@ def test_transfers_slow_the_steady_state_of_one_f_one_b() -> None:
     for count in (8, 80):
         got = pipeline.makespan(
             Schedule.ONE_F_ONE_B,
-            *columns,
+            **columns,
             hop=np.array([[0.5]]),
             microbatches=np.array([count]),
             per_round=np.array([2]),
