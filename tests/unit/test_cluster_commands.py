@@ -13,6 +13,7 @@ from meshwright import InputError, load_cluster
 from meshwright.cli import main
 from meshwright.profiler.artifact import save
 from meshwright.profiler.cluster import ClusterProfile, LinkMatrix
+from meshwright.profiler.units import format_bytes_per_s
 from meshwright.terminal.heatmap import bandwidth_matrix, by_node, heatmap_lines, save_heatmap
 
 
@@ -38,7 +39,8 @@ def measured(tmp_path: Path) -> Path:
 def test_show_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("cluster", "show", "h100-sxm:2") == 0
     out = capsys.readouterr().out
-    for words in ("16 devices", "80.0 GiB", "990 TFLOP/s", "368 GB/s", "48.5 GB/s", "assumed", "bandwidth by rank"):
+    node = format_bytes_per_s(load_cluster("h100-sxm:2").tiers[0].bytes_per_s)
+    for words in ("16 devices", "80.0 GiB", "990 TFLOP/s", node, "48.5 GB/s", "assumed", "bandwidth by rank"):
         assert words in out
 
 
