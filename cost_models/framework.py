@@ -6,11 +6,13 @@ NOT_IN_FRAMEWORK and counted.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meshwright import InputError
 from meshwright.cost_models.strategy import (
     RECOMPUTES,
     SCHEDULES,
@@ -21,7 +23,7 @@ from meshwright.cost_models.strategy import (
     Recompute,
     Schedule,
 )
-from meshwright.cost_models.workload import Workload
+from meshwright.cost_models.workload import DType, Workload
 from meshwright.profiler.model import ModelSpec
 from meshwright.profiler.record import record
 
@@ -42,6 +44,16 @@ class PointwiseCost:
     backward_float32_passes: float = 0.0
     forward_casts: float = 0.0
     backward_casts: float = 0.0
+
+    @property
+    def forward_only(self) -> PointwiseCost:
+        """The same with nothing backward."""
+        return replace(self, backward_kernels=0, backward_passes=0, backward_float32_passes=0, backward_casts=0)
+
+    @property
+    def backward_only(self) -> PointwiseCost:
+        """The same with nothing forward."""
+        return replace(self, forward_kernels=0, forward_passes=0, forward_float32_passes=0, forward_casts=0)
 
 
 @record
@@ -69,7 +81,7 @@ class Pointwise:
     softmax: PointwiseCost | None = None  # the scores, where attention is written out
     quantize: PointwiseCost = PointwiseCost(
         forward_kernels=2, forward_passes=3, backward_kernels=3, backward_passes=4
-    )  # the input of a matmul in fewer bits: its range found, cast and transposed
+    )  # matmuls in fewer bits: ranges found, cast, laid out anew; forward the input, backward the output's gradient
     bias: PointwiseCost = PointwiseCost(
         forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=0
     )  # the output of a projection with a bias, whose gradient sums over tokens
@@ -158,12 +170,18 @@ class Framework:
     partition: Partition = Partition.EVEN
     pointwise_factor: float = 1.0  # seconds of the memory-bound rest over what its passes cost
     dp_factor: float = 1.0  # seconds of data-parallel collectives over what their bytes cost
+    gather_copies: float = 2.0  # passes over gathered weights: FSDP2 copies them out of a flat buffer
+    reduce_copies: float = 2.0  # passes over gradients, in their dtype: into a flat buffer
+    copies_exposed: bool = False  # they run among the kernels, not beside them
     selective: Selective = Selective()
     recompute_stops_early: bool = True  # as torch's checkpoint; Megatron repeats the whole block
     reduces_once: bool = False  # gradients stay whole until the last micro-batch whatever the ZeRO stage (1 and 2)
     broadcasts_weights: bool = False  # ZeRO 1 gives whole tensors to ranks, and each sends its own to the others
     splits_hops: bool = False  # without sp, tp peers send a share each between stages and gather it there
     vocab_multiple: int = 1  # the vocabulary is padded to a multiple of this times tp
+    tensor_parallel: bool = True
+    pipeline_parallel: bool = True
+    torch_schedules: bool = True  # its pipelines are torch's, with their rules for the number of micro-batches
     half_precision: bool = False  # runs float16 (loss scaling)
     float8: bool = False  # runs float8 matmuls
     float8_gathers: bool = False  # with them, gathers weights and sequence-parallel activations in float8
@@ -182,8 +200,10 @@ def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, worklo
     """Whether the target executes each config; shape ``[num_configs]``.
 
     Rules of torch 2.13 that a target built on it inherits (``torch/distributed/pipelining/schedules.py``): 1F1B
-    wants ``num_microbatches >= pp``; interleaved 1F1B runs ``max(1, num_microbatches // pp)`` rounds, which must divide
-    ``num_microbatches``. A batch that does not divide is left to ``strategy.legal``, which has a reason of its own.
+    wants ``num_microbatches >= pp``, DualPipeV twice as many; interleaved 1F1B runs ``max(1, num_microbatches // pp)``
+    rounds, which must divide ``num_microbatches``. Others interleave multiples of pp only (Megatron-LM,
+    ``megatron/core/pipeline_parallel/schedules.py``). A batch that does not divide is left to ``strategy.legal``, which
+    has a reason of its own.
     """
     data_ranks = batch.dp * batch.cp
     shard = np.where(batch.zero_stage > 0, data_ranks, 1)
@@ -192,8 +212,12 @@ def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, worklo
         np.isin(batch.zero_stage, framework.zero_stages),
         np.isin(batch.recompute, [RECOMPUTES.index(recompute) for recompute in framework.recomputes]),
         batch.vocab_parallel == ((batch.tp > 1) & framework.vocab_parallel),
-        _torch_runs(batch, num_microbatches(batch, workload)) | (_remainder(batch, workload) != 0),
+        _runs(batch, num_microbatches(batch, workload), framework) | (_remainder(batch, workload) != 0),
     ]
+    if not framework.tensor_parallel:
+        rules.append(batch.tp == 1)
+    if not framework.pipeline_parallel:
+        rules.append(batch.pp == 1)
     if not framework.context_parallel:
         rules.append(batch.cp == 1)
     if not framework.expert_parallel:
@@ -220,9 +244,22 @@ def _remainder(batch: ConfigBatch, workload: Workload) -> IntArray:
     return np.asarray(workload.global_batch_size % (batch.dp * batch.micro_batch_size), dtype=np.int64)
 
 
-def _torch_runs(batch: ConfigBatch, count: IntArray) -> BoolArray:
-    rounds = np.maximum(count // batch.pp, 1)
-    one_f_one_b = (batch.pp == 1) | (count >= batch.pp)
-    interleaved = count % rounds == 0
-    by_schedule = np.where(batch.is_schedule(Schedule.INTERLEAVED), interleaved, True)
-    return np.asarray(np.where(batch.is_schedule(Schedule.ONE_F_ONE_B), one_f_one_b, by_schedule), dtype=np.bool_)
+def _runs(batch: ConfigBatch, count: IntArray, framework: Framework) -> BoolArray:
+    interleaved = batch.is_schedule(Schedule.INTERLEAVED)
+    if not framework.torch_schedules:
+        return np.asarray(~interleaved | (count % batch.pp == 0))
+    rules = (
+        ~batch.is_schedule(Schedule.ONE_F_ONE_B) | (batch.pp == 1) | (count >= batch.pp),
+        ~batch.is_schedule(Schedule.DUALPIPEV) | (count >= 2 * batch.pp),
+        ~interleaved | (count % np.maximum(count // batch.pp, 1) == 0),
+    )
+    return np.asarray(np.logical_and.reduce(rules), dtype=np.bool_)
+
+
+def refuse_dtypes(framework: Framework, workload: Workload) -> None:
+    """Raise ``InputError`` where the target does not train in the recipe's dtypes."""
+    recipe = workload.recipe
+    if recipe.compute is DType.FLOAT16 and not framework.half_precision:
+        raise InputError(f"{framework.name} does not train in float16 (it has no loss scaling); bfloat16 needs none")
+    if recipe.matmul is not None and not framework.float8:
+        raise InputError(f"{framework.name} does not run {recipe.matmul.value} matmuls; take the recipe bf16")

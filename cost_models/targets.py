@@ -108,6 +108,8 @@ MESHWRIGHT = Framework(
     overlap_tp=0.0,
     overlap_pp=0.0,
     pointwise=EAGER_TORCH,
+    reduce_copies=1.5,  # read in bf16, written in float32
+    copies_exposed=True,  # torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py: copy-in and copy-out
 )
 
 P = PointwiseCost
@@ -197,6 +199,7 @@ _MEGATRON = Framework(
     reduces_once=True,
     splits_hops=True,
     vocab_multiple=128,
+    torch_schedules=False,
     half_precision=True,
 )
 
@@ -302,9 +305,12 @@ LLM_FOUNDRY = replace(
     MESHWRIGHT,
     name="llm-foundry",
     schedules=(Schedule.ONE_F_ONE_B,),
+    tensor_parallel=False,
+    pipeline_parallel=False,
     zero_stages=(0, 2, 3),
     partial_sharding=True,
     fused_projections=True,
+    gather_copies=0.0,  # FSDP1 gathers into the flat parameter itself; gradients of its views are concatenated
     attention=AttentionKernel.TRITON,  # scripts/train/benchmarking/submit_benchmarks.py: --attn_impl triton
     pointwise=MPT,
     eager_rms_norm=False,
@@ -318,8 +324,11 @@ DEEPSPEED = replace(
     MESHWRIGHT,
     name="deepspeed",
     schedules=(Schedule.ONE_F_ONE_B,),
+    tensor_parallel=False,
+    pipeline_parallel=False,
     zero_stages=(0, 1, 2, 3),
     half_precision=True,
+    copies_exposed=False,
 )
 
 # InternLM under InternEvo: logits cast to float32, flash_attn's cross entropy, and for each micro-batch the metrics of

@@ -12,7 +12,7 @@ import numpy as np
 
 from meshwright import InfeasibleError, InputError
 from meshwright.cost_models.estimate import Estimate
-from meshwright.cost_models.framework import Framework
+from meshwright.cost_models.framework import Framework, refuse_dtypes
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.step import assumptions, estimate_batch
 from meshwright.cost_models.strategy import REASONS, ConfigBatch, ParallelConfig, Reason
@@ -94,6 +94,7 @@ def search(
         raise InputError(f"the memory margin is a share from 0 up to 1, found {memory_margin}")
     target = framework_named(framework) if isinstance(framework, str) else framework
     check_length(model, workload)
+    refuse_dtypes(target, workload)
     num_devices = whole_nodes(cluster, gpus)
     space = legal_space(model, workload, num_devices, target, constraints)
     if not len(space.batch):
@@ -161,6 +162,7 @@ def plan_for(
     """
     target = framework_named(framework) if isinstance(framework, str) else framework
     check_length(model, workload)
+    refuse_dtypes(target, workload)
     whole_nodes(cluster, config.world_size)
     broken = why_illegal(config, model, workload, target)
     if broken:

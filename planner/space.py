@@ -198,6 +198,10 @@ def _degrees(world_size: int, *, has_experts: bool) -> Columns:
 
 def _offered_degrees(columns: Columns, framework: Framework, *, has_experts: bool) -> BoolArray:
     mask = np.ones(len(columns["tp"]), dtype=np.bool_)
+    if not framework.tensor_parallel:
+        mask &= columns["tp"] == 1
+    if not framework.pipeline_parallel:
+        mask &= columns["pp"] == 1
     if not framework.context_parallel:
         mask &= columns["cp"] == 1
     if not framework.expert_parallel:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from meshwright.cost_models.collectives import groups_of, seconds
 from meshwright.cost_models.estimate import BYTES, SECONDS, CostBreakdown
-from meshwright.cost_models.framework import supported
+from meshwright.cost_models.framework import Framework, supported
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.step import estimate_batch
-from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule, legal
-from meshwright.cost_models.targets import MESHWRIGHT
+from meshwright.cost_models.strategy import LOOPED, V_SHAPED, ConfigBatch, ParallelConfig, Recompute, Schedule, legal
+from meshwright.cost_models.targets import FRAMEWORKS, framework_named
 from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.profiler.cluster import CollectiveCurve
 
@@ -33,13 +33,13 @@ def configs(draw: Any) -> ParallelConfig:
     """Configs of up to 64 ranks that meshwright may run."""
     tp, pp, dp = draw(DEGREES), draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 4]))
     zero = draw(st.sampled_from([0, 1, 2, 3])) if dp > 1 else 0
-    schedule = draw(st.sampled_from([Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED]))
+    schedule = draw(st.sampled_from(list(Schedule)))
     schedule = schedule if pp > 1 else Schedule.ONE_F_ONE_B
     return ParallelConfig(
         tp=tp,
         pp=pp,
         dp=dp,
-        vpp=2 if schedule is Schedule.INTERLEAVED else 1,
+        vpp=2 if schedule in (*LOOPED, *V_SHAPED) else 1,
         dp_shard=dp if zero else 1,
         zero_stage=zero,
         micro_batch_size=draw(st.sampled_from([1, 2, 4])),
@@ -72,16 +72,21 @@ def clusters(draw: Any, toy: Any) -> Any:
 WORKLOAD = Workload(seq_len=64, global_batch_size=32)
 
 
-def runnable(batch: ConfigBatch, model: Any) -> ConfigBatch:
-    return batch.take((legal(batch, model, WORKLOAD) < 0) & supported(batch, MESHWRIGHT, model, WORKLOAD))
+TARGETS = st.sampled_from(sorted(FRAMEWORKS)).map(framework_named)
+
+
+def runnable(batch: ConfigBatch, model: Any, target: Framework) -> ConfigBatch:
+    return batch.take((legal(batch, model, WORKLOAD) < 0) & supported(batch, target, model, WORKLOAD))
 
 
 @LAWS
-@given(data=st.data(), batch=batches())
-def test_the_breakdown_sums_exactly_and_nothing_is_negative(toy: Any, data: Any, batch: ConfigBatch) -> None:
+@given(data=st.data(), batch=batches(), target=TARGETS)
+def test_the_breakdown_sums_exactly_and_nothing_is_negative(
+    toy: Any, data: Any, batch: ConfigBatch, target: Framework
+) -> None:
     model, cluster = toy.model(num_layers=9, tied=data.draw(st.booleans())), data.draw(clusters(toy))
-    batch = runnable(batch, model)
-    found = estimate_batch(model, WORKLOAD, cluster, MESHWRIGHT, batch)
+    batch = runnable(batch, model, target)
+    found = estimate_batch(model, WORKLOAD, cluster, target, batch)
     exposed = [field.name for field in fields(CostBreakdown) if field.name != "hidden_s"]
     for index in range(len(batch)):
         cost = found.estimate(index, batch).cost
@@ -92,11 +97,11 @@ def test_the_breakdown_sums_exactly_and_nothing_is_negative(toy: Any, data: Any,
 
 
 @LAWS
-@given(data=st.data(), batch=batches())
-def test_a_degree_of_one_costs_nothing_on_its_axis(toy: Any, data: Any, batch: ConfigBatch) -> None:
+@given(data=st.data(), batch=batches(), target=TARGETS)
+def test_a_degree_of_one_costs_nothing_on_its_axis(toy: Any, data: Any, batch: ConfigBatch, target: Framework) -> None:
     model, cluster = toy.model(num_layers=9), data.draw(clusters(toy))
-    batch = runnable(batch, model)
-    found = estimate_batch(model, WORKLOAD, cluster, MESHWRIGHT, batch)
+    batch = runnable(batch, model, target)
+    found = estimate_batch(model, WORKLOAD, cluster, target, batch)
     assert not found.tp_s[batch.tp == 1].any()
     assert not found.dp_s[batch.dp == 1].any()
     assert not (found.pp_s + found.bubble_s)[batch.pp == 1].any()
@@ -105,22 +110,24 @@ def test_a_degree_of_one_costs_nothing_on_its_axis(toy: Any, data: Any, batch: C
 
 
 @LAWS
-@given(data=st.data(), batch=batches())
-def test_many_at_once_equal_each_alone(toy: Any, data: Any, batch: ConfigBatch) -> None:
+@given(data=st.data(), batch=batches(), target=TARGETS)
+def test_many_at_once_equal_each_alone(toy: Any, data: Any, batch: ConfigBatch, target: Framework) -> None:
     model, cluster = toy.model(num_layers=9), data.draw(clusters(toy))
-    batch = runnable(batch, model)
-    found = estimate_batch(model, WORKLOAD, cluster, MESHWRIGHT, batch)
+    batch = runnable(batch, model, target)
+    found = estimate_batch(model, WORKLOAD, cluster, target, batch)
     for index in range(len(batch)):
         one = batch.take(np.array([index]))
-        alone = estimate_batch(model, WORKLOAD, cluster, MESHWRIGHT, one)
+        alone = estimate_batch(model, WORKLOAD, cluster, target, one)
         assert alone.estimate(0, one) == found.estimate(index, batch)
 
 
 @LAWS
-@given(data=st.data(), batch=batches(), factor=st.floats(1.0, 100.0), tier=st.sampled_from([0, 1]))
-def test_a_faster_link_never_slows_a_step(toy: Any, data: Any, batch: ConfigBatch, factor: float, tier: int) -> None:
+@given(data=st.data(), batch=batches(), target=TARGETS, factor=st.floats(1.0, 100.0), tier=st.sampled_from([0, 1]))
+def test_a_faster_link_never_slows_a_step(
+    toy: Any, data: Any, batch: ConfigBatch, target: Framework, factor: float, tier: int
+) -> None:
     model, cluster = toy.model(num_layers=9), data.draw(clusters(toy))
-    batch = runnable(batch, model)
+    batch = runnable(batch, model, target)
     link = cluster.tiers[tier]
     faster = replace(
         link,
@@ -129,8 +136,8 @@ def test_a_faster_link_never_slows_a_step(toy: Any, data: Any, batch: ConfigBatc
         contended_bytes_per_s=link.contended_bytes_per_s * factor,
     )
     tiers = tuple(faster if position == tier else other for position, other in enumerate(cluster.tiers))
-    before = estimate_batch(model, WORKLOAD, cluster, MESHWRIGHT, batch).step_s
-    after = estimate_batch(model, WORKLOAD, replace(cluster, tiers=tiers), MESHWRIGHT, batch).step_s
+    before = estimate_batch(model, WORKLOAD, cluster, target, batch).step_s
+    after = estimate_batch(model, WORKLOAD, replace(cluster, tiers=tiers), target, batch).step_s
     assert (after <= before * (1 + 1e-9)).all()
 
 
@@ -170,15 +177,15 @@ def test_all_reduce_costs_at_most_its_two_halves(
 
 
 @LAWS
-@given(batch=batches(), recipe=st.sampled_from(["bf16", "fp32"]))
-def test_zero_and_recompute_only_save_memory(toy: Any, batch: ConfigBatch, recipe: str) -> None:
+@given(batch=batches(), recipe=st.sampled_from(["bf16", "fp32"]), target=TARGETS)
+def test_zero_and_recompute_only_save_memory(toy: Any, batch: ConfigBatch, recipe: str, target: Framework) -> None:
     model, workload = toy.model(num_layers=9), replace(WORKLOAD, recipe=RECIPES[recipe])
-    batch = runnable(batch, model)
+    batch = runnable(batch, model, target)
     batch = batch.take(batch.pp == 1)  # with a pipeline the fullest stage may be another one
 
     def held(**columns: Any) -> Any:
         cluster = toy.cluster(num_nodes=16, devices_per_node=8)
-        return estimate_batch(model, workload, cluster, MESHWRIGHT, replace_all(batch, **columns))
+        return estimate_batch(model, workload, cluster, target, replace_all(batch, **columns))
 
     full, none = (held(recompute=list(Recompute).index(choice)) for choice in (Recompute.FULL, Recompute.NONE))
     assert (full.activations_bytes <= none.activations_bytes).all()
