@@ -331,7 +331,8 @@ class TestHardware:
             ("Korthikanti et al. (arXiv 2205.05198)", "", "megatron-lm-2021"),
             ("Megatron-LM README tables 2020", "", "megatron-lm-2021"),
             ("Megatron-LM README tables 2020", "flash", "megatron-lm"),
-            ("MegaScale (arXiv 2402.15627)", "", "megatron-lm"),
+            ("Zero Bubble Pipeline Parallelism (arXiv 2401.10241)", "", "megatron-lm-2021"),
+            ("Vocabulary Parallelism (arXiv 2411.05288)", "", "megatron-lm"),
             ("", "", "megatron-lm"),
         ],
     )
