@@ -96,7 +96,15 @@ CONSTANTS: tuple[Constant, ...] = (
         lower=0.0,
         upper=1.0,
         spread=1.3,
-        meaning="exponent of the slowdown over the nodes that a group joins",
+        meaning="exponent of the slowdown of trees and exchanges over the nodes that a group joins",
+    ),
+    Constant(
+        owner="link",
+        name="step_s",
+        lower=1e-6,
+        upper=1e-3,
+        spread=1.3,
+        meaning="how long a port is busy with a chunk of a ring",
     ),
     Constant(
         owner="target",
