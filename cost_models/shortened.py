@@ -58,9 +58,9 @@ def finish(
     if left.any():
         row = int(np.argmax(left))
         raise InputError(f"interleaved: {size[row]} micro-batches a round do not divide {microbatches[row]}")
-    shortest = _shortest(schedule, pp)
+    least = shortest(schedule, pp)
     loop = pp if schedule in _LOOPED_BACK else 1
-    few = np.where(periods > shortest, shortest + (periods - shortest) % loop, periods)
+    few = np.where(periods > least, least + (periods - least) % loop, periods)
     result = np.empty(forward.shape[:2])
     keys, group = np.unique(few << 32 | size, return_inverse=True)
     for number, key in enumerate(keys.tolist()):
@@ -75,18 +75,18 @@ def finish(
     return result
 
 
-def _shortest(schedule: Schedule, pp: int) -> int:
+def shortest(schedule: Schedule, pp: int) -> int:
     """Periods after which a list is shortened: the warm-up is over on all ranks, and there is a slab and some more."""
     if schedule is Schedule.INTERLEAVED:
         return 3
-    return {Schedule.ONE_F_ONE_B: pp + 3, Schedule.ZB_H1: pp + 5, Schedule.ZBV: 2 * pp}.get(schedule, 2 * pp + 1)
+    return {Schedule.ONE_F_ONE_B: pp + 1, Schedule.ZB_H1: pp + 5, Schedule.ZBV: 2 * pp}.get(schedule, 2 * pp + 1)
 
 
-def _slabs(schedule: Schedule, pp: int, vpp: int, per_round: int) -> list[slice]:
+def slabs(schedule: Schedule, pp: int, vpp: int, per_round: int) -> list[slice]:
     """The places of the repeated period in each rank's shortened list; what they wait for is not behind them."""
     ranks = range(pp)
-    if schedule is Schedule.ONE_F_ONE_B:  # warm-up, then B F; one period stays before the slab
-        starts, length = [pp - rank + 2 for rank in ranks], 2
+    if schedule is Schedule.ONE_F_ONE_B:  # warm-up, then B F
+        starts, length = [pp - rank for rank in ranks], 2
     elif schedule is Schedule.INTERLEAVED:  # warm-up, then F B for all chunks
         starts, length = [(vpp - 1) * per_round + 2 * (pp - 1 - rank) for rank in ranks], 2 * vpp * per_round
     elif schedule is Schedule.ZB_H1:  # F t, I t - (pp - 1 - rank), W t - (pp - 1) for t up to pp + 1
@@ -145,7 +145,7 @@ class _Short:
         ends = np.zeros((len(self.seconds), num_configs))
         self._play(self.before, table, gaps, ends)
         if more.any():
-            ends[self.slab] += _periods(schedule, passes, hop, more).T[self.slab_rank]
+            ends[self.slab] += _periods(schedule, passes, hop, more)[self.slab_rank]
         self._play(self.behind, table, gaps, ends)
         return ends[self.last].T
 
@@ -163,28 +163,26 @@ class _Short:
 def _periods(
     schedule: Schedule, passes: tuple[FloatArray, FloatArray, FloatArray, FloatArray], hop: FloatArray, more: IntArray
 ) -> FloatArray:
-    """Seconds that periods of ``more`` micro-batches take each rank at least, loops included: ``[num_configs, pp]``."""
+    """Seconds that periods of ``more`` micro-batches take each rank at least, loops included: ``[pp, num_configs]``."""
     forward, backward, backward_input, backward_weight = passes
     pp = forward.shape[1]
-    work = (forward + backward).sum(axis=2)
-    result = more[:, None] * work
+    work = np.ascontiguousarray((forward + backward).sum(axis=2).T)
+    result = more * work
     if schedule not in _LOOPED_BACK or not hop.any():
         return np.asarray(result)
     links = hop[:, : pp - 1] * 2 if schedule not in V_SHAPED else hop[:, : pp - 1] + hop[:, : pp - 1 : -1]
-    through, top = (work, 0.0 * work)
+    through, top = work, 0.0 * work
     if schedule is Schedule.ZB_H1:  # weight gradients stand in the way of the next forward only
-        through, top = (forward + backward_input)[:, :, 0], backward_weight[:, :, 0]
-    to = np.concatenate([np.zeros((len(work), 1)), np.cumsum(through, axis=1)], axis=1)
-    over = np.concatenate([np.zeros((len(work), 1)), np.cumsum(links, axis=1)], axis=1)
-    loops = np.arange(pp + 1.0)[:, None, None] * work  # by their number of periods; a rank's own work is one, too
+        through, top = (forward + backward_input)[:, :, 0].T, backward_weight[:, :, 0].T
+    start = np.zeros((1, len(forward)))
+    to = np.concatenate([start, np.cumsum(through, axis=0)])
+    over = np.concatenate([start, np.cumsum(links.T, axis=0)])
     inner = range(1, pp - 1)
     for first, end in {*((0, s) for s in inner), *((r, pp - 1) for r in range(pp - 1)), *pairwise(range(pp))}:
-        loop = to[:, end + 1] - to[:, first] + over[:, end] - over[:, first] + top[:, first]
-        longest = loops[end + 1 - first, :, first : end + 1]
-        np.maximum(longest, loop[:, None], out=longest)
-    for periods in range(2, pp + 1):
-        turns, left = np.divmod(more, periods)
-        np.maximum(result, turns[:, None] * loops[periods] + loops[left, np.arange(len(work))], out=result)
+        ranks = slice(first, end + 1)
+        loop = to[end + 1] - to[first] + over[end] - over[first] + top[first]
+        turns, left = np.divmod(more, end + 1 - first)
+        np.maximum(result[ranks], turns * loop + left * work[ranks], out=result[ranks])
     return np.asarray(result)
 
 
@@ -193,16 +191,16 @@ def _short(schedule: Schedule, pp: int, vpp: int, periods: int, per_round: int) 
     """The shortened lists of ``periods`` periods, of ``per_round`` micro-batches each."""
     lists = rank_actions(schedule, pp, vpp, periods * per_round, per_round)
     stages = stage_indices(schedule, pp, vpp)
-    long_enough = periods >= _shortest(schedule, pp)
-    slabs = _slabs(schedule, pp, vpp, per_round) if long_enough else [slice(len(actions)) for actions in lists]
-    builder = _Builder(lists, stages, slabs, per_round if schedule is Schedule.INTERLEAVED else 0)
+    long_enough = periods >= shortest(schedule, pp)
+    repeated = slabs(schedule, pp, vpp, per_round) if long_enough else [slice(len(actions)) for actions in lists]
+    builder = _Builder(lists, stages, repeated, per_round if schedule is Schedule.INTERLEAVED else 0)
     return builder.short(stages)
 
 
 class _Builder:
     """The columns of a ``_Short``, rank by rank, and then in order of time."""
 
-    def __init__(self, lists: tuple[Actions, ...], stages: IntArray, slabs: list[slice], per_round: int) -> None:
+    def __init__(self, lists: tuple[Actions, ...], stages: IntArray, repeated: list[slice], per_round: int) -> None:
         num_stages = stages.size
         self.nothing = 5 * num_stages - 1
         edges = {
@@ -212,7 +210,7 @@ class _Builder:
         }
         kept = {edge[:2] for edge in edges.values()} | set(edges)
         for rank, actions in enumerate(lists):
-            kept |= {(rank, slabs[rank].stop - 1), (rank, len(actions) - 1)}
+            kept |= {(rank, repeated[rank].stop - 1), (rank, len(actions) - 1)}
         rows = {kind: num_stages * place for place, kind in enumerate(Pass)}
         self.gaps: dict[tuple[tuple[int, int], ...], int] = {(): 0}
         self.after, self.gap, self.seconds, self.slab_rank = [0], [0], [self.nothing], [-1]
@@ -229,7 +227,7 @@ class _Builder:
                 self.after.append(previous)
                 self.gap.append(self.gaps.setdefault(tuple(sorted(between.items())), len(self.gaps)))
                 self.seconds.append(row)
-                slab = slabs[rank]
+                slab = repeated[rank]
                 self.slab_rank.append(rank if slab.start is not None and slab.start <= place < slab.stop else -1)
                 self.is_before.append(place < slab.stop)
                 previous, between = self.node[rank, place], Counter[int]()
