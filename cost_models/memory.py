@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models.blocks import BlockKinds, rank_params, vocab_rows
-from meshwright.cost_models.framework import Framework, num_microbatches
+from meshwright.cost_models.framework import AttentionKernel, Framework, num_microbatches
 from meshwright.cost_models.strategy import ConfigBatch, Recompute
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.layers import (
@@ -58,7 +58,10 @@ def block_bytes(block: Block, workload: Workload, framework: Framework, batch: C
     everything = sum((saver.layer(layer) for layer in block.layers), np.zeros(len(few)))
     if block.kind is BlockKind.DECODER:
         block_input = saver.stream(block.layers[0].hidden)
-        kept = block_input + sum((saver.products(layer) for layer in block.layers), np.zeros(len(few)))
+        if framework.selective.rest:
+            kept = block_input + sum((saver.products(layer) for layer in block.layers), np.zeros(len(few)))
+        else:  # attention's core alone is worked out again
+            kept = everything - sum((saver.scores(layer) for layer in block.layers), np.zeros(len(few)))
         full, selective = few.is_recompute(Recompute.FULL), few.is_recompute(Recompute.SELECTIVE)
         saved = np.where(full, block_input, np.where(selective, np.minimum(kept, everything), everything))
         working = np.where(full | selective, everything - saved, 0.0)
@@ -77,6 +80,7 @@ class _Saved:
         self.size = float(workload.recipe.compute.num_bytes)
         self.wide = max(self.size, 4.0)  # norms and losses work in float32 at least
         self.tp = batch.tp.astype(np.float64)
+        self.seq_len = float(workload.seq_len)
         self.tokens = batch.micro_batch_size * (workload.seq_len / batch.cp)
         self.cut_tokens = np.where(batch.sequence_parallel, self.tokens / self.tp, self.tokens)
 
@@ -89,9 +93,12 @@ class _Saved:
         if isinstance(layer, NormLayer):
             return self._norm(layer)
         if isinstance(layer, AttentionLayer):
-            return self._projected_input(layer.hidden) + self._attention(layer)
+            kept = self._projected_input(layer.hidden) + self._attention(layer)
+            return kept + self.scores(layer) + self._mask(layer.hidden)
         if isinstance(layer, MlpLayer):
-            return self._projected_input(layer.hidden) + self._ffn(layer.ffn_size, layer.gated)
+            return (
+                self._projected_input(layer.hidden) + self._ffn(layer.ffn_size, layer.gated) + self._mask(layer.hidden)
+            )
         if isinstance(layer, MoeLayer):
             return self._projected_input(layer.hidden) + self._moe(layer)
         if isinstance(layer, HeadLayer):
@@ -123,6 +130,24 @@ class _Saved:
             return np.zeros(len(self.batch))
         logits = self.tokens * vocab_rows(layer.vocab_size, self.batch)
         return np.asarray(logits * (2.0 * self.wide + self.size))
+
+    def scores(self, layer: LayerSpec) -> FloatArray:
+        """Of attention that is written out: softmax's output, and where it is dropped out of a mask and the rest.
+
+        ``5 a s^2 b`` bytes in half precision (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1).
+        """
+        if not isinstance(layer, AttentionLayer) or self.framework.attention is not AttentionKernel.WRITTEN_OUT:
+            return np.zeros(len(self.batch))
+        pairs = self.tokens * self.seq_len * layer.num_heads / self.tp
+        return np.asarray(pairs * (self.size + self._drops * (self.size + 1.0)))
+
+    @property
+    def _drops(self) -> bool:
+        return self.framework.pointwise.dropout.forward_kernels > 0
+
+    def _mask(self, hidden: int) -> FloatArray:
+        """Where a layer's output is dropped out of: a byte a number."""
+        return np.asarray(self.cut_tokens * hidden * float(self._drops))
 
     def _norm(self, layer: NormLayer) -> FloatArray:
         """A fused norm keeps its input; the RMSNorm of Hugging Face a float32 copy and the normalised tensor."""

@@ -288,8 +288,9 @@ class _Group:
             flying = pipeline.held_microbatches(self.schedule, pp, vpp, rank, count, per_round)
             ends = (
                 2 * vpp - (rank == 0) - (rank == pp - 1)
-            )  # torch allocates a buffer for every micro-batch it receives
-            received = np.where(pp > 1, ends * count * hop, 0.0)
+            )  # directions from which it receives
+            buffers = count if self.framework.receives_ahead else np.ones_like(count)
+            received = np.where(pp > 1, ends * buffers * hop, 0.0)
             held = rank_bytes(kinds, parts, self.counts[rank], flying, received, self.workload, self.batch)
             more = held.total > largest
             largest = np.where(more, held.total, largest)

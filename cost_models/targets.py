@@ -197,6 +197,7 @@ _MEGATRON = Framework(
     selective=Selective(rest=0.0, core=1.0),  # attention between its projections
     recompute_stops_early=False,
     reduces_once=True,
+    receives_ahead=False,
     splits_hops=True,
     vocab_multiple=128,
     torch_schedules=False,

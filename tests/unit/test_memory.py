@@ -12,8 +12,9 @@ from meshwright.cost_models.blocks import block_kinds, rank_params, stage_counts
 from meshwright.cost_models.memory import block_bytes
 from meshwright.cost_models.step import estimate, estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
+from meshwright.cost_models.targets import MEGATRON_LM_2021
 from meshwright.cost_models.workload import RECIPES, Workload
-from meshwright.profiler.layers import AttentionKind, AttentionLayer, MoeLayer, NormKind
+from meshwright.profiler.layers import AttentionKind, AttentionLayer, MlpLayer, MoeLayer, NormKind, NormLayer
 from meshwright.profiler.model import Block, BlockKind
 
 # toy model: hidden 64, ffn 128, 8 and 4 heads of 8, vocabulary 256, 4 blocks
@@ -208,3 +209,22 @@ def test_published_shares_of_activation_memory(toy: Any) -> None:
     sp = saved(block, framework, tp=4, sequence_parallel=True) - statistics / 4
     assert sp / token == 32 / 4
     assert np.isfinite(whole)
+
+
+def test_scores_and_masks_are_kept_where_attention_is_written_out() -> None:
+    # arXiv 2205.05198, equation 2, tp 1: s b h (34 + 5 a s / h) bytes a layer, 10 of the 34 not cut by tp; with
+    # selective recompute the second term goes (equation 6)
+    batch, seq, hidden, heads = 2, 128, 64, 4
+    norm = NormLayer(norm_kind=NormKind.LAYER, hidden=hidden)
+    attention = AttentionLayer(
+        attention_kind=AttentionKind.MHA, hidden=hidden, num_heads=heads, num_kv_heads=heads, head_dim=16,
+        value_head_dim=16,
+    )  # fmt: skip
+    mlp = MlpLayer(hidden=hidden, ffn_size=4 * hidden, gated=False)
+    block = Block(kind=BlockKind.DECODER, layers=(norm, attention, norm, mlp), repeat=1)
+    workload = Workload(seq_len=seq, global_batch_size=batch, recipe=RECIPES["fp16"])
+    for recompute, scores in ((Recompute.NONE, 5), (Recompute.SELECTIVE, 0)):
+        configs = ConfigBatch.from_configs([ParallelConfig(micro_batch_size=batch, recompute=recompute)])
+        got = float(block_bytes(block, workload, MEGATRON_LM_2021, configs).saved[0])
+        log_sums = 4.0 * heads * seq * batch  # of flash attention, kept all the same
+        assert got == pytest.approx(seq * batch * hidden * (34 + scores * heads * seq / hidden) + log_sums)
