@@ -12,13 +12,13 @@ FLOPs (FlashAttention-3, arXiv 2407.08608, section 3.1, on the rates of exponent
 
 *Matmuls on a GPU* are cut into tiles of ``tile_m x tile_n`` of the output, one multiprocessor each, in whole waves over
 all multiprocessors (NVIDIA, Matrix Multiplication Background User's Guide, sections on tile and wave quantization).
-Where the tiles are fewer than the multiprocessors ``k`` may be split in up to eight parts, whose partial sums in
-float32 go through memory. A small tile reads more numbers for each FLOP: with ``r = (1/128 + 1/256) / (1/tile_m +
-1/tile_n)``, its FLOPs for each number over those of the largest, it reaches ``max_share * r ** tile_exponent``. The
-library is taken to choose the fastest tile and split:
+``k`` may be split in up to eight parts, to fill the last wave; their partial sums in float32 are then written to memory
+and added up, read from the cache. A small tile reads more numbers for each FLOP: with ``r = (1/128 + 1/256) /
+(1/tile_m + 1/tile_n)``, its FLOPs for each number over those of the largest, it reaches ``max_share * r **
+tile_exponent``. The library is taken to choose the fastest tile and split:
 
 ``busy = min over tiles, splits of max(waves * 2 tile_m tile_n (k/split + half_k) / (peak/multiprocessors * share),
-(bytes + 8 m n split [split > 1]) / memory rate)``.
+bytes / memory rate) + 4 m n split [split > 1] / memory rate``.
 
 Nothing here is fitted but the fields of ``Efficiency``; tiles are those that cuBLAS and CUTLASS ship, multiprocessors
 a datasheet's figure. Left out: transposed operands, switches between kernels of one tile, caches, and clocks that fall
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 
 TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64))
-SPLITS = (1, 2, 4, 8)
-PARTIAL_SUM_BYTES = 8.0  # a float32 written and read
+SPLITS = (1, 2, 3, 4, 5, 6, 8)
+PARTIAL_SUM_BYTES = 4.0  # a float32
 QUERY_TILE = 128
 WIDE_HEAD = 128
 
@@ -100,11 +100,11 @@ def _tiled(
     menu = np.array([(*tile, split) for tile in TILES for split in splits], dtype=np.float64)
     ndim = np.broadcast(m, n, k, groups).ndim
     tile_m, tile_n, split = (menu[:, column].reshape(-1, *([1] * ndim)) for column in range(3))
-    tiles = groups * np.ceil(m / tile_m) * np.ceil(n / tile_n)
-    waves = np.ceil(tiles * split / num_multiprocessors)
+    tiles = groups * np.ceil(m / tile_m) * np.ceil(n / tile_n) * split
+    waves = np.ceil(tiles / num_multiprocessors)
     reading = (1 / 128 + 1 / 256) / (1 / tile_m + 1 / tile_n)
     tile_rate = rate / num_multiprocessors * reading**tile_exponent
     computed = waves * (2.0 * tile_m * tile_n) * (k / split + half_k) / tile_rate
     sums = np.where(split > 1, PARTIAL_SUM_BYTES * split, 0.0) * (groups * m * n)
-    seconds = np.maximum(computed, (num_bytes + sums) / memory_bytes_per_s)
-    return np.asarray(np.where((split > 1) & (tiles > num_multiprocessors), np.inf, seconds).min(axis=0))
+    seconds = np.maximum(computed, num_bytes / memory_bytes_per_s) + sums / memory_bytes_per_s
+    return np.asarray(seconds.min(axis=0))

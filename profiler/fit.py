@@ -40,7 +40,7 @@ LIMITS = {
     "half_waves": (1e-3, 8.0),
     "head_exponent": (1e-3, 1.0),
 }
-STARTS = {"tile_exponent": 0.3, "half_waves": 0.5, "head_exponent": 0.3}
+STARTS = ((4.0, 0.9), (64.0, 0.5), (400.0, 0.2))  # half sizes and tile exponents, on either side of where devices lie
 
 
 def predicted_seconds(
@@ -102,8 +102,8 @@ def fit_efficiency(
 
     importance = np.ones(len(samples)) if weights is None else np.asarray(weights, dtype=np.float64)
     best: tuple[float, FloatArray] | None = None
-    for half in (4.0, 64.0, 400.0):  # starts on either side of where devices lie
-        start = np.log(_initial(names, half, quickest, template, columns))
+    for half, exponent in STARTS:
+        start = np.log(_initial(names, half, exponent, quickest, template, columns))
         theta, error = _levenberg_marquardt(model, target, start, lower, upper, np.sqrt(importance))
         if best is None or error < best[0]:
             best = error, theta
@@ -154,7 +154,12 @@ def _unknowns(columns: dict[str, FloatArray], op: str, tied: bool, num_multiproc
 
 
 def _initial(
-    names: Sequence[str], half: float, quickest: float, template: Efficiency, columns: dict[str, FloatArray]
+    names: Sequence[str],
+    half: float,
+    exponent: float,
+    quickest: float,
+    template: Efficiency,
+    columns: dict[str, FloatArray],
 ) -> list[float]:
     """A guess: half sizes as given, a quarter of the quickest sample as overhead, and the share that is then left."""
     overhead = template.overhead_s or quickest / 4
@@ -163,7 +168,8 @@ def _initial(
         if f"half_{size}" in names:
             work = work * (columns[size] + half) / columns[size]
     share = float(np.clip(np.median(work / np.maximum(columns["seconds"] - overhead, quickest / 4)), 0.02, 1.0))
-    known = {"max_share": share, "overhead_s": overhead} | STARTS
+    known = {"max_share": share, "overhead_s": overhead, "tile_exponent": exponent}
+    known |= {"half_waves": 0.5, "head_exponent": 0.3}
     return [known.get(name, half) for name in names]
 
 
