@@ -3,14 +3,14 @@
 The error of a run is ``log(predicted / measured)``, so that twice too slow weighs as much as twice too fast. The fit
 minimises the sum of Cauchy's loss ``log(1 + (error / ROBUST)^2)``, under which runs that something else held up hardly
 count, and of each constant's squared distance from its prior in units of its ``spread``, with scipy's ``least_squares``
-(trust region, Branch, Coleman and Li 1999, doi:10.1137/S1064827595289108). Constants are fitted as logarithms; shares between 0 and 1
-as they are.
+(trust region, Branch, Coleman and Li 1999, doi:10.1137/S1064827595289108). Constants are fitted as logarithms; shares
+between 0 and 1 as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,60 +19,111 @@ from meshwright.cost_models.constants import Value
 
 FloatArray = NDArray[np.float64]
 ROBUST = 0.1
+STEP = 0.02  # of a finite difference, in spreads
+
+Predict = Callable[[tuple[Value, ...]], FloatArray]  # -> seconds [num_runs]
+# values, each of them moved a little -> seconds with that one alone moved [num_values, num_runs]
+PredictEach = Callable[[tuple[Value, ...], tuple[Value, ...]], FloatArray]
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Fitted constants, and the error of every run (predicted / measured - 1) before and after."""
+    """Fitted constants, and the error of every run (predicted / measured - 1) before and after.
+
+    ``told`` is what the runs say of each constant beside what its prior says: the sum over runs of the squared change
+    of its residual for one ``spread``. Below 1 the prior says more.
+    """
 
     values: tuple[Value, ...]
     before: FloatArray
     after: FloatArray
+    told: FloatArray
 
 
 def fit(
-    predict: Callable[[tuple[Value, ...]], FloatArray],
+    predict: Predict,
     measured_s: FloatArray,
     priors: Sequence[Value],
     weights: FloatArray | None = None,
     max_evaluations: int = 40,
+    *,
+    spreads: Sequence[float] | None = None,
+    uppers: Sequence[float] | None = None,
+    predict_each: PredictEach | None = None,
 ) -> Fit:
     """Constants that bring ``predict(values)`` (seconds, shape of ``measured_s``) closest to what was measured.
 
-    ``priors`` are the constants to fit with the values they have now. ``weights`` ``[num_runs]`` scale each run's error
-    (1 where not given). With one run or a few, constants that it does not tell apart stay near their priors.
+    ``priors`` are the constants to fit with the values they have now; ``spreads`` and ``uppers`` stand in for those of
+    their kinds. ``weights`` ``[num_runs]`` scale each run's loss (1 where not given). ``predict_each`` may do better
+    than one call of ``predict`` for each constant. With one run or a few, constants that it does not tell apart stay
+    near their priors.
     """
     from scipy.optimize import least_squares  # half a second to import, and only fitting needs it
 
     measured = np.asarray(measured_s, dtype=np.float64)
     scale = np.ones_like(measured) if weights is None else np.asarray(weights, dtype=np.float64)
-    constants = [value.constant for value in priors]
-    linear = np.array([constant.lower == 0.0 for constant in constants])
-    start = np.array([value.value for value in priors])
-    lower, upper = (np.array([getattr(constant, end) for constant in constants]) for end in ("lower", "upper"))
-    spread = np.log([constant.spread for constant in constants])
+    space = _Space(tuple(priors), spreads, uppers)
+    each = predict_each or _one_by_one(predict)
 
-    def to_log(values: FloatArray) -> FloatArray:
-        return np.where(linear, values, np.log(np.maximum(values, 1e-12)))
-
-    def values_at(point: FloatArray) -> tuple[Value, ...]:
-        numbers = np.where(linear, point, np.exp(np.where(linear, 0.0, point)))
-        return tuple(
-            Value(owner=prior.owner, of=prior.of, name=prior.name, value=float(number))
-            for prior, number in zip(priors, numbers, strict=True)
-        )
-
-    origin = to_log(np.clip(start, lower, upper))
+    def runs(seconds: FloatArray) -> FloatArray:
+        error = np.log(seconds / measured) / ROBUST
+        return np.sign(error) * np.sqrt(scale * np.log1p(error**2))  # whose square is the loss
 
     def residuals(point: FloatArray) -> FloatArray:
-        error = np.log(predict(values_at(point)) / measured) / ROBUST
-        runs = np.sign(error) * np.sqrt(scale * np.log1p(error**2))  # whose square is the loss
-        return np.concatenate([runs, (point - origin) / spread])
+        return np.concatenate([runs(predict(space.values(point))), (point - space.origin) / space.spread])
 
-    bounds = (to_log(lower) - 1e-9, to_log(upper) + 1e-9)
+    def slopes(point: FloatArray) -> FloatArray:
+        """Of the runs' residuals: ``[num_runs, num_values]``."""
+        values = space.values(point)
+        step = np.where(point + STEP * space.spread <= space.upper, STEP, -STEP) * space.spread
+        moved = each(values, space.values(point + step))
+        return np.asarray((runs(moved) - runs(predict(values))).T / step)
+
+    def jacobian(point: FloatArray) -> FloatArray:
+        return np.concatenate([slopes(point), np.diag(1.0 / space.spread)])
+
     found = least_squares(
-        residuals, origin, bounds=bounds, x_scale=spread, diff_step=1e-3, max_nfev=max_evaluations, method="trf"
+        residuals,
+        np.clip(space.origin, space.lower + 1e-9, space.upper - 1e-9),
+        jac=jacobian,
+        bounds=(space.lower, space.upper),
+        x_scale=space.spread,
+        ftol=1e-4,
+        xtol=1e-4,
+        max_nfev=max_evaluations,
     )
-    values = values_at(found.x)
+    values = space.values(found.x)
+    told = ((found.jac[: len(measured)] * space.spread) ** 2).sum(axis=0)
     before, after = predict(tuple(priors)), predict(values)
-    return Fit(values, before / measured - 1.0, after / measured - 1.0)
+    return Fit(values, before / measured - 1.0, after / measured - 1.0, told)
+
+
+class _Space:
+    """Where constants are searched: logarithms, but for shares that may be 0."""
+
+    def __init__(
+        self, priors: tuple[Value, ...], spreads: Sequence[float] | None, uppers: Sequence[float] | None
+    ) -> None:
+        self.priors = priors
+        constants = [prior.constant for prior in priors]
+        self.linear = np.array([constant.lower == 0.0 for constant in constants])
+        self.spread = np.log(np.array(spreads if spreads is not None else [each.spread for each in constants]))
+        upper = np.array(uppers if uppers is not None else [each.upper for each in constants], dtype=np.float64)
+        lower = np.array([constant.lower for constant in constants])
+        self.lower, self.upper = self._point(lower) - 1e-6, self._point(upper) + 1e-6
+        self.origin = self._point(np.clip([prior.value for prior in priors], lower, upper))
+
+    def _point(self, numbers: FloatArray) -> FloatArray:
+        return np.where(self.linear, numbers, np.log(np.maximum(numbers, 1e-12)))
+
+    def values(self, point: FloatArray) -> tuple[Value, ...]:
+        """The constants at a point."""
+        numbers = np.where(self.linear, np.maximum(point, 0.0), np.exp(np.where(self.linear, 0.0, point)))
+        return tuple(replace(prior, value=float(value)) for prior, value in zip(self.priors, numbers, strict=True))
+
+
+def _one_by_one(predict: Predict) -> PredictEach:
+    def each(values: tuple[Value, ...], moved: tuple[Value, ...]) -> FloatArray:
+        return np.array([predict((*values[:i], value, *values[i + 1 :])) for i, value in enumerate(moved)])
+
+    return each

@@ -250,11 +250,17 @@ class Value:
 
 
 def on_framework(framework: Framework, values: tuple[Value, ...]) -> Framework:
-    """The target with its own constants of ``values``."""
+    """The target with its own constants of ``values``; a version of another has that one's where both are alike."""
+    shared = {
+        each.name: each.value
+        for each in values
+        if each.owner == "target" and each.of == framework.version_of and each.name not in framework.differs_in
+    }
     own = {each.name: each.value for each in values if each.owner == "target" and each.of == framework.name}
-    host = {name.removeprefix("host."): value for name, value in own.items() if name.startswith("host.")}
-    traits: dict[str, Any] = {name: value for name, value in own.items() if not name.startswith("host.")}
-    return replace(framework, host=replace(framework.host, **host), **traits) if own else framework
+    named = shared | own
+    host = {name.removeprefix("host."): value for name, value in named.items() if name.startswith("host.")}
+    traits: dict[str, Any] = {name: value for name, value in named.items() if not name.startswith("host.")}
+    return replace(framework, host=replace(framework.host, **host), **traits) if named else framework
 
 
 def on_cluster(cluster: ClusterProfile, values: tuple[Value, ...]) -> ClusterProfile:

@@ -173,6 +173,7 @@ class Framework:
     gather_copies: float = 2.0  # passes over gathered weights: FSDP2 copies them out of a flat buffer
     reduce_copies: float = 2.0  # passes over gradients, in their dtype: into a flat buffer
     copies_exposed: bool = False  # they run among the kernels, not beside them
+    sequence_copies: float = 0.0  # passes over what sequence parallelism gathers or scatters, from two sequences on
     selective: Selective = Selective()
     recompute_stops_early: bool = True  # as torch's checkpoint; Megatron repeats the whole block
     reduces_once: bool = False  # gradients stay whole until the last micro-batch whatever the ZeRO stage (1 and 2)
@@ -188,6 +189,8 @@ class Framework:
     float8_gathers: bool = False  # with them, gathers weights and sequence-parallel activations in float8
     row_scaled_factor: float = 1.0  # seconds of float8 matmuls with a scale for each row over those with one for all
     hopper_factor: float = 1.0  # seconds of matmuls on Hopper over those of today's library: fewer kernels at first
+    version_of: str = ""  # the target that this is a version of, whose fitted constants it shares
+    differs_in: tuple[str, ...] = ()  # but for these (``constants.CONSTANTS``)
     calibrated_on: str = ""  # which measurements the constants above were fitted on
 
 

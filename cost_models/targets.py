@@ -209,13 +209,24 @@ MEGATRON_LM = replace(_MEGATRON, name="megatron-lm")
 
 # before that: attention written out, as in arXiv 2104.04473 and 2205.05198
 MEGATRON_LM_2021 = replace(
-    _MEGATRON, name="megatron-lm-2021", pointwise=MEGATRON_2021, attention=AttentionKernel.WRITTEN_OUT
+    _MEGATRON,
+    name="megatron-lm-2021",
+    version_of="megatron-lm",
+    pointwise=MEGATRON_2021,
+    attention=AttentionKernel.WRITTEN_OUT,
 )
 
 # arXiv 2402.15627, section 3.2: gathers and reductions of ZeRO and of tensor parallelism run beside compute. Left out:
 # parallel blocks and sliding windows of its own models, which are less work than the model named.
 MEGASCALE = replace(
-    _MEGATRON, name="megascale", zero_stages=(0, 1, 2), overlap_dp_reduce=1.0, overlap_dp_gather=1.0, overlap_tp=1.0
+    _MEGATRON,
+    name="megascale",
+    version_of="megatron-lm",
+    differs_in=("overlap_dp_reduce", "overlap_dp_gather", "overlap_tp"),
+    zero_stages=(0, 1, 2),
+    overlap_dp_reduce=1.0,
+    overlap_dp_gather=1.0,
+    overlap_tp=1.0,
 )
 
 MEGATRON_DEEPSPEED = replace(
@@ -273,6 +284,8 @@ NANOTRON = replace(
 NANOTRON_2024 = replace(
     NANOTRON,
     name="nanotron-2024",
+    version_of="nanotron",
+    differs_in=("host.hop_s", "host.microbatch_s", "overlap_dp_reduce", "dp_factor"),
     host=replace(NANOTRON.host, hop_s=0.2, microbatch_s=0.1),
     overlap_dp_reduce=0.0,
     dp_factor=5.0,
@@ -292,15 +305,27 @@ TORCHTITAN = replace(
     float8=True,
     float8_gathers=True,
     row_scaled_factor=1.7,
+    sequence_copies=2.0,  # sequences are split by tokens: chunked and concatenated around each collective
 )
 
 # as it was before blocks were compiled by default: Triton's fused RMSNorm, all else kernel by kernel
 TORCHTITAN_EAGER = replace(
-    TORCHTITAN, name="torchtitan-eager", pointwise=replace(EAGER_TORCH, rms_norm=FUSED.rms_norm), float8=False
+    TORCHTITAN,
+    name="torchtitan-eager",
+    version_of="torchtitan",
+    pointwise=replace(EAGER_TORCH, rms_norm=FUSED.rms_norm),
+    float8=False,
 )
 
 # matmuls cut along the sequence, each part beside the exchange of the next (torch.distributed._symmetric_memory)
-TORCHTITAN_ASYNC_TP = replace(TORCHTITAN, name="torchtitan-async-tp", overlap_tp=0.8)
+TORCHTITAN_ASYNC_TP = replace(
+    TORCHTITAN,
+    name="torchtitan-async-tp",
+    version_of="torchtitan",
+    differs_in=("overlap_tp",),
+    overlap_tp=0.8,
+    sequence_copies=0.0,
+)
 
 LLM_FOUNDRY = replace(
     MESHWRIGHT,
@@ -319,7 +344,9 @@ LLM_FOUNDRY = replace(
 )
 
 # before torch 2.1, a checkpoint without reentry repeats the whole block
-LLM_FOUNDRY_TORCH1 = replace(LLM_FOUNDRY, name="llm-foundry-torch1", recompute_stops_early=False, float8=False)
+LLM_FOUNDRY_TORCH1 = replace(
+    LLM_FOUNDRY, name="llm-foundry-torch1", version_of="llm-foundry", recompute_stops_early=False, float8=False
+)
 
 DEEPSPEED = replace(
     MESHWRIGHT,
