@@ -12,7 +12,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from meshwright import InputError
 from meshwright.cost_models import shortened
+from meshwright.cost_models.player import BLOCKING
 from meshwright.cost_models.schedules import Pass, rank_actions, stage_indices
 from meshwright.cost_models.strategy import IntArray, Schedule
 
@@ -27,9 +29,20 @@ def makespan(
     hop: FloatArray,
     microbatches: IntArray,
     per_round: IntArray,
+    *,
+    blocking_sends: bool = False,
 ) -> FloatArray:
     """Seconds from the start until all ranks are done: ``[num_configs]``, from arguments as ``finish`` takes them."""
-    ends = finish(schedule, forward, backward_input, backward_weight, hop, microbatches, per_round)
+    ends = finish(
+        schedule,
+        forward,
+        backward_input,
+        backward_weight,
+        hop,
+        microbatches,
+        per_round,
+        blocking_sends=blocking_sends,
+    )
     return np.asarray(ends.max(axis=1))
 
 
@@ -41,6 +54,8 @@ def finish(
     hop: FloatArray,
     microbatches: IntArray,
     per_round: IntArray,
+    *,
+    blocking_sends: bool = False,
 ) -> FloatArray:
     """Seconds from the start to each rank's last action, never above the played ones: ``[num_configs, pp]``.
 
@@ -49,30 +64,50 @@ def finish(
     the sum of the last two. ``hop``: seconds of a transfer between each two stages that follow each other,
     ``[num_configs, pp * vpp - 1]``; between two on the same rank it is not looked at. ``microbatches``, ``per_round``:
     ``[num_configs]``, the latter being how many micro-batches an interleaved schedule runs through a chunk before the
-    next.
+    next. ``blocking_sends`` as of ``player.play``.
 
-    Raises ``InputError`` where the schedule does not run with these numbers.
+    Raises ``InputError`` where the schedule does not run with these numbers, or not with blocking sends.
     """
+    if blocking_sends and schedule not in BLOCKING:
+        raise InputError(f"blocking sends are modelled for gpipe and 1f1b, not for {schedule.value}")
     if schedule is Schedule.GPIPE:
-        return _gpipe(forward[:, :, 0], (backward_input + backward_weight)[:, :, 0], hop, microbatches)
-    return shortened.finish(schedule, forward, backward_input, backward_weight, hop, microbatches, per_round)
+        backward = (backward_input + backward_weight)[:, :, 0]
+        return _gpipe(forward[:, :, 0], backward, hop, microbatches, blocking_sends=blocking_sends)
+    if not blocking_sends:
+        return shortened.finish(schedule, forward, backward_input, backward_weight, hop, microbatches, per_round)
+    # a pass with the transfer that its rank is held by afterwards; receiving holds it longer in warm-up and cool-down
+    nothing = np.zeros((len(hop), 1, 1))
+    down = forward + np.concatenate([hop[:, :, None], nothing], axis=1)
+    sent = np.concatenate([nothing, hop[:, :, None]], axis=1)
+    ends = shortened.finish(
+        schedule, down, backward_input + sent, backward_weight, np.zeros_like(hop), microbatches, per_round
+    )
+    return np.asarray(ends - sent[:, :, 0])
 
 
-def _gpipe(forward: FloatArray, backward: FloatArray, hop: FloatArray, microbatches: IntArray) -> FloatArray:
+def _gpipe(
+    forward: FloatArray, backward: FloatArray, hop: FloatArray, microbatches: IntArray, *, blocking_sends: bool
+) -> FloatArray:
     """All forwards, then all backwards: each a flow shop of equal jobs, ranks and links alike being its machines.
 
     That takes one job's way and ``m - 1`` times the slowest machine on it (exact); the first backward follows the last
-    forward on the last rank, and the backwards of rank ``r`` pass the machines from the last rank to it.
+    forward on the last rank, and the backwards of rank ``r`` pass the machines from the last rank to it. With blocking
+    sends a rank is one machine with the transfers on its two sides, one after the other.
     """
-    more = (microbatches - 1.0)[:, None]
-    links = hop.max(axis=1, initial=0.0)
-    down = (forward.sum(axis=1) + hop.sum(axis=1))[:, None] + more * np.maximum(forward.max(axis=1), links)[:, None]
-    slowest = backward.copy()
-    slowest[:, :-1] = np.maximum(slowest[:, :-1], hop)
-    slowest = np.maximum.accumulate(slowest[:, ::-1], axis=1)[:, ::-1]
+    more, links = (microbatches - 1.0)[:, None], hop
+    around = np.zeros_like(forward)
+    if blocking_sends:
+        around[:, :-1] += hop
+        around[:, 1:] += hop
+        links = np.zeros_like(hop)
+    slowest = np.maximum((forward + around).max(axis=1), links.max(axis=1, initial=0.0))[:, None]
+    down = (forward.sum(axis=1) + hop.sum(axis=1))[:, None] + more * slowest
+    machine = backward + around
+    machine[:, :-1] = np.maximum(machine[:, :-1], links)
     way = backward.copy()
     way[:, :-1] += hop
-    return np.asarray(down + np.cumsum(way[:, ::-1], axis=1)[:, ::-1] + more * slowest)
+    up = np.cumsum(way[:, ::-1], axis=1) + more * np.maximum.accumulate(machine[:, ::-1], axis=1)
+    return np.asarray(down + up[:, ::-1])
 
 
 def held_microbatches(

@@ -9,7 +9,7 @@ import pytest
 
 from meshwright import InputError
 from meshwright.cost_models import pipeline
-from meshwright.cost_models.player import by_stage, play
+from meshwright.cost_models.player import BLOCKING, by_stage, play
 from meshwright.cost_models.schedules import Pass, rank_actions, rounds_size, stage_indices
 from meshwright.cost_models.strategy import Schedule
 
@@ -136,6 +136,20 @@ def test_unequal_stages_are_nearly_played_ones(schedule: Schedule) -> None:
     assert every.min() > 0.9
 
 
+@pytest.mark.parametrize("schedule", BLOCKING)
+def test_blocking_sends_in_bulk(schedule: Schedule) -> None:
+    rng = np.random.default_rng(14)
+    for pp, vpp, count, _ in shapes(schedule, rng, 25):
+        for stages, least in ((random_stages(rng, 20, pp, vpp), 0.0), (equal(pp, vpp, hop=0.5), 1 - 1e-9)):
+            counts = np.full(len(stages["hop"]), count)
+            bulk = pipeline.finish(schedule, **stages, microbatches=counts, per_round=counts, blocking_sends=True)
+            flat = {name: stages[name][:, :, 0] for name in PASSES} | {"hop": stages["hop"]}
+            played = play(schedule, pp, count, **flat, blocking_sends=True).finish
+            assert (bulk <= played * (1 + 1e-9)).all(), (pp, count)
+            if count >= pp:
+                assert (bulk.max(axis=1) >= least * played.max(axis=1)).all(), (pp, count)
+
+
 def test_ranks_finish_when_played_ones_do() -> None:
     for schedule in (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED):
         bulk, played = bulk_and_played(
@@ -157,9 +171,12 @@ def test_configs_with_different_micro_batches_are_worked_out_together() -> None:
         assert together[index].tolist() == pytest.approx(alone[0].tolist())
 
 
-def test_rounds_that_do_not_divide_are_refused() -> None:
+def test_what_does_not_run_is_refused() -> None:
     with pytest.raises(InputError, match="interleaved: 4 micro-batches a round do not divide 41"):
         pipeline.finish(Schedule.INTERLEAVED, **equal(4, 2), microbatches=np.array([41]), per_round=np.array([4]))
+    counts = np.array([8])
+    with pytest.raises(InputError, match="blocking sends are modelled for gpipe and 1f1b, not for zb-h1"):
+        pipeline.finish(Schedule.ZB_H1, **equal(4, 1), microbatches=counts, per_round=counts, blocking_sends=True)
 
 
 @pytest.mark.parametrize(("pp", "m"), [(1, 4), (4, 8), (4, 3), (2, 4), (3, 3), (4, 40)])
