@@ -167,7 +167,7 @@ def _periods(
     forward, backward, backward_input, backward_weight = passes
     pp = forward.shape[1]
     work = np.ascontiguousarray((forward + backward).sum(axis=2).T)
-    result = more * work
+    result = more.astype(np.float64) * work
     if schedule not in _LOOPED_BACK or not hop.any():
         return np.asarray(result)
     links = hop[:, : pp - 1] * 2 if schedule not in V_SHAPED else hop[:, : pp - 1] + hop[:, : pp - 1 : -1]
