@@ -138,7 +138,7 @@ def _attention_params(layer: AttentionLayer, tp: FloatArray) -> FloatArray:
     return np.asarray(width * (layer.hidden + layer.qkv_bias) + out + whole)
 
 
-def vocab_rows(vocab_size: int, batch: ConfigBatch, multiple: int = 1) -> FloatArray:
+def vocab_rows(vocab_size: int, batch: ConfigBatch, multiple: IntArray | int = 1) -> FloatArray:
     """Rows of the token table or head on one rank, a multiple of ``multiple``."""
     ranks = np.where(batch.vocab_parallel, batch.tp, 1)
     return np.asarray(np.ceil(vocab_size / ranks / multiple) * multiple)

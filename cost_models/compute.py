@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from meshwright.cost_models.blocks import vocab_rows
 from meshwright.cost_models.framework import TRITON_SLOWDOWN, AttentionKernel, Framework, PointwiseCost
 from meshwright.cost_models.roofline import operator_seconds
-from meshwright.cost_models.strategy import ConfigBatch, Recompute
+from meshwright.cost_models.strategy import ConfigBatch, IntArray, Recompute
 from meshwright.cost_models.workload import DType, Workload
 from meshwright.profiler.cluster import Device
 from meshwright.profiler.efficiency import WIDE_HEAD
@@ -43,6 +43,12 @@ from meshwright.profiler.model import Block, BlockKind
 
 FloatArray = NDArray[np.float64]
 HOPPER = ("H100", "H200", "H800")  # kinds of devices
+# Seconds of a half-precision matmul over those of an aligned one, where rows of its operands are no multiple of 16
+# bytes, so that tensor cores are fed by narrow loads (NVIDIA, Matrix Multiplication Background User's Guide, section
+# Tensor Core Requirements). The head of vTrain's runs with tp 1 reaches 80 TFLOP/s over 50,257 words, 210 and more where
+# the vocabulary is split and padded; padding it made all of nanoGPT a quarter faster (github.com/karpathy/nanoGPT).
+UNALIGNED, ALIGNMENT = 2.8, 8
+
 FIELDS = ("tp", "cp", "micro_batch_size", "sequence_parallel", "vocab_parallel", "recompute")
 
 
@@ -130,6 +136,21 @@ def attended_pairs(seq_len: int, window: int, causal: bool, skips: bool) -> floa
     return s * (s + 1) / 2 if causal else float(s) * s
 
 
+def unaligned(n: Any, k: Any) -> FloatArray:
+    """``UNALIGNED`` where the width of a projection's output or input is no multiple of ``ALIGNMENT`` numbers, else 1.
+
+    Tokens may be any number: rows of all three matmuls, forward and gradients, are as long as one of the widths.
+    """
+    ragged = (np.asarray(n) % ALIGNMENT != 0) | (np.asarray(k) % ALIGNMENT != 0)
+    return np.where(ragged, UNALIGNED, 1.0)
+
+
+def vocab_multiple(framework: Framework, batch: ConfigBatch) -> IntArray:
+    """What a target pads a rank's share of the vocabulary to a multiple of: ``[num_configs]``."""
+    whole = framework.vocab_multiple if framework.pads_whole_vocab else 1
+    return np.where(batch.vocab_parallel, framework.vocab_multiple, whole)
+
+
 class _Clock:
     """Adds up the operators of a block: seconds of kernels and launches, forward and backward."""
 
@@ -173,10 +194,10 @@ class _Clock:
             self._moe(layer)
         elif isinstance(layer, EmbeddingLayer):
             self.pointwise(self.framework.pointwise.embedding, self.tokens * layer.hidden)
-            rows = vocab_rows(layer.vocab_size, self.batch, self.framework.vocab_multiple)
+            rows = vocab_rows(layer.vocab_size, self.batch, vocab_multiple(self.framework, self.batch))
             self.pointwise(self.framework.pointwise.embedding_table, rows * layer.hidden)
         elif isinstance(layer, HeadLayer):
-            logits = vocab_rows(layer.vocab_size, self.batch, self.framework.vocab_multiple)
+            logits = vocab_rows(layer.vocab_size, self.batch, vocab_multiple(self.framework, self.batch))
             self.matmul(self.tokens, logits, layer.hidden)
             table, split = self.framework.pointwise, self.batch.vocab_parallel
             self.pointwise(table.loss, np.where(split, 0.0, self.tokens * logits))
@@ -184,10 +205,11 @@ class _Clock:
 
     def matmul(self, m: Any, n: Any, k: Any, *, bias: bool = False) -> None:
         """One projection, forward and both gradients; its bias is added in the same kernel, and summed apart."""
-        self.last = self._matmul(m, n, k)
+        slower = unaligned(n, k) if self.size == 2.0 and self.device.num_multiprocessors else 1.0  # on tensor cores
+        self.last = slower * self._matmul(m, n, k)
         self.forward, self.projections = self.forward + self.last, self.projections + self.last
-        self.by_input = self.by_input + self._matmul(m, k, n)
-        self.by_weight = self.by_weight + self._matmul(k, n, m)
+        self.by_input = self.by_input + slower * self._matmul(m, k, n)
+        self.by_weight = self.by_weight + slower * self._matmul(k, n, m)
         self._launch(1, 2)
         if self.narrow is not None:
             self.pointwise(self.framework.pointwise.quantize, m * k)

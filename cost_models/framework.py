@@ -181,6 +181,7 @@ class Framework:
     receives_ahead: bool = True  # torch's pipelines allocate a buffer for every micro-batch that a stage receives
     splits_hops: bool = False  # without sp, tp peers send a share each between stages and gather it there
     vocab_multiple: int = 1  # the vocabulary is padded to a multiple of this times tp
+    pads_whole_vocab: bool = True  # also where tp does not split it
     tensor_parallel: bool = True
     pipeline_parallel: bool = True
     torch_schedules: bool = True  # its pipelines are torch's, with their rules for the number of micro-batches

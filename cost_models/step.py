@@ -209,16 +209,25 @@ class _Group:
     def _hops(self) -> FloatArray:
         """Seconds of a transfer between each two stages that follow each other: ``[num_configs, pp * vpp - 1]``.
 
+        Without sequence parallelism all tp peers hold the same tensor: where the target ``splits_hops`` each sends its
+        share, and they gather it on the other side (Narayanan et al. 2021, arXiv 2104.04473, section 4.1).
+
         In a V ranks are passed down and back up, and the two stages in its middle are on one rank.
         """
         pp, vpp = self.counts.shape[:2]
         stride = self._pp_stride()
         num_bytes = hop_bytes(self.model, self.workload, self.batch)
+        gather = np.zeros(len(self.batch))
+        if self.framework.splits_hops:
+            groups = groups_of(self.batch, self.cluster, self.placement, "tp")
+            whole = ~self.batch.sequence_parallel
+            gather = np.where(whole, seconds(self.cluster, "all_gather", groups, num_bytes), 0.0)
+            num_bytes = num_bytes / np.where(whole, self.batch.tp, 1)
         hops = np.zeros((len(self.batch), pp))
         for rank in range(pp if vpp > 1 else pp - 1):  # the last rank sends its earlier chunks' outputs to the first
             first, second = rank * stride, (rank + 1) % pp * stride
             ends = (send_seconds(self.cluster, first + peer, second + peer, num_bytes) for peer in (0, stride - 1))
-            hops[:, rank] = np.maximum(*ends)
+            hops[:, rank] = np.maximum(*ends) + gather
         if self.schedule in V_SHAPED:
             down = hops[:, : pp - 1]
             return np.concatenate([down, np.zeros((len(self.batch), 1)), down[:, ::-1]], axis=1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meshwright import InputError
-from meshwright.cost_models.compute import attended_pairs, block_seconds, host_wait
+from meshwright.cost_models.compute import UNALIGNED, attended_pairs, block_seconds, host_wait
 from meshwright.cost_models.framework import HostCost, PointwiseCost
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
 from meshwright.cost_models.workload import RECIPES, Workload
@@ -182,6 +182,20 @@ def test_an_odd_vocabulary_is_padded_on_each_rank(toy: Any) -> None:
     device, head = toy.device(memory_bytes_per_s=1e15), toy.model(vocab_size=257).blocks[-1]
     seconds = block_seconds(head, WORKLOAD, device, toy.framework(), batch(tp=2, vocab_parallel=True))
     assert seconds.forward == pytest.approx([2 * 32 * 64 * 129 / RATE])
+
+
+def test_rows_that_are_not_aligned_slow_all_three_matmuls_of_a_gpu(toy: Any) -> None:
+    device, head = toy.device(memory_bytes_per_s=1e15), toy.model(vocab_size=257).blocks[-1]
+    gpu = replace(device, num_multiprocessors=8)
+    for multiple, slower, words in ((1, UNALIGNED, 257), (8, 1.0, 264)):
+        target = replace(toy.framework(), vocab_multiple=multiple)
+        seconds = block_seconds(head, WORKLOAD, gpu, target, batch())
+        assert seconds.forward == pytest.approx([slower * 2 * 32 * 64 * words / RATE])
+        assert seconds.backward_weight == pytest.approx(seconds.forward)
+    alone = replace(toy.framework(), vocab_multiple=8, pads_whole_vocab=False)
+    seconds = block_seconds(head, WORKLOAD, device, alone, batch(tp=2, vocab_parallel=True))
+    assert seconds.forward == pytest.approx([2 * 32 * 64 * 136 / RATE])
+    assert block_seconds(head, WORKLOAD, device, alone, batch()).forward == pytest.approx([2 * 32 * 64 * 257 / RATE])
 
 
 def test_a_dtype_without_a_rate_is_refused(toy: Any) -> None:

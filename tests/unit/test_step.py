@@ -11,8 +11,9 @@ import pytest
 from meshwright import InputError
 from meshwright.cost_models.estimate import SECONDS, CostBreakdown
 from meshwright.cost_models.framework import PointwiseCost
+from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.player import play
-from meshwright.cost_models.step import assumptions, estimate, estimate_batch
+from meshwright.cost_models.step import _Group, assumptions, estimate, estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
 from meshwright.cost_models.targets import MESHWRIGHT
 from meshwright.cost_models.workload import RECIPES, Optimizer, Workload
@@ -54,6 +55,25 @@ def test_tensor_parallel_sums(toy: Any) -> None:
         8 * sum(times * (2e-6 + n / 1e10) for times, n in ((18, message), (1, maxima), (1, sums)))
     )
     assert got.compute_s == pytest.approx(8 * (4 * (3 * BLOCK + 3.5 * SCORES) + 3 * HEAD) / 2 / RATE)
+
+
+@pytest.mark.parametrize(("splits", "sp"), [(False, False), (True, False), (True, True)])
+def test_peers_send_a_share_each_between_stages_and_gather_it(toy: Any, splits: bool, sp: bool) -> None:
+    config = ParallelConfig(tp=2, pp=2, vocab_parallel=True, sequence_parallel=sp)
+    group = _Group(
+        batch=ConfigBatch.from_configs([config]),
+        counts=np.ones((2, 1, 3)),
+        schedule=config.schedule,
+        model=toy.model(),
+        workload=WORKLOAD,
+        cluster=toy.cluster(),
+        placement=Placement(),
+        framework=replace(toy.framework(), splits_hops=splits),
+    )
+    message = 32 * 64 * 2
+    share = 1e-6 + message / 2 / 1e10  # one latency, and half of the message
+    expected = 2 * share if splits and not sp else share if sp else 1e-6 + message / 1e10
+    assert group._hops() == pytest.approx(np.array([[expected]]))
 
 
 def test_a_pipeline_of_equal_stages_has_the_textbook_bubble(toy: Any) -> None:
