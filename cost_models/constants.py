@@ -1,7 +1,8 @@
 """The constants that measured steps may correct: which there are, what each belongs to, and how to set it.
 
-A constant belongs to a device, to a tier of links or to a target, never to a run. A *value* is named by its owner: the
-device's kind, the links' kind (the tier's name, ``node`` or ``cluster``, where they were measured), or the target's name.
+A constant belongs to a device, to a tier of links or to a target, never to a run. A *value* is named by its owner:
+the device's kind, the links' kind (the tier's name, ``node`` or ``cluster``, where they were measured), or the target's
+name.
 """
 
 from __future__ import annotations

@@ -1,0 +1,299 @@
+"""One fit of all constants of devices, links and targets on published runs, for ``benchmarks/calibrate_presets.py``.
+
+Which constants are fitted stands here, with what each starts from; none belongs to a family, a model or a run.
+
+* **Runs.** Dense, cp = 1, with a measured step. Of nanotron not those that may have run either of two versions of its
+  pipeline code (``mixed``), which no column tells apart.
+* **Weights.** The runs of a family on one node, and those on several, count together as ``CAP`` runs at most, so that
+  two families, three quarters of the table, do not decide alone about devices that they share with others.
+* **Priors.** What the presets and the targets say before any fit. Bandwidths that were measured stay close.
+* **Sharing.** Devices of one chip share their factors, but for a lower power limit; a version of a target shares those
+  of the target (``Framework.version_of``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from multiprocessing import get_context
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost_models.calibration import Fit, fit
+from meshwright.cost_models.constants import Owner, Value, on_cluster, on_framework, value_on
+from meshwright.cost_models.framework import Framework
+from meshwright.cost_models.published import Group, PublishedRun, grouped, predict
+from meshwright.cost_models.published_hardware import cluster_named
+from meshwright.cost_models.targets import ASSUMED
+from meshwright.profiler.cluster import ClusterProfile, Device, LinkTier, Provenance
+
+FloatArray = NDArray[np.float64]
+Progress = Callable[[str], None]
+
+CAP = 60.0
+MIN_TOLD = 0.25  # below it the runs say so little of a constant that it stays as assumed
+
+# devices of one chip; the first one names it
+CHIPS: tuple[tuple[str, ...], ...] = (
+    ("A100-SXM4-80GB", "A100-SXM4-40GB"),
+    ("H100-SXM5-80GB", "H200-SXM5-141GB", "H100-SXM5-96GB-500W"),
+    ("GB200-186GB", "B200-SXM-180GB"),
+    ("GB300-279GB", "B300-SXM-270GB"),
+    ("V100-SXM3-32GB", "V100-SXM2-32GB", "V100-SXM2-16GB"),
+)
+ALONE = {("H100-SXM5-96GB-500W", "matmul_factor")}  # its power limit is lower than its chip's
+DEVICE = ("matmul_factor", "attention_factor", "memory_factor", "communication_slowdown")
+LINK = ("bytes_per_s", "latency_s", "congestion")
+
+_ANY = (
+    "host.launch_factor",
+    "host.run_ahead",
+    "host.collective_s",
+    "host.microbatch_s",
+    "host.step_s",
+    "pointwise_factor",
+    "dp_factor",
+)
+_OVERLAPS = ("overlap_dp_reduce", "overlap_dp_gather")
+TARGET: Mapping[str, tuple[str, ...]] = {
+    "megatron-deepspeed": _ANY,
+    "megatron-lm": (*_ANY, "host.hop_s"),
+    "megatron-bridge": (*_ANY, *_OVERLAPS, "overlap_tp"),
+    "nanotron": (
+        *_ANY,
+        "host.hop_s",
+        "host.pipelined_collective_s",
+        "overlap_tp",
+        "overlap_dp_reduce",
+        "overlap_dp_scatter",
+    ),
+    "nanotron-2024": ("host.hop_s", "host.microbatch_s", "dp_factor", "overlap_dp_reduce"),
+    "torchtitan": (*_ANY, *_OVERLAPS, "hopper_factor", "row_scaled_factor"),
+    "torchtitan-async-tp": ("overlap_tp",),
+    "llm-foundry": (*_ANY, *_OVERLAPS, "hopper_factor"),
+    "internevo": (*_ANY, *_OVERLAPS),
+}
+# where a target assumes nothing of its host: the order of magnitude of Python around kernels
+STARTS: Mapping[str, float] = {
+    "host.launch_factor": 3.0,
+    "host.collective_s": 5e-5,
+    "host.microbatch_s": 1e-3,
+    "host.step_s": 1e-2,
+    "host.hop_s": 1e-4,
+    "host.pipelined_collective_s": 1e-4,
+    "overlap_dp_scatter": 0.5,
+}
+MEASURED_SPREAD = {"bytes_per_s": 1.05, "latency_s": 1.3, "congestion": 1.1}
+
+
+def fitted_on(runs: Iterable[PublishedRun]) -> tuple[PublishedRun, ...]:
+    """The runs that constants are fitted on."""
+    return tuple(run for run in runs if run.scope == "dense" and run.measured.step_s and not mixed(run))
+
+
+def mixed(run: PublishedRun) -> bool:
+    """Whether a run of nanotron may have used either version of its pipeline code: see ``targets.NANOTRON_2024``.
+
+    Pipelines on 32 nodes, and those without ZeRO: the same configuration stands there twice, up to five times apart.
+    """
+    config = run.config
+    return (
+        run.framework == "nanotron"
+        and config.pp > 1
+        and (run.num_gpus >= 256 or (config.zero_stage == 0 and config.dp > 1))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """A constant before the fit, and how far it may lie from there."""
+
+    value: Value
+    spread: float
+    upper: float
+
+
+def expanded(values: Iterable[Value]) -> tuple[Value, ...]:
+    """Values with a chip's on each of its devices."""
+    own = {(each.of, each.name) for each in values if each.owner == "device"}
+    result = []
+    for each in values:
+        chip = next((kinds for kinds in CHIPS if each.owner == "device" and kinds[0] == each.of), (each.of,))
+        result += [replace(each, of=kind) for kind in chip if kind == each.of or (kind, each.name) not in own]
+    return tuple(result)
+
+
+class Problem:
+    """Runs to fit on, and the constants that they touch. ``uncalibrated`` undoes what presets were calibrated to."""
+
+    def __init__(self, runs: Sequence[PublishedRun], uncalibrated: tuple[Value, ...] = ()) -> None:
+        self.runs = tuple(runs)
+        self.uncalibrated = uncalibrated
+        self.groups = grouped(self.runs)
+        self.priors = tuple(self._priors())
+        self.touched = [self._touched(prior.value) for prior in self.priors]
+
+    @cached_property
+    def measured_s(self) -> FloatArray:
+        """Seconds of each run."""
+        return np.array([run.measured.step_s for run in self.runs], dtype=np.float64)
+
+    @cached_property
+    def weights(self) -> FloatArray:
+        """Of each run's loss: see above."""
+        parts = [(run.family, run.num_nodes > 1) for run in self.runs]
+        counts = Counter(parts)
+        return np.array([min(CAP / counts[part], 1.0) for part in parts])
+
+    @cached_property
+    def clusters(self) -> dict[str, ClusterProfile]:
+        """By name, as they are before any calibration."""
+        names = {group.cluster for group in self.groups}
+        return {name: on_cluster(cluster_named(name), self.uncalibrated) for name in sorted(names)}
+
+    def _priors(self) -> Iterator[Prior]:
+        used = {group.framework for group in self.groups}
+        used |= {ASSUMED[name].version_of for name in used}
+        for target in sorted(used & set(TARGET)):
+            for name in TARGET[target]:
+                yield _target_prior(ASSUMED[target], name)
+        seen: set[tuple[Owner, str]] = set()
+        for cluster in self.clusters.values():
+            chip = next((kinds for kinds in CHIPS if cluster.device.kind in kinds), (cluster.device.kind,))
+            for kind in {chip[0], cluster.device.kind}:
+                names = [n for n in DEVICE if ("device", kind) not in seen and (kind == chip[0] or (kind, n) in ALONE)]
+                seen |= {("device", kind)}
+                yield from (_prior("device", kind, name, cluster.device) for name in names)
+            for tier in cluster.tiers:
+                if ("link", tier.kind) not in seen:
+                    seen |= {("link", tier.kind)}
+                    yield from (_prior("link", tier.kind, name, tier) for name in LINK if getattr(tier, name) > 0)
+
+    def _touched(self, value: Value) -> tuple[Group, ...]:
+        if value.owner == "target":
+            return tuple(
+                group
+                for group in self.groups
+                if value.of == group.framework
+                or (
+                    value.of == ASSUMED[group.framework].version_of
+                    and value.name not in ASSUMED[group.framework].differs_in
+                )
+            )
+        kinds = {each.of for each in expanded((value,))}
+        owned = {(prior.value.of, prior.value.name) for prior in self.priors} - {(value.of, value.name)}
+        kinds = {kind for kind in kinds if (kind, value.name) not in owned}
+        found = {
+            name
+            for name, cluster in self.clusters.items()
+            if kinds & ({cluster.device.kind} if value.owner == "device" else {tier.kind for tier in cluster.tiers})
+        }
+        return tuple(group for group in self.groups if group.cluster in found)
+
+    def predict(self, values: tuple[Value, ...], groups: Sequence[Group] | None = None) -> FloatArray:
+        """Seconds of each run; NaN for those that are not in ``groups``."""
+        every = expanded(values)
+        clusters: dict[str, ClusterProfile] = {}
+        frameworks: dict[str, Framework] = {}
+
+        def cluster(name: str) -> ClusterProfile:
+            if name not in clusters:
+                clusters[name] = on_cluster(self.clusters[name], every)
+            return clusters[name]
+
+        def framework(name: str) -> Framework:
+            if name not in frameworks:
+                frameworks[name] = on_framework(ASSUMED[name], values)
+            return frameworks[name]
+
+        chosen = self.groups if groups is None else groups
+        result = np.full(len(self.runs), np.nan)
+        for group in chosen:
+            alone = replace(group, positions=np.arange(len(group.positions)))
+            result[group.positions] = predict([alone], cluster, framework).step_s
+        return result
+
+
+def _target_prior(target: Framework, name: str) -> Prior:
+    try:
+        value = value_on("target", name, target)
+    except TypeError:  # None: as another constant
+        value = STARTS[name]
+    nothing = 1.0 if name == "host.launch_factor" else 0.0
+    if name in STARTS and value == nothing:
+        value = STARTS[name]
+    found = Value(owner="target", of=target.name, name=name, value=value)
+    return Prior(found, found.constant.spread, found.constant.upper)
+
+
+def _prior(owner: Owner, of: str, name: str, record: Device | LinkTier) -> Prior:
+    found = Value(owner=owner, of=of, name=name, value=value_on(owner, name, record))
+    spread, upper = found.constant.spread, found.constant.upper
+    if isinstance(record, LinkTier):
+        if record.source.provenance is Provenance.MEASURED:
+            spread = MEASURED_SPREAD[name]
+        if name == "bytes_per_s" and record.peak_bytes_per_s:
+            upper = 0.97 * record.peak_bytes_per_s
+    return Prior(found, spread, upper)
+
+
+# -- over processes ---------------------------------------------------------------------------------------------------
+
+_problem: Problem | None = None  # of a forked worker
+
+
+def _column(values: tuple[Value, ...], index: int, moved: Value) -> FloatArray:
+    assert _problem is not None
+    return _problem.predict((*values[:index], moved, *values[index + 1 :]), _problem.touched[index])
+
+
+@contextmanager
+def _workers(problem: Problem, num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    global _problem
+    _problem = problem
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("fork")) as pool:
+        yield pool
+
+
+def joint_fit(
+    problem: Problem, *, num_workers: int = 2, max_evaluations: int = 12, on_progress: Progress = lambda text: None
+) -> Fit:
+    """All constants of a problem at once; ``Fit.values`` are those that the runs tell something of.
+
+    One process predicts all runs, ``num_workers`` what changes with each constant.
+    """
+    priors = tuple(prior.value for prior in problem.priors)
+    with _workers(problem, num_workers) as pool:
+        count = 0
+
+        def each(values: tuple[Value, ...], moved: tuple[Value, ...]) -> FloatArray:
+            nonlocal count
+            count += 1
+            now = problem.predict(values)
+            error = np.abs(now / problem.measured_s - 1.0)
+            on_progress(f"round {count}: {len(moved)} constants, median error {np.median(error):.1%}")
+            columns = pool.map(_column, [values] * len(moved), range(len(moved)), moved)
+            return np.array([np.where(np.isnan(column), now, column) for column in columns])
+
+        found = fit(
+            problem.predict,
+            problem.measured_s,
+            priors,
+            problem.weights,
+            max_evaluations,
+            spreads=[prior.spread for prior in problem.priors],
+            uppers=[prior.upper for prior in problem.priors],
+            predict_each=each,
+        )
+    kept = tuple(
+        replace(value, value=float(f"{value.value:.4g}"))
+        for value, told in zip(found.values, found.told, strict=True)
+        if told >= MIN_TOLD
+    )
+    told = found.told[found.told >= MIN_TOLD]
+    return Fit(kept, found.before, problem.predict(kept) / problem.measured_s - 1.0, told)
