@@ -197,6 +197,9 @@ class TestConfigs:
         assert run.config.recompute is Recompute.NONE
         assert run.config.micro_batch_size == 1
         assert "recompute not published: none assumed" in run.notes
+        assert "sequence parallelism not published: on, as nanotron has it" in run.notes
+        old = run_of(row(GPT, sp=""))
+        assert not old.config.sequence_parallel
 
     @pytest.mark.parametrize(("where", "choice"), [("single", Recompute.NONE), ("multi", Recompute.FULL)])
     def test_a_simulators_input_is_not_a_runs_recompute(self, where: str, choice: Recompute) -> None:
@@ -204,9 +207,6 @@ class TestConfigs:
         run = run_of(row(GPT, notes=notes))
         assert run.config.recompute is choice
         assert any("simulator" in note for note in run.notes) == (where == "single")
-        assert "sequence parallelism not published: on, as nanotron has it" in run.notes
-        old = run_of(row(GPT, sp=""))
-        assert not old.config.sequence_parallel
 
     @pytest.mark.parametrize(
         ("said", "vpp", "schedule", "chunks"),
