@@ -203,8 +203,13 @@ class _Clock:
             self.pointwise(table.loss, np.where(split, 0.0, self.tokens * logits))
             self.pointwise(table.sharded_loss, np.where(split, self.tokens * logits, 0.0))
 
-    def matmul(self, m: Any, n: Any, k: Any, *, bias: bool = False) -> None:
-        """One projection, forward and both gradients; its bias is added in the same kernel, and summed apart."""
+    def matmul(self, m: Any, n: Any, k: Any, *, bias: bool = False, also: int = 0, cut: str = "") -> None:
+        """One projection, forward and both gradients; its bias is added in the same kernel, and summed apart.
+
+        In fewer bits, its input and the gradient of its output are cast first: the input of ``also`` more projections
+        before it was, and what sequence parallelism gathers in these bits (the input of one ``cut`` by "columns", the
+        gradient of one cut by "rows") is cast on its shards.
+        """
         slower = unaligned(n, k) if self.size == 2.0 and self.device.num_multiprocessors else 1.0  # on tensor cores
         self.last = slower * self._matmul(m, n, k)
         self.forward, self.projections = self.forward + self.last, self.projections + self.last
@@ -212,9 +217,16 @@ class _Clock:
         self.by_weight = self.by_weight + slower * self._matmul(k, n, m)
         self._launch(1, 2)
         if self.narrow is not None:
-            self.pointwise(self.framework.pointwise.quantize, m * k)
+            table, shards = self.framework.pointwise.quantize, self._gathered_shards()
+            self.pointwise(table.forward_only, 0.0 if also else m * k / (shards if cut == "columns" else 1.0))
+            self.pointwise(table.backward_only, m * n / (shards if cut == "rows" else 1.0))
         if bias:
             self.pointwise(self.framework.pointwise.bias, m * n)
+
+    def _gathered_shards(self) -> FloatArray:
+        """Shards on which a target casts what is gathered in float8; 1 where it gathers first."""
+        first = self.framework.float8_gathers and not self.workload.recipe.row_scaled
+        return np.where(self.batch.sequence_parallel & first, self.tp, 1.0)
 
     def pointwise(self, cost: PointwiseCost, elements: Any) -> None:
         """A memory-bound operator over ``elements`` numbers."""
@@ -272,18 +284,19 @@ class _Clock:
             kv_heads = heads
         elif self.framework.fused_projections:
             width = heads * query_dim + kv_heads * (query_dim + value_dim)
-            self.matmul(self.tokens, width, layer.hidden, bias=layer.qkv_bias)
+            self.matmul(self.tokens, width, layer.hidden, bias=layer.qkv_bias, cut="columns")
             self.pointwise(self.framework.pointwise.split, self.tokens * width)
         else:
-            for width in (heads * query_dim, kv_heads * query_dim, kv_heads * value_dim):
-                self.matmul(self.tokens, width, layer.hidden, bias=layer.qkv_bias)
+            widths = (heads * query_dim, kv_heads * query_dim, kv_heads * value_dim)
+            for place, width in enumerate(widths):
+                self.matmul(self.tokens, width, layer.hidden, bias=layer.qkv_bias, also=place, cut="columns")
             self._branch(2)
         if layer.rotary:
             rotated = layer.rope_head_dim or query_dim
             rotated_heads = heads + (1.0 if layer.rope_head_dim else kv_heads)
             self.pointwise(self.framework.pointwise.rotary, self.tokens * rotated_heads * rotated)
         self._core(layer, heads, kv_heads, query_dim, value_dim)
-        self.matmul(self.tokens, layer.hidden, heads * value_dim, bias=layer.out_bias)
+        self.matmul(self.tokens, layer.hidden, heads * value_dim, bias=layer.out_bias, cut="rows")
 
     def _latent_projections(self, layer: AttentionLayer, heads: FloatArray) -> None:
         query_width = heads * (layer.head_dim + layer.rope_head_dim)
@@ -349,14 +362,14 @@ class _Clock:
     def _mlp(self, hidden: int, ffn_size: int, gated: bool, *, bias: bool = False) -> None:
         width = ffn_size / self.tp
         if gated and self.framework.fused_projections:
-            self.matmul(self.tokens, 2.0 * width, hidden, bias=bias)
+            self.matmul(self.tokens, 2.0 * width, hidden, bias=bias, cut="columns")
         else:
-            for _ in range(2 if gated else 1):
-                self.matmul(self.tokens, width, hidden, bias=bias)
+            for place in range(2 if gated else 1):
+                self.matmul(self.tokens, width, hidden, bias=bias, also=place, cut="columns")
             self._branch(1 if gated else 0)
         table = self.framework.pointwise
         self.pointwise(table.gated_activation if gated else table.activation, self.tokens * width)
-        self.matmul(self.tokens, hidden, width, bias=bias)
+        self.matmul(self.tokens, hidden, width, bias=bias, cut="rows")
 
     def _moe(self, layer: MoeLayer) -> None:
         """Router, shared experts and all routed experts as grouped matmuls over evenly spread tokens."""

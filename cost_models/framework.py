@@ -178,6 +178,7 @@ class Framework:
     recompute_stops_early: bool = True  # as torch's checkpoint; Megatron repeats the whole block
     reduces_once: bool = False  # gradients stay whole until the last micro-batch whatever the ZeRO stage (1 and 2)
     broadcasts_weights: bool = False  # ZeRO 1 gives whole tensors to ranks, and each sends its own to the others
+    blocking_hops: tuple[Schedule, ...] = ()  # schedules whose sends and receives hold both ranks until they end
     receives_ahead: bool = True  # torch's pipelines allocate a buffer for every micro-batch that a stage receives
     splits_hops: bool = False  # without sp, tp peers send a share each between stages and gather it there
     vocab_multiple: int = 1  # the vocabulary is padded to a multiple of this times tp

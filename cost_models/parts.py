@@ -13,16 +13,16 @@ from meshwright.cost_models.compute import block_seconds, host_wait, launches_ah
 from meshwright.cost_models.framework import Framework, num_microbatches, reduce_overlap
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ConfigBatch
-from meshwright.cost_models.traffic import Collective, block_traffic
+from meshwright.cost_models.traffic import PER_MICROBATCH, Collective, block_traffic
 from meshwright.cost_models.workload import Optimizer, Workload
 from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.model import ModelSpec
 
 FloatArray = NDArray[np.float64]
 
-# local copies around a collective of data parallelism, in passes over the whole tensor: FSDP2 copies gathered weights
-# out of a flat buffer and gradients into one; the all_reduce after the last backward flattens and copies back
-_COPIES, _COPIES_AT_END = 2.0, 4.0
+# local copies around an all_reduce of data parallelism after the last backward, in passes over the whole tensor: it
+# flattens and copies back
+_COPIES_AT_END = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class BlockParts:
     For each micro-batch: ``compute_*`` kernels (``compute_weights`` is the part of ``compute_backward`` that a schedule
     may put off, gradients of weights), ``recompute``, ``host_*`` launches not hidden, ``tp_*`` and ``dp_*``
     exposed communication, ``hidden`` communication behind compute. Once a step: ``dp_end`` after the last backward;
-    ``dp_first`` and ``dp_last`` beside the first forward and the last backward, overlap not taken off yet.
+    ``dp_first`` and ``dp_last`` beside the first forward and the last backward, overlap not taken off yet, and
+    ``dp_*_inside`` what the same bytes would take inside a node.
     ``optimizer`` and its ``optimizer_host`` are the update of the block's parameters on this rank.
     """
 
@@ -49,6 +50,8 @@ class BlockParts:
     hidden: FloatArray
     dp_first: FloatArray
     dp_last: FloatArray
+    dp_first_inside: FloatArray
+    dp_last_inside: FloatArray
     dp_end: FloatArray
     optimizer: FloatArray
     optimizer_host: FloatArray
@@ -97,21 +100,33 @@ def _parts(
         )
     zero = np.zeros(len(batch))
     spent: dict[tuple[str, str], FloatArray] = {}
+    inside: dict[tuple[str, str], FloatArray] = {}  # what the same bytes would take inside a node
+    copied: dict[tuple[str, str], FloatArray] = {}  # local copies among the kernels
     calls: dict[str, FloatArray] = {}  # by phase
     for entry in block_traffic(kinds, index, model, workload, batch, framework):
         if not entry.calls.any():
             continue
         key = (entry.axis, entry.phase)
         factor = framework.dp_factor if entry.axis == "dp" else 1.0
-        spent[key] = spent.get(key, zero) + factor * _price(entry, cluster, groups)
+        once, copies = _price(entry, cluster, groups, framework, batch)
+        if entry.axis == "dp" and entry.phase != "end" and framework.copies_exposed:
+            after = (entry.axis, entry.phase if entry.phase in PER_MICROBATCH else "end")
+            copied[after] = copied.get(after, zero) + device.memory_factor * copies
+        else:
+            once = once + copies
+        spent[key] = spent.get(key, zero) + factor * once
+        inside[key] = inside.get(key, zero) + np.minimum(_inside(entry, cluster), factor * once)
         calls[entry.phase] = calls.get(entry.phase, zero) + entry.calls
     on_streams = launches_ahead(device)  # a CPU runs collectives and compute one after the other
     gather, reduce = framework.overlap_dp_gather * on_streams, reduce_overlap(framework, batch) * on_streams
     hidden_tp = framework.overlap_tp * on_streams
     backward = kernels.backward_input + kernels.backward_weight
-    dp_forward, hidden_forward = hide(spent.get(("dp", "forward"), zero), gather, kernels.forward, cluster)
-    both = spent.get(("dp", "backward"), zero)
-    dp_backward, hidden_backward = hide(both, np.minimum(gather, reduce), backward + kernels.recompute, cluster)
+    near = inside.get(("dp", "forward"), zero)
+    dp_forward, hidden_forward = hide(spent.get(("dp", "forward"), zero), gather, kernels.forward, cluster, near)
+    both, near = spent.get(("dp", "backward"), zero), inside.get(("dp", "backward"), zero)
+    dp_backward, hidden_backward = hide(both, np.minimum(gather, reduce), backward + kernels.recompute, cluster, near)
+    dp_forward = dp_forward + copied.get(("dp", "forward"), zero)
+    dp_backward = dp_backward + copied.get(("dp", "backward"), zero)
     tp_forward, hidden_tp_forward = hide(spent.get(("tp", "forward"), zero), hidden_tp, kernels.forward, cluster)
     tp_back = spent.get(("tp", "backward"), zero) + spent.get(("tp", "recompute"), zero)
     tp_backward, hidden_tp_backward = hide(tp_back, hidden_tp, backward + kernels.recompute, cluster)
@@ -145,22 +160,31 @@ def _parts(
         hidden=hidden_forward + hidden_backward + hidden_tp_forward + hidden_tp_backward,
         dp_first=spent.get(("dp", "first_forward"), zero),
         dp_last=spent.get(("dp", "last_backward"), zero),
-        dp_end=spent.get(("dp", "end"), zero),
+        dp_first_inside=inside.get(("dp", "first_forward"), zero),
+        dp_last_inside=inside.get(("dp", "last_backward"), zero),
+        dp_end=spent.get(("dp", "end"), zero) + copied.get(("dp", "end"), zero),
         optimizer=optimizer,
         optimizer_host=optimizer_host,
     )
 
 
 def hide(
-    communication: FloatArray, share: FloatArray | float, behind: FloatArray, cluster: ClusterProfile
+    communication: FloatArray,
+    share: FloatArray | float,
+    behind: FloatArray,
+    cluster: ClusterProfile,
+    inside: FloatArray | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     """``(exposed, hidden)`` seconds: ``share`` of the communication hides behind compute, at most as long as that is.
 
-    Compute runs slower beside a collective (``Device.communication_slowdown``); what that costs counts as exposed.
+    Compute runs slower beside a collective (``Device.communication_slowdown``); what that costs counts as exposed. A
+    collective that waits for a slow network takes no more of the device's memory and multiprocessors than its bytes
+    do: ``inside``, at most ``communication``, is the time they would take inside a node, which is what the slowdown
+    is counted on.
     """
-    slowdown = cluster.device.communication_slowdown
     hidden = np.minimum(share * communication, behind)
-    return communication - hidden * (1.0 - min(slowdown, 1.0)), hidden
+    busy = hidden if inside is None else hidden * inside / np.maximum(communication, 1e-30)
+    return communication - hidden + busy * min(cluster.device.communication_slowdown, 1.0), hidden
 
 
 def _one_shard(batch: ConfigBatch) -> ConfigBatch:
@@ -168,15 +192,32 @@ def _one_shard(batch: ConfigBatch) -> ConfigBatch:
     return replace(batch, dp=np.maximum(batch.dp_shard // batch.cp, 1))
 
 
-def _price(entry: Collective, cluster: ClusterProfile, groups: dict[str, Groups]) -> FloatArray:
+def _price(
+    entry: Collective, cluster: ClusterProfile, groups: dict[str, Groups], framework: Framework, batch: ConfigBatch
+) -> tuple[FloatArray, FloatArray]:
+    """Seconds of the collective and of the local copies around it."""
     once = seconds(
         cluster,
         entry.op,
         groups["shard" if entry.in_shard else entry.axis],
         np.where(entry.calls > 0, entry.message_bytes, 0.0),
     )
-    copies = (_COPIES_AT_END if entry.phase == "end" else _COPIES) if entry.axis == "dp" else 0.0
-    return np.asarray(entry.calls * (once + copies * entry.message_bytes / cluster.device.memory_bytes_per_s))
+    # what is laid out by sequences is no row of shards
+    passes = framework.sequence_copies * (batch.sequence_parallel & (batch.micro_batch_size > 1)) * 1.0
+    if entry.axis == "dp":
+        gathers = entry.op in ("all_gather", "broadcast")
+        passes = framework.gather_copies if gathers else framework.reduce_copies
+        passes = _COPIES_AT_END if entry.phase == "end" else passes
+    copies = passes * entry.message_bytes / cluster.device.memory_bytes_per_s
+    return np.asarray(entry.calls * once), np.asarray(entry.calls * copies)
+
+
+def _inside(entry: Collective, cluster: ClusterProfile) -> FloatArray:
+    """Seconds of the same bytes over the innermost links."""
+    if not cluster.tiers:
+        return np.zeros_like(entry.calls)
+    rounds = 2.0 if entry.op == "all_reduce" else 1.0
+    return np.asarray(entry.calls * rounds * entry.message_bytes / cluster.tiers[0].contended_bytes_per_s)
 
 
 def _accumulation(

@@ -160,7 +160,12 @@ class _Group:
         hop = self._hops()
         wait = self.framework.host.microbatch_s
         transfers = self._transfers() * self.framework.host.hop_s
-        forward, backward = (each + wait / 2.0 / self.counts.shape[1] + transfers for each in (forward, backward))
+        held = np.zeros_like(forward)
+        if self.schedule in self.framework.blocking_hops:
+            held, hop = self._held(hop), np.zeros_like(hop)
+        forward, backward = (
+            each + wait / 2.0 / self.counts.shape[1] + transfers + held for each in (forward, backward)
+        )
         weights = self._by_chunk([part.compute_weights for part in parts])
         finish, unhindered = (self._finish(forward, backward, weights, hops) for hops in (hop, np.zeros_like(hop)))
         busy = count * (forward + backward).sum(axis=2)
@@ -176,7 +181,7 @@ class _Group:
             "compute_s": count * self._by_rank(parts, "compute_forward", "compute_backward"),
             "recompute_s": count * self._by_rank(parts, "recompute"),
             "tp_s": count * self._by_rank(parts, "tp_forward", "tp_backward") + shared,
-            "pp_s": waits + tied,
+            "pp_s": waits + tied + 2.0 * count * held.sum(axis=2),
             "dp_s": count * self._by_rank(parts, "dp_forward", "dp_backward") + first + last + end,
             "bubble_s": idle - waits + delay,
             "optimizer_s": optimizer,
@@ -205,6 +210,18 @@ class _Group:
         number[0, 0] -= pp > 1
         number[-1, -1] -= pp > 1
         return number
+
+    def _held(self, hop: FloatArray) -> FloatArray:
+        """Seconds for which transfers that block hold a rank around each pass of a chunk: ``[num_configs, pp, vpp]``.
+
+        1F1B exchanges with the next rank after a forward, with the one before after a backward: half of both a pass.
+        Interleaved, a forward and a backward share one exchange with both (megatron/schedules.py of 2021).
+        """
+        pp, vpp = self.counts.shape[:2]
+        none = np.zeros((len(self.batch), 1))
+        before, after = (np.concatenate(ends, axis=1) for ends in ([none, hop], [hop, none]))
+        both = np.maximum(before, after) if vpp > 1 else before + after
+        return np.asarray(both.reshape(-1, vpp, pp).swapaxes(1, 2) / 2.0)
 
     def _hops(self) -> FloatArray:
         """Seconds of a transfer between each two stages that follow each other: ``[num_configs, pp * vpp - 1]``.
@@ -250,8 +267,10 @@ class _Group:
         streams = launches_ahead(self.cluster.device)
         gather = self.framework.overlap_dp_gather * streams
         reduce = reduce_overlap(self.framework, self.batch)[:, None] * streams
-        first, first_hidden = hide(self._by_rank(parts, "dp_first"), gather, forward, self.cluster)
-        last, last_hidden = hide(self._by_rank(parts, "dp_last"), reduce, backward, self.cluster)
+        near = self._by_rank(parts, "dp_first_inside")
+        first, first_hidden = hide(self._by_rank(parts, "dp_first"), gather, forward, self.cluster, near)
+        near = self._by_rank(parts, "dp_last_inside")
+        last, last_hidden = hide(self._by_rank(parts, "dp_last"), reduce, backward, self.cluster, near)
         delay = np.zeros_like(first)
         if not streams:
             from_later = np.cumsum(last[:, ::-1], axis=1)[:, ::-1] - last
@@ -295,9 +314,7 @@ class _Group:
         stage, largest = np.zeros(len(self.batch)), np.full(len(self.batch), -1.0)
         for rank in range(pp):
             flying = pipeline.held_microbatches(self.schedule, pp, vpp, rank, count, per_round)
-            ends = (
-                2 * vpp - (rank == 0) - (rank == pp - 1)
-            )  # directions from which it receives
+            ends = 2 * vpp - (rank == 0) - (rank == pp - 1)  # directions from which it receives
             buffers = count if self.framework.receives_ahead else np.ones_like(count)
             received = np.where(pp > 1, ends * buffers * hop, 0.0)
             held = rank_bytes(kinds, parts, self.counts[rank], flying, received, self.workload, self.batch)

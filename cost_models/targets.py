@@ -205,7 +205,7 @@ _MEGATRON = Framework(
 )
 
 # Megatron-LM with --use-flash-attn (since January 2023), and its forks; dropout off
-MEGATRON_LM = replace(_MEGATRON, name="megatron-lm")
+MEGATRON_LM = replace(_MEGATRON, name="megatron-lm", blocking_hops=(Schedule.ONE_F_ONE_B,))
 
 # before that: attention written out, as in arXiv 2104.04473 and 2205.05198
 MEGATRON_LM_2021 = replace(
@@ -214,6 +214,7 @@ MEGATRON_LM_2021 = replace(
     version_of="megatron-lm",
     pointwise=MEGATRON_2021,
     attention=AttentionKernel.WRITTEN_OUT,
+    blocking_hops=(Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED),
 )
 
 # arXiv 2402.15627, section 3.2: gathers and reductions of ZeRO and of tensor parallelism run beside compute. Left out:
