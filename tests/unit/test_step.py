@@ -212,7 +212,7 @@ def test_transfers_that_block_hold_both_ranks(toy: Any) -> None:
     work = (forward[None], by_input[None], by_weight[None])
     played = play(Schedule.ONE_F_ONE_B, 2, 8, *work, np.full((1, 1), hop), blocking_sends=True)
     assert got.step_s == pytest.approx(float(played.makespan[0]), rel=0.03)
-    assert got.pp_s == pytest.approx(8 * hop)  # one exchange for each forward, one for each backward, halves on each side
+    assert got.pp_s == pytest.approx(8 * hop)  # of each exchange half with the forward, half with the backward
 
 
 @pytest.mark.parametrize(("schedule", "vpp"), [(Schedule.ZB_H1, 1), (Schedule.ZBV, 2), (Schedule.DUALPIPEV, 2)])
