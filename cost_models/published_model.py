@@ -6,11 +6,12 @@ architecture and, for embeddings, from the published number of parameters.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import lru_cache
 
 from meshwright.cost_models.published_rows import Row, Skip
-from meshwright.cost_models.workload import RECIPES, Workload
+from meshwright.cost_models.workload import RECIPES, DType, DTypeRecipe, Workload
 from meshwright.profiler.layers import (
     AttentionKind,
     AttentionLayer,
@@ -26,6 +27,11 @@ from meshwright.profiler.record import record
 
 GPT_VOCAB = 50304  # GPT-2's 50,257, padded to a multiple of 128 as Megatron-LM does
 SENTENCEPIECE_VOCAB = 32000  # T5's, Llama's and those of many papers' own tokenizers
+
+# frameworks whose measured runs reduce gradients in bf16, beside Composer's FSDP in its mode "pure": InternEvo,
+# fms-fsdp, and NVIDIA's performance recipes (NVIDIA/NeMo, nemo/collections/llm/recipes: grad_reduce_in_fp32 = False
+# wherever performance optimizations are on; Megatron-Bridge, scripts/performance: the same for every model)
+BF16_GRADIENTS = r"internevo|fms-fsdp|\bnemo\b|megatron-bridge"
 
 
 @record
@@ -187,17 +193,18 @@ def workload_of(row: Row) -> tuple[Workload, tuple[str, ...]]:
     if found == "fp8" and "rowwise" in words:
         found = "fp8-rowwise"
     framework = row.text("framework").lower()
-    pure = "mp mode pure" in row.text("notes").lower() or "internevo" in framework or "fms-fsdp" in framework
-    if found == "bf16" and pure:
-        found = "bf16-grads"  # Composer's FSDP, fms-fsdp and InternEvo reduce gradients in bf16
     if found is None:
         raise Skip(f"no dtype recipe for precision {row.text('precision')!r}")
-    if found not in RECIPES:  # scaled in blocks: matmuls in few bits all the same
+    if found not in RECIPES:  # mxfp8: scales for blocks, found while casting
         notes.append(f"{found} predicted as fp8")
         found = "fp8"
-    return _workload(row.integer("seq_len"), row.integer("global_batch"), found), tuple(notes)
+    recipe = RECIPES[found]
+    pure = "mp mode pure" in row.text("notes").lower() or re.search(BF16_GRADIENTS, framework)
+    if pure and recipe.compute is DType.BFLOAT16:
+        recipe = replace(recipe, grads=DType.BFLOAT16)
+    return _workload(row.integer("seq_len"), row.integer("global_batch"), recipe), tuple(notes)
 
 
 @lru_cache(maxsize=4096)
-def _workload(seq_len: int, batch: int, recipe: str) -> Workload:
-    return Workload(seq_len=seq_len, global_batch_size=batch, recipe=RECIPES[recipe])
+def _workload(seq_len: int, batch: int, recipe: DTypeRecipe) -> Workload:
+    return Workload(seq_len=seq_len, global_batch_size=batch, recipe=recipe)

@@ -18,11 +18,12 @@ class DType(StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT8 = "float8"
+    FLOAT4 = "float4"
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of one number."""
-        return {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}[self.value]
+    def num_bytes(self) -> float:
+        """Bytes of one number; a half in float4. Scales of blocks are left out: 3 to 12 % of these bytes."""
+        return {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "float4": 0.5}[self.value]
 
 
 class Optimizer(StrEnum):
@@ -77,6 +78,8 @@ RECIPES: dict[str, DTypeRecipe] = {
     # bf16 with fp8 matmuls inside blocks (Transformer Engine, torchao): weights, gradients and states as bf16
     "fp8": DTypeRecipe(matmul=DType.FLOAT8),
     "fp8-rowwise": DTypeRecipe(matmul=DType.FLOAT8, row_scaled=True),
+    # the same with float4 matmuls, a scale for each block of 16 numbers (Transformer Engine's NVFP4BlockScaling)
+    "nvfp4": DTypeRecipe(matmul=DType.FLOAT4),
     # everything in bf16, states too: 2 + 2 + 4 = 8 bytes a parameter
     "bf16-pure": DTypeRecipe(grads=DType.BFLOAT16, master=None, optimizer=DType.BFLOAT16),
     # everything in fp32: 4 + 4 + 8 = 16 bytes a parameter

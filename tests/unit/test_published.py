@@ -165,13 +165,25 @@ class TestModels:
             ("fp8-cs", DType.BFLOAT16, DType.FLOAT8),
             ("fp8 rowwise", DType.BFLOAT16, DType.FLOAT8),
             ("mxfp8", DType.BFLOAT16, DType.FLOAT8),
-            ("nvfp4", DType.BFLOAT16, DType.FLOAT8),
+            ("nvfp4", DType.BFLOAT16, DType.FLOAT4),
             ("bf16/fp16 (not stated)", DType.BFLOAT16, None),
         ],
     )
     def test_precision(self, precision: str, compute: DType, matmul: DType | None) -> None:
         recipe = run_of(row(LLAMA, precision=precision)).workload.recipe
         assert (recipe.compute, recipe.matmul) == (compute, matmul)
+
+    @pytest.mark.parametrize(
+        ("framework", "precision", "grads"),
+        [
+            ("Megatron-Core / Megatron-Bridge (NeMo)", "fp8", DType.BFLOAT16),
+            ("NeMo / Megatron-Core", "bf16", DType.BFLOAT16),
+            ("InternEvo", "bf16", DType.BFLOAT16),
+            ("Megatron-LM", "bf16", DType.FLOAT32),
+        ],
+    )
+    def test_gradients_are_reduced_as_the_measured_runs_did(self, framework: str, precision: str, grads: DType) -> None:
+        assert run_of(row(LLAMA, framework=framework, precision=precision)).workload.recipe.grads is grads
 
 
 class TestConfigs:
