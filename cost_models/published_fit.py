@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from multiprocessing import get_context
 
 import numpy as np
@@ -31,6 +31,7 @@ from meshwright.cost_models.published import Group, PublishedRun, grouped, predi
 from meshwright.cost_models.published_hardware import cluster_named
 from meshwright.cost_models.targets import ASSUMED
 from meshwright.profiler.cluster import ClusterProfile, Device, LinkTier, Provenance
+from meshwright.profiler.cluster_presets import calibrated_figures, uncalibrated_figure
 
 FloatArray = NDArray[np.float64]
 Progress = Callable[[str], None]
@@ -129,11 +130,10 @@ def expanded(values: Iterable[Value]) -> tuple[Value, ...]:
 
 
 class Problem:
-    """Runs to fit on, and the constants that they touch. ``uncalibrated`` undoes what presets were calibrated to."""
+    """Runs to fit on, and the constants that they touch."""
 
-    def __init__(self, runs: Sequence[PublishedRun], uncalibrated: tuple[Value, ...] = ()) -> None:
+    def __init__(self, runs: Sequence[PublishedRun]) -> None:
         self.runs = tuple(runs)
-        self.uncalibrated = uncalibrated
         self.groups = grouped(self.runs)
         self.priors = tuple(self._priors())
         self.touched = [self._touched(prior.value) for prior in self.priors]
@@ -154,7 +154,7 @@ class Problem:
     def clusters(self) -> dict[str, ClusterProfile]:
         """By name, as they are before any calibration."""
         names = {group.cluster for group in self.groups}
-        return {name: on_cluster(cluster_named(name), self.uncalibrated) for name in sorted(names)}
+        return {name: uncalibrated_cluster(name) for name in sorted(names)}
 
     def _priors(self) -> Iterator[Prior]:
         used = {group.framework for group in self.groups}
@@ -197,26 +197,29 @@ class Problem:
 
     def predict(self, values: tuple[Value, ...], groups: Sequence[Group] | None = None) -> FloatArray:
         """Seconds of each run; NaN for those that are not in ``groups``."""
-        every = expanded(values)
-        clusters: dict[str, ClusterProfile] = {}
-        frameworks: dict[str, Framework] = {}
-
-        def cluster(name: str) -> ClusterProfile:
-            if name not in clusters:
-                clusters[name] = on_cluster(self.clusters[name], every)
-            return clusters[name]
-
-        def framework(name: str) -> Framework:
-            if name not in frameworks:
-                frameworks[name] = on_framework(ASSUMED[name], values)
-            return frameworks[name]
-
-        chosen = self.groups if groups is None else groups
+        clusters, frameworks = resolvers(values, self.clusters.__getitem__)
         result = np.full(len(self.runs), np.nan)
-        for group in chosen:
+        for group in self.groups if groups is None else groups:
             alone = replace(group, positions=np.arange(len(group.positions)))
-            result[group.positions] = predict([alone], cluster, framework).step_s
+            result[group.positions] = predict([alone], clusters, frameworks).step_s
         return result
+
+
+def resolvers(
+    values: tuple[Value, ...], clusters: Callable[[str], ClusterProfile]
+) -> tuple[Callable[[str], ClusterProfile], Callable[[str], Framework]]:
+    """Names of clusters and of targets -> the same with ``values``, as ``published.predict`` wants them."""
+    every = expanded(values)
+    return cache(lambda name: on_cluster(clusters(name), every)), cache(lambda name: on_framework(ASSUMED[name], every))
+
+
+def uncalibrated_cluster(name: str) -> ClusterProfile:
+    """The cluster of ``published_hardware.cluster_named`` before any calibration."""
+    values = tuple(
+        Value(owner=owner, of=of, name=name, value=uncalibrated_figure(owner, of, name))
+        for owner, of, name, _ in calibrated_figures()
+    )
+    return on_cluster(cluster_named(name), values)
 
 
 def _target_prior(target: Framework, name: str) -> Prior:

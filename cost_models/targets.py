@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from meshwright import InputError
+from meshwright.cost_models.constants import Value, on_framework
 from meshwright.cost_models.framework import (
     AttentionKernel,
     Framework,
@@ -329,7 +333,7 @@ TORCHTITAN_ASYNC_TP = replace(
     name="torchtitan-async-tp",
     version_of="torchtitan",
     differs_in=("overlap_tp",),
-    overlap_tp=0.8,
+    overlap_tp=0.2,  # smaller matmuls lose most of what is hidden
     sequence_copies=0.0,
 )
 
@@ -418,7 +422,25 @@ ASSUMED: dict[str, Framework] = {
         INTERNEVO,
     )
 }
-FRAMEWORKS: dict[str, Framework] = dict(ASSUMED)
+CALIBRATED = Path(__file__).parent / "calibrated.json"  # written by benchmarks/calibrate_presets.py
+
+
+def _calibrated(targets: Mapping[str, Framework]) -> dict[str, Framework]:
+    """The targets with their fitted constants; a version has those of its target that it shares."""
+    entries = json.loads(CALIBRATED.read_text(encoding="utf-8")) if CALIBRATED.is_file() else {}
+    values = tuple(
+        Value(owner="target", of=of, name=name, value=value)
+        for of, entry in entries.items()
+        for name, value in entry["values"].items()
+    )
+    found = {}
+    for name, target in targets.items():
+        on = [entries[of]["fitted_on"] for of in (target.version_of, name) if of in entries]
+        found[name] = replace(on_framework(target, values), calibrated_on="; ".join(dict.fromkeys(on)))
+    return found
+
+
+FRAMEWORKS: dict[str, Framework] = _calibrated(ASSUMED)
 
 
 def framework_named(name: str) -> Framework:

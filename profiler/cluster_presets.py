@@ -6,6 +6,9 @@ says how many a host has and by which links they are joined: ``name``, ``device`
 in ``presets/links``: a tier names it and its ``group_size``; the file holds the other fields of ``LinkTier``. Rates are
 what a large message, copy or kernel is known to reach; the datasheet's own figure stands beside it, and every figure
 says whether it was measured, is a datasheet's or is assumed.
+
+``presets/calibrated.json`` holds what measured steps say instead (``benchmarks/calibrate_presets.py``): figures of
+devices and links by kind, which replace those of the files above. These stay what a new calibration starts from.
 """
 
 from __future__ import annotations
@@ -14,13 +17,16 @@ import difflib
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from meshwright import InputError
 
 FOLDER = Path(__file__).parent / "presets" / "clusters"
 DEVICE_FOLDER = Path(__file__).parent / "presets" / "devices"
 LINK_FOLDER = Path(__file__).parent / "presets" / "links"
+CALIBRATED = Path(__file__).parent / "presets" / "calibrated.json"
+
+Owner = Literal["device", "link"]
 
 
 def preset_names() -> tuple[str, ...]:
@@ -51,6 +57,7 @@ def profile_tree(path: Path) -> dict[str, Any]:
     """
     preset = _read(path)
     device = _read(DEVICE_FOLDER / f"{preset['device']}.json")
+    device = _calibrated("device", device["kind"], device)
     size = preset["devices_per_node"]
     return {
         "artifact": "cluster",
@@ -64,11 +71,48 @@ def profile_tree(path: Path) -> dict[str, Any]:
             }
         ],
         "tiers": [
-            _read(LINK_FOLDER / f"{tier['link']}.json") | {"kind": tier["link"], "group_size": tier["group_size"]}
+            _calibrated("link", tier["link"], _read(LINK_FOLDER / f"{tier['link']}.json"))
+            | {"kind": tier["link"], "group_size": tier["group_size"]}
             for tier in preset["tiers"]
         ],
         "notes": preset["notes"],
     }
+
+
+@cache
+def _calibration() -> dict[str, Any]:
+    return _read(CALIBRATED) if CALIBRATED.is_file() else {"source": {}, "device": {}, "link": {}}
+
+
+def calibrated_figures() -> tuple[tuple[Owner, str, str, float], ...]:
+    """What measured steps corrected: owner, its kind, the field and its value."""
+    owners: tuple[Owner, ...] = ("device", "link")
+    return tuple(
+        (owner, kind, field, value)
+        for owner in owners
+        for kind, figures in _calibration()[owner].items()
+        for field, value in figures.items()
+    )
+
+
+def uncalibrated_figure(owner: Owner, kind: str, field: str) -> float:
+    """What a preset says of itself, before measured steps corrected it; factors that it does not name are 1."""
+    paths = DEVICE_FOLDER.glob("*.json") if owner == "device" else [LINK_FOLDER / f"{kind}.json"]
+    tree = next(tree for tree in map(_read, paths) if owner == "link" or tree["kind"] == kind)
+    return float(tree.get(field, 1.0 if field.endswith("_factor") else 0.0))
+
+
+def _calibrated(owner: Owner, kind: str, tree: dict[str, Any]) -> dict[str, Any]:
+    """A device or a kind of links with what measured steps corrected, and with the source of that."""
+    figures: dict[str, float] = dict(_calibration()[owner].get(kind, {}))
+    if not figures:
+        return tree
+    sources = [each for each in tree.get("figure_sources", []) if each["field"] not in figures]
+    sources += [{"field": field, "source": _calibration()["source"]} for field in figures]
+    if "bytes_per_s" in figures:  # the share of each device keeps its relation to what a pair reaches
+        share = tree["contended_bytes_per_s"] / tree["bytes_per_s"]
+        figures["contended_bytes_per_s"] = figures["bytes_per_s"] * share
+    return tree | figures | {"figure_sources": sources}
 
 
 def _read(path: Path) -> dict[str, Any]:
