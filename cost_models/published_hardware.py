@@ -181,6 +181,8 @@ def _variant(row: Row, target: str) -> str:
     notes = row.text("notes").lower()
     if target == "megatron-lm" and _before_flash(row):
         return "megatron-lm-2021"
+    if target == "deepspeed" and _before_flash(row):
+        return "deepspeed-2021"
     if target == "llm-foundry" and re.search(r"precision label bf16\b", notes):
         return "llm-foundry-torch1"
     if target == "torchtitan" and row.text("tp") not in ("", "1") and re.search(r"\basync ?tp", notes):

@@ -369,6 +369,22 @@ DEEPSPEED = replace(
     copies_exposed=False,
 )
 
+# ZeRO-3 of early 2021 around Megatron's layers: tensors gathered one by one into lists of parts, at a ninth of what the
+# network gives, half of it beside compute
+DEEPSPEED_2021 = replace(
+    DEEPSPEED,
+    name="deepspeed-2021",
+    pointwise=MEGATRON_2021,
+    attention=AttentionKernel.WRITTEN_OUT,
+    fused_projections=True,
+    recompute_stops_early=False,
+    vocab_multiple=128,
+    overlap_dp_gather=0.5,
+    overlap_dp_reduce=0.5,
+    dp_factor=9.0,
+    calibrated_on="ZeRO-3 in arXiv 2104.04473, table 2",
+)
+
 # InternLM under InternEvo: logits cast to float32, flash_attn's cross entropy, and for each micro-batch the metrics of
 # internlm/model/metrics.py (AccPerplex: maxima twice, argmax, difference, exponential, sum; the loss again); the update
 # flattens, casts, unscales and clips gradients and runs torch's AdamW (internlm/solver/optimizer/hybrid_zero_optim.py)
@@ -419,6 +435,7 @@ ASSUMED: dict[str, Framework] = {
         LLM_FOUNDRY,
         LLM_FOUNDRY_TORCH1,
         DEEPSPEED,
+        DEEPSPEED_2021,
         INTERNEVO,
     )
 }
