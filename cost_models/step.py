@@ -160,6 +160,8 @@ class _Group:
         hop = self._hops()
         wait = self.framework.host.microbatch_s
         transfers = self._transfers() * self.framework.host.hop_s
+        exchanged = self._vocabulary_exchanges()[:, None]
+        forward, backward = (each + exchanged[:, :, None] / 2.0 / each.shape[2] for each in (forward, backward))
         held = np.zeros_like(forward)
         if self.schedule in self.framework.blocking_hops:
             held, hop = self._held(hop), np.zeros_like(hop)
@@ -168,6 +170,10 @@ class _Group:
         )
         weights = self._by_chunk([part.compute_weights for part in parts])
         finish, unhindered = (self._finish(forward, backward, weights, hops) for hops in (hop, np.zeros_like(hop)))
+        if self._splits_vocabulary:  # its barriers let one more micro-batch into the pipeline
+            finish, unhindered = (
+                each + (forward + backward).sum(axis=2).max(axis=1, keepdims=True) for each in (finish, unhindered)
+            )
         busy = count * (forward + backward).sum(axis=2)
         idle = np.maximum(finish - busy, 0.0)
         waits = np.clip(finish - unhindered, 0.0, idle)
@@ -181,7 +187,7 @@ class _Group:
             "compute_s": count * self._by_rank(parts, "compute_forward", "compute_backward"),
             "recompute_s": count * self._by_rank(parts, "recompute"),
             "tp_s": count * self._by_rank(parts, "tp_forward", "tp_backward") + shared,
-            "pp_s": waits + tied + 2.0 * count * held.sum(axis=2),
+            "pp_s": waits + tied + count * (2.0 * held.sum(axis=2) + exchanged),
             "dp_s": count * self._by_rank(parts, "dp_forward", "dp_backward") + first + last + end,
             "bubble_s": idle - waits + delay,
             "optimizer_s": optimizer,
@@ -210,6 +216,24 @@ class _Group:
         number[0, 0] -= pp > 1
         number[-1, -1] -= pp > 1
         return number
+
+    @property
+    def _splits_vocabulary(self) -> bool:
+        """Whether every stage has a part of the head: vocabulary parallelism over the pipeline."""
+        return bool(np.count_nonzero(self.counts[:, :, -1]) > 1)
+
+    def _vocabulary_exchanges(self) -> FloatArray:
+        """Seconds that a micro-batch's exchanges among all stages take where each has a part of the vocabulary.
+
+        The last hidden states are sent to all and their gradients summed; embeddings are summed and their gradients
+        sent to all (arXiv 2411.05288, sections 4 and 5). Left out: what of it hides behind layers, on streams of its
+        own, and sums of a number a token.
+        """
+        if not self._splits_vocabulary:
+            return np.zeros(len(self.batch))
+        groups = groups_of(self.batch, self.cluster, self.placement, "pp")
+        num_bytes = hop_bytes(self.model, self.workload, self.batch)
+        return np.asarray(sum(2.0 * seconds(self.cluster, op, groups, num_bytes) for op in ("broadcast", "all_reduce")))
 
     def _held(self, hop: FloatArray) -> FloatArray:
         """Seconds for which transfers that block hold a rank around each pass of a chunk: ``[num_configs, pp, vpp]``.
@@ -263,19 +287,41 @@ class _Group:
         On a device without streams they stand in the way of the first micro-batch down the pipeline and of the last one
         back: a rank waits for the reductions of the ranks after it on the way back, and for all gathers on the way in.
         """
-        forward, backward = (self._by_rank(parts, name) for name in ("compute_forward", "compute_backward"))
         streams = launches_ahead(self.cluster.device)
-        gather = self.framework.overlap_dp_gather * streams
+        gather = np.array([[self.framework.overlap_dp_gather * streams]])
         reduce = reduce_overlap(self.framework, self.batch)[:, None] * streams
-        near = self._by_rank(parts, "dp_first_inside")
-        first, first_hidden = hide(self._by_rank(parts, "dp_first"), gather, forward, self.cluster, near)
-        near = self._by_rank(parts, "dp_last_inside")
-        last, last_hidden = hide(self._by_rank(parts, "dp_last"), reduce, backward, self.cluster, near)
+        first, first_hidden = self._beside_chunks(parts, "dp_first", gather, "compute_forward")
+        last, last_hidden = self._beside_chunks(parts, "dp_last", reduce, "compute_backward", "recompute")
         delay = np.zeros_like(first)
         if not streams:
             from_later = np.cumsum(last[:, ::-1], axis=1)[:, ::-1] - last
             delay = from_later + first.sum(axis=1, keepdims=True) - first
         return first, first_hidden, last, last_hidden, delay
+
+    def _beside_chunks(
+        self, parts: list[BlockParts], name: str, share: FloatArray, *compute: str
+    ) -> tuple[FloatArray, FloatArray]:
+        """Exposed and hidden seconds of a rank's gathers or reductions, ``[num_configs, pp]``, one chunk after another.
+
+        Chunk ``c`` has its weights gathered before its first forward, and its gradients ready in its last backward.
+        Until then (from then on) the rank works on the chunks before it: on a whole round of micro-batches of each
+        where the schedule is interleaved, on one of each in a V (Megatron-Core,
+        ``pipeline_parallel/schedules.py: forward_backward_pipelining_with_interleaving``, param_sync_func and
+        grad_sync_func). With ``C_c`` the ``share`` of its communication and ``W_c`` that work and its own micro-batch,
+        ``max_c(C_0 + ... + C_c - W_c)`` seconds are exposed: with one chunk what is longer than its micro-batch.
+        Left out: idle time in the warm-up and cool-down, in which more of it may hide.
+        """
+        wanted, near, work = (
+            self._by_chunk([_sum(part, names) for part in parts]) for names in ((name,), (f"{name}_inside",), compute)
+        )
+        rounds = np.ones(len(self.batch))
+        if self.schedule not in V_SHAPED:
+            rounds = microbatches_per_round(self.batch, self.workload).astype(np.float64)
+        earlier = np.cumsum(work, axis=2) - work
+        window = earlier * rounds[:, None, None] + work
+        late = np.maximum((np.cumsum(share[:, :, None] * wanted, axis=2) - window).max(axis=2), 0.0)
+        total = wanted.sum(axis=2)
+        return hide(total, share, share * total - late, self.cluster, near.sum(axis=2))
 
     def _tied(self) -> FloatArray:
         """First and last stage exchange the gradients of a tied embedding's two copies: ``[num_configs, pp]``."""

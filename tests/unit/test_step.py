@@ -201,6 +201,21 @@ def test_what_cannot_run_is_not_priced(toy: Any, config: ParallelConfig, said: s
         estimate(toy.model(), WORKLOAD, toy.cluster(), config)
 
 
+def test_a_head_split_over_stages_adds_exchanges_and_a_micro_batch_of_fill(toy: Any) -> None:
+    batch = ConfigBatch.from_configs([ParallelConfig(pp=2)])
+    halves = np.array([[[0.5, 2.0, 0.5]], [[0.5, 2.0, 0.5]]])  # of embedding and head, and two of four blocks
+    both = (2 * (3 * BLOCK + 3.5 * SCORES) + 1.5 * HEAD) / RATE
+    device = toy.device(memory_bytes_per_s=1e18)
+    for hop in (0.0, 1e-6):
+        cluster = toy.cluster(device=device, node=(hop, 1e18), network=(hop, 1e18))
+        found = estimate_batch(toy.model(), WORKLOAD, cluster, toy.framework(), batch, counts=halves)
+        got = found.estimate(0, batch).cost
+        exchanges = 6 * hop  # of two ranks: two broadcasts over one hop, two all_reduces over two
+        waits = 10 * hop  # a micro-batch there and back, and of every second one around
+        assert got.compute_s == pytest.approx(8 * both, rel=0.01)
+        assert got.step_s == pytest.approx((8 + 2 - 1 + 1) * (both + exchanges) + waits, rel=0.01)
+
+
 def test_transfers_that_block_hold_both_ranks(toy: Any) -> None:
     hop = 5e-6  # of a pass of some 25
     cluster = toy.cluster(device=toy.device(memory_bytes_per_s=1e18), node=(hop, 1e18), network=(hop, 1e18))
