@@ -73,6 +73,21 @@ def rounds_size(pp: int, microbatches: int) -> int:
     return microbatches // max(microbatches // pp, 1)
 
 
+def check(schedule: Schedule, pp: int, vpp: int, microbatches: int, per_round: int) -> None:
+    """Raise ``InputError`` when the schedule does not run with these numbers; arguments as of ``rank_actions``."""
+    chunks = 2 if schedule in V_SHAPED else vpp if schedule is Schedule.INTERLEAVED else 1
+    if vpp != chunks:
+        raise InputError(f"{schedule.value} runs {chunks} chunk{'s' * (chunks > 1)} on each rank, not vpp={vpp}")
+    if microbatches < 1:
+        raise InputError(f"{schedule.value} needs at least 1 micro-batch, found {microbatches}")
+    if schedule is Schedule.DUALPIPEV and microbatches < 2 * pp:
+        raise InputError(f"dualpipev needs at least 2 * pp = {2 * pp} micro-batches, found {microbatches}")
+    if schedule is Schedule.INTERLEAVED and microbatches % per_round:
+        raise InputError(f"interleaved: {per_round} micro-batches a round do not divide {microbatches}")
+    if schedule is Schedule.INTERLEAVED and per_round < min(pp, microbatches):
+        raise InputError(f"interleaved: a round of {per_round} micro-batches is too short for pp={pp}")
+
+
 @lru_cache(maxsize=32)
 def rank_actions(
     schedule: Schedule, pp: int, vpp: int, microbatches: int, per_round: int | None = None
@@ -82,23 +97,13 @@ def rank_actions(
     ``per_round`` is how many micro-batches an interleaved schedule runs through a chunk before the next (default:
     torch's choice). Raises ``InputError`` when the schedule does not run with these numbers.
     """
-    chunks = 2 if schedule in V_SHAPED else vpp if schedule is Schedule.INTERLEAVED else 1
-    if vpp != chunks:
-        raise InputError(f"{schedule.value} runs {chunks} chunk{'s' * (chunks > 1)} on each rank, not vpp={vpp}")
-    if microbatches < 1:
-        raise InputError(f"{schedule.value} needs at least 1 micro-batch, found {microbatches}")
-    if schedule is Schedule.DUALPIPEV and microbatches < 2 * pp:
-        raise InputError(f"dualpipev needs at least 2 * pp = {2 * pp} micro-batches, found {microbatches}")
+    size = rounds_size(pp, microbatches) if per_round is None else per_round
+    check(schedule, pp, vpp, microbatches, size)
     if schedule is Schedule.GPIPE:
         return tuple(_gpipe(rank, microbatches) for rank in range(pp))
     if schedule is Schedule.ONE_F_ONE_B:
         return tuple(_one_f_one_b(pp, rank, microbatches) for rank in range(pp))
     if schedule is Schedule.INTERLEAVED:
-        size = rounds_size(pp, microbatches) if per_round is None else per_round
-        if microbatches % size:
-            raise InputError(f"interleaved: {size} micro-batches a round do not divide {microbatches}")
-        if size < min(pp, microbatches):
-            raise InputError(f"interleaved: a round of {size} micro-batches is too short for pp={pp}")
         return tuple(_interleaved(pp, rank, vpp, microbatches, size) for rank in range(pp))
     if schedule is Schedule.ZB_H1:
         return tuple(_zb_h1(pp, rank, microbatches) for rank in range(pp))

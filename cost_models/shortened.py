@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from meshwright import InputError
 from meshwright.cost_models.player import node_levels, transfers
-from meshwright.cost_models.schedules import Actions, Pass, rank_actions, stage_indices
+from meshwright.cost_models.schedules import Actions, Pass, check, rank_actions, stage_indices
 from meshwright.cost_models.strategy import V_SHAPED, IntArray, Schedule
 
 FloatArray = NDArray[np.float64]
@@ -150,12 +150,14 @@ class _Short:
         return ends[self.last].T
 
     def _play(self, levels: tuple[slice, ...], table: FloatArray, gaps: FloatArray, ends: FloatArray) -> None:
+        sends = table[4 * self.stages.size :].any()
         for level in levels:
             start = ends[self.after[level]]
             if len(gaps) > 1:
                 start += gaps[self.gap[level]]
             arrival = ends[self.arrives[level]]
-            arrival += table[self.delay[level]]
+            if sends:
+                arrival += table[self.delay[level]]
             np.maximum(start, arrival, out=start)
             np.add(start, table[self.seconds[level]], out=ends[level])
 
@@ -186,63 +188,115 @@ def _periods(
     return np.asarray(result)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1024)
 def _short(schedule: Schedule, pp: int, vpp: int, periods: int, per_round: int) -> _Short:
     """The shortened lists of ``periods`` periods, of ``per_round`` micro-batches each."""
-    lists = rank_actions(schedule, pp, vpp, periods * per_round, per_round)
+    check(schedule, pp, vpp, periods * per_round, per_round)
     stages = stage_indices(schedule, pp, vpp)
-    long_enough = periods >= shortest(schedule, pp)
-    repeated = slabs(schedule, pp, vpp, per_round) if long_enough else [slice(len(actions)) for actions in lists]
-    builder = _Builder(lists, stages, repeated, per_round if schedule is Schedule.INTERLEAVED else 0)
-    return builder.short(stages)
+    repeated: list[slice] | None = None
+    if periods >= shortest(schedule, pp):
+        repeated = slabs(schedule, pp, vpp, per_round)
+    builder = _Builder(stages, repeated)
+    if schedule is Schedule.INTERLEAVED:
+        builder.interleave(periods, per_round)
+    else:
+        builder.take(rank_actions(schedule, pp, vpp, periods))
+    return builder.short()
 
 
 class _Builder:
     """The columns of a ``_Short``, rank by rank, and then in order of time."""
 
-    def __init__(self, lists: tuple[Actions, ...], stages: IntArray, repeated: list[slice], per_round: int) -> None:
-        num_stages = stages.size
-        self.nothing = 5 * num_stages - 1
-        edges = {
-            (receiver, needed): (sender, leaves, 4 * num_stages + stage)
-            for sender, leaves, receiver, needed, stage in transfers(lists, stages)
-            if not per_round or lists[receiver][needed].microbatch % per_round in (0, per_round - 1)
-        }
-        kept = {edge[:2] for edge in edges.values()} | set(edges)
-        for rank, actions in enumerate(lists):
-            kept |= {(rank, repeated[rank].stop - 1), (rank, len(actions) - 1)}
-        rows = {kind: num_stages * place for place, kind in enumerate(Pass)}
+    def __init__(self, stages: IntArray, repeated: list[slice] | None) -> None:
+        self.stages, self.repeated = stages, repeated
+        self.nothing = 5 * stages.size - 1
+        self.rows = {kind: stages.size * place for place, kind in enumerate(Pass)}
         self.gaps: dict[tuple[tuple[int, int], ...], int] = {(): 0}
-        self.after, self.gap, self.seconds, self.slab_rank = [0], [0], [self.nothing], [-1]
-        self.is_before = [True]
-        self.node: dict[tuple[int, int], int] = {}
+        self.after, self.gap, self.seconds = [0], [0], [self.nothing]
+        self.arrives, self.delay = [0], [self.nothing]
+        self.slab_rank, self.behind = [-1], [False]
+        self.last: list[int] = []
+
+    def add(self, rank: int, place: int, row: int, after: int, between: tuple[tuple[int, int], ...]) -> int:
+        """A node for the action at ``place``, after another and what is ``between``: rows and how often each."""
+        slab = slice(0) if self.repeated is None else self.repeated[rank]
+        self.after.append(after)
+        self.gap.append(self.gaps.setdefault(between, len(self.gaps)))
+        self.seconds.append(row)
+        self.arrives.append(0)
+        self.delay.append(self.nothing)
+        self.slab_rank.append(rank if place in range(slab.start or 0, slab.stop) else -1)
+        self.behind.append(self.repeated is not None and place >= slab.stop)
+        return len(self.after) - 1
+
+    def wait(self, node: int, other: int, stage: int) -> None:
+        """``node`` waits for what ``other`` sends over the hop behind ``stage``."""
+        self.arrives[node], self.delay[node] = other, 4 * self.stages.size + stage
+
+    def take(self, lists: tuple[Actions, ...]) -> None:
+        """Of lists those actions that wait or are waited for."""
+        edges = transfers(lists, self.stages)
+        kept = {edge[:2] for edge in edges} | {edge[2:4] for edge in edges}
+        nodes: dict[tuple[int, int], int] = {}
         for rank, actions in enumerate(lists):
+            kept |= {(rank, len(actions) - 1)} | ({(rank, self.repeated[rank].stop - 1)} if self.repeated else set())
             previous, between = 0, Counter[int]()
             for place, action in enumerate(actions):
-                row = rows[action.kind] + action.stage
-                if (rank, place) not in kept:
+                row = self.rows[action.kind] + action.stage
+                if (rank, place) in kept:
+                    previous = self.add(rank, place, row, previous, tuple(sorted(between.items())))
+                    between.clear()
+                    nodes[rank, place] = previous
+                else:
                     between[row] += 1
-                    continue
-                self.node[rank, place] = len(self.after)
-                self.after.append(previous)
-                self.gap.append(self.gaps.setdefault(tuple(sorted(between.items())), len(self.gaps)))
-                self.seconds.append(row)
-                slab = repeated[rank]
-                self.slab_rank.append(rank if slab.start is not None and slab.start <= place < slab.stop else -1)
-                self.is_before.append(place < slab.stop)
-                previous, between = self.node[rank, place], Counter[int]()
-        self.last = [self.node[rank, len(actions) - 1] for rank, actions in enumerate(lists)]
-        self.arrives, self.delay = [0] * len(self.after), [self.nothing] * len(self.after)
-        for needed, (sender, leaves, hop) in edges.items():
-            self.arrives[self.node[needed]], self.delay[self.node[needed]] = self.node[sender, leaves], hop
+            self.last.append(previous)
+        for sender, leaves, receiver, needed, stage in edges:
+            self.wait(nodes[receiver, needed], nodes[sender, leaves], stage)
 
-    def short(self, stages: IntArray) -> _Short:
+    def interleave(self, rounds: int, size: int) -> None:
+        """Of interleaved lists the first and the last micro-batch of each round in each chunk.
+
+        Slot ``n`` of the forwards is in window ``n // size``, whose chunk is the window's rest by ``vpp``; backwards
+        take the chunks the other way round. Forwards and backwards take turns once the warm-up is over.
+        """
+        pp, vpp = self.stages.shape
+        total = rounds * vpp * size
+        slots = sorted({window * size + end for window in range(rounds * vpp) for end in (0, size - 1)})
+        nodes: dict[tuple[bool, int, int], int] = {}
+
+        def row(forward: bool, rank: int, slot: int) -> int:
+            chunk = slot // size % vpp
+            stage = chunk * pp + rank if forward else (vpp - 1 - chunk) * pp + rank
+            return self.rows[Pass.FORWARD if forward else Pass.BACKWARD] + stage
+
+        for rank in range(pp):
+            warm_up = min((vpp - 1) * size + 2 * (pp - 1 - rank), total)
+            places = [(slot if slot < warm_up else 2 * slot - warm_up, True, slot) for slot in slots]
+            places += [
+                (warm_up + 2 * slot + 1 if slot < total - warm_up else total + slot, False, slot) for slot in slots
+            ]
+            previous, forwards, backwards = 0, 0, 0  # the passes so far
+            for place, forward, slot in sorted(places):
+                before = slot if forward else place - slot  # forwards before this place
+                between = ((True, forwards, before - forwards), (False, backwards, place - before - backwards))
+                gap = tuple((row(kind, rank, first), count) for kind, first, count in between if count)
+                own = row(forward, rank, slot)
+                previous = self.add(rank, place, own, previous, gap)
+                forwards, backwards = before + forward, place - before + (not forward)
+                nodes[forward, own % self.stages.size, slot // size // vpp * size + slot % size] = previous
+            self.last.append(previous)
+        for (forward, stage, microbatch), node in nodes.items():
+            other = stage - 1 if forward else stage + 1
+            if pp > 1 and 0 <= other < self.stages.size:
+                self.wait(node, nodes[forward, other, microbatch], min(stage, other))
+
+    def short(self) -> _Short:
         """Number the nodes in order of time, those up to the slab's end first."""
         order, levels = node_levels(self.after, self.arrives)
         level = np.zeros(len(order), dtype=np.int64)
         for number, nodes in enumerate(levels, start=1):
             level[order[nodes]] = number
-        behind = ~np.array(self.is_before)
+        behind = np.array(self.behind)
         order = np.lexsort((level, behind))
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
@@ -254,7 +308,7 @@ class _Builder:
         padded = [[*gap, *[(self.nothing, 0)] * (width - len(gap))] for gap in self.gaps]
         gaps = np.array(padded, dtype=np.int64).reshape(len(padded), width, 2)
         return _Short(
-            stages=stages,
+            stages=self.stages,
             after=place[np.array(self.after)[order]],
             gap=np.array(self.gap)[order],
             arrives=place[np.array(self.arrives)[order]],
