@@ -11,6 +11,7 @@ import pytest
 from meshwright import InputError
 from meshwright.cost_models.estimate import SECONDS, CostBreakdown
 from meshwright.cost_models.framework import PointwiseCost
+from meshwright.cost_models.parts import BlockParts
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.player import play
 from meshwright.cost_models.step import _Group, assumptions, estimate, estimate_batch
@@ -123,6 +124,32 @@ def test_a_gpu_hides_reductions_behind_compute_and_a_cpu_does_not(toy: Any) -> N
     assert on_cpu.hidden_s == 0.0
     assert on_gpu.dp_s == pytest.approx(0.0, abs=1e-11)  # but for local copies, over memory that costs next to nothing
     assert on_gpu.hidden_s == pytest.approx(spent)
+
+
+@pytest.mark.parametrize(
+    ("each_s", "exposed_s"),
+    [
+        (1.5, 0.5),  # the second chunk's hides behind the first one's round, the first one's behind its last backward
+        (5.0, 7.0),  # 10 s of reductions in the 3 s from the second chunk's last backward on
+    ],
+)
+def test_reductions_of_a_chunk_hide_behind_the_chunks_after_it(toy: Any, each_s: float, exposed_s: float) -> None:
+    config = ParallelConfig(pp=2, vpp=2, dp=2, schedule=Schedule.INTERLEAVED)  # 4 micro-batches in rounds of 2
+    group = _Group(
+        batch=ConfigBatch.from_configs([config]),
+        counts=np.ones((2, 2, 1)),
+        schedule=config.schedule,
+        model=toy.model(),
+        workload=WORKLOAD,
+        cluster=toy.cluster(device=toy.device("gpu")),
+        placement=Placement(),
+        framework=toy.framework(),
+    )
+    seconds = {"compute_backward": 1.0, "dp_last": each_s}
+    part = BlockParts(**{field.name: np.array([seconds.get(field.name, 0.0)]) for field in fields(BlockParts)})
+    _, _, exposed, hidden, _ = group._edges([part])
+    assert exposed[0] == pytest.approx([exposed_s] * 2)
+    assert hidden[0] == pytest.approx([2 * each_s - exposed_s] * 2)
 
 
 def test_compute_is_slower_beside_a_collective(toy: Any) -> None:
