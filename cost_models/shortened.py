@@ -24,6 +24,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,47 +212,43 @@ class _Builder:
         self.stages, self.repeated = stages, repeated
         self.nothing = 5 * stages.size - 1
         self.rows = {kind: stages.size * place for place, kind in enumerate(Pass)}
-        self.gaps: dict[tuple[tuple[int, int], ...], int] = {(): 0}
         self.after, self.gap, self.seconds = [0], [0], [self.nothing]
         self.arrives, self.delay = [0], [self.nothing]
         self.slab_rank, self.behind = [-1], [False]
         self.last: list[int] = []
-
-    def add(self, rank: int, place: int, row: int, after: int, between: tuple[tuple[int, int], ...]) -> int:
-        """A node for the action at ``place``, after another and what is ``between``: rows and how often each."""
-        slab = slice(0) if self.repeated is None else self.repeated[rank]
-        self.after.append(after)
-        self.gap.append(self.gaps.setdefault(between, len(self.gaps)))
-        self.seconds.append(row)
-        self.arrives.append(0)
-        self.delay.append(self.nothing)
-        self.slab_rank.append(rank if place in range(slab.start or 0, slab.stop) else -1)
-        self.behind.append(self.repeated is not None and place >= slab.stop)
-        return len(self.after) - 1
-
-    def wait(self, node: int, other: int, stage: int) -> None:
-        """``node`` waits for what ``other`` sends over the hop behind ``stage``."""
-        self.arrives[node], self.delay[node] = other, 4 * self.stages.size + stage
+        self.gap_rows = self.gap_counts = np.zeros((1, 0), dtype=np.int64)
 
     def take(self, lists: tuple[Actions, ...]) -> None:
         """Of lists those actions that wait or are waited for."""
         edges = transfers(lists, self.stages)
         kept = {edge[:2] for edge in edges} | {edge[2:4] for edge in edges}
+        gaps: dict[tuple[tuple[int, int], ...], int] = {(): 0}
         nodes: dict[tuple[int, int], int] = {}
         for rank, actions in enumerate(lists):
-            kept |= {(rank, len(actions) - 1)} | ({(rank, self.repeated[rank].stop - 1)} if self.repeated else set())
+            slab = slice(0, 0) if self.repeated is None else self.repeated[rank]
+            kept |= {(rank, len(actions) - 1), (rank, slab.stop - 1)}
             previous, between = 0, Counter[int]()
             for place, action in enumerate(actions):
                 row = self.rows[action.kind] + action.stage
-                if (rank, place) in kept:
-                    previous = self.add(rank, place, row, previous, tuple(sorted(between.items())))
-                    between.clear()
-                    nodes[rank, place] = previous
-                else:
+                if (rank, place) not in kept:
                     between[row] += 1
+                    continue
+                self.after.append(previous)
+                self.gap.append(gaps.setdefault(tuple(sorted(between.items())), len(gaps)))
+                self.seconds.append(row)
+                self.slab_rank.append(rank if slab.start <= place < slab.stop else -1)
+                self.behind.append(self.repeated is not None and place >= slab.stop)
+                previous = nodes[rank, place] = len(self.after) - 1
+                between.clear()
             self.last.append(previous)
+        self.arrives, self.delay = [0] * len(self.after), [self.nothing] * len(self.after)
         for sender, leaves, receiver, needed, stage in edges:
-            self.wait(nodes[receiver, needed], nodes[sender, leaves], stage)
+            node = nodes[receiver, needed]
+            self.arrives[node], self.delay[node] = nodes[sender, leaves], 4 * self.stages.size + stage
+        width = max(len(gap) for gap in gaps)
+        padded = [[*gap, *[(self.nothing, 0)] * (width - len(gap))] for gap in gaps]
+        table = np.array(padded, dtype=np.int64).reshape(len(padded), width, 2)
+        self.gap_rows, self.gap_counts = table[:, :, 0], table[:, :, 1]
 
     def interleave(self, rounds: int, size: int) -> None:
         """Of interleaved lists the first and the last micro-batch of each round in each chunk.
@@ -259,36 +256,56 @@ class _Builder:
         Slot ``n`` of the forwards is in window ``n // size``, whose chunk is the window's rest by ``vpp``; backwards
         take the chunks the other way round. Forwards and backwards take turns once the warm-up is over.
         """
-        pp, vpp = self.stages.shape
-        total = rounds * vpp * size
-        slots = sorted({window * size + end for window in range(rounds * vpp) for end in (0, size - 1)})
-        nodes: dict[tuple[bool, int, int], int] = {}
+        (pp, vpp), num_stages = self.stages.shape, self.stages.size
+        total, rank = rounds * vpp * size, np.arange(pp)[:, None]
+        slots = (np.arange(rounds * vpp)[:, None] * size + np.unique([0, size - 1])).ravel()
+        warm_up = np.minimum((vpp - 1) * size + 2 * (pp - 1 - rank), total)
+        forward_places = np.where(slots < warm_up, slots, 2 * slots - warm_up)
+        backward_places = np.where(slots < total - warm_up, warm_up + 2 * slots + 1, total + slots)
+        places = np.concatenate([forward_places, backward_places], axis=1)
+        order = np.argsort(places, axis=1)
+        places, forward = np.take_along_axis(places, order, axis=1), order < len(slots)
+        slot = slots[order % len(slots)]
 
-        def row(forward: bool, rank: int, slot: int) -> int:
+        def row(forward: Any, slot: IntArray) -> IntArray:
             chunk = slot // size % vpp
-            stage = chunk * pp + rank if forward else (vpp - 1 - chunk) * pp + rank
-            return self.rows[Pass.FORWARD if forward else Pass.BACKWARD] + stage
+            stage = np.where(forward, chunk, vpp - 1 - chunk) * pp + rank
+            return np.where(forward, self.rows[Pass.FORWARD], self.rows[Pass.BACKWARD]) + stage
 
-        for rank in range(pp):
-            warm_up = min((vpp - 1) * size + 2 * (pp - 1 - rank), total)
-            places = [(slot if slot < warm_up else 2 * slot - warm_up, True, slot) for slot in slots]
-            places += [
-                (warm_up + 2 * slot + 1 if slot < total - warm_up else total + slot, False, slot) for slot in slots
-            ]
-            previous, forwards, backwards = 0, 0, 0  # the passes so far
-            for place, forward, slot in sorted(places):
-                before = slot if forward else place - slot  # forwards before this place
-                between = ((True, forwards, before - forwards), (False, backwards, place - before - backwards))
-                gap = tuple((row(kind, rank, first), count) for kind, first, count in between if count)
-                own = row(forward, rank, slot)
-                previous = self.add(rank, place, own, previous, gap)
-                forwards, backwards = before + forward, place - before + (not forward)
-                nodes[forward, own % self.stages.size, slot // size // vpp * size + slot % size] = previous
-            self.last.append(previous)
-        for (forward, stage, microbatch), node in nodes.items():
-            other = stage - 1 if forward else stage + 1
-            if pp > 1 and 0 <= other < self.stages.size:
-                self.wait(node, nodes[forward, other, microbatch], min(stage, other))
+        forwards = np.where(forward, slot, places - slot)  # before this place
+        backwards = places - forwards
+        nothing = np.zeros((pp, 1), dtype=np.int64)
+        passed = [
+            np.concatenate([nothing, (before + own)[:, :-1]], axis=1)
+            for before, own in ((forwards, forward), (backwards, ~forward))
+        ]
+        between = [row(True, passed[0]), forwards - passed[0], row(False, passed[1]), backwards - passed[1]]
+        gaps, gap = np.unique(np.stack(between, axis=2).reshape(-1, 4), axis=0, return_inverse=True)
+        self.gap_rows, self.gap_counts = gaps[:, 0::2], gaps[:, 1::2]
+        nodes = 1 + np.arange(places.size).reshape(places.shape)
+        self.last = nodes[:, -1].tolist()
+        after = nodes - 1
+        after[:, 0] = 0
+        self.after, self.gap = [0, *after.ravel().tolist()], [0, *gap.ravel().tolist()]
+        self.seconds = [self.nothing, *row(forward, slot).ravel().tolist()]
+        behind, in_slab = np.zeros_like(forward), np.zeros_like(forward)
+        if self.repeated is not None:
+            start, stop = (np.array([[getattr(slab, end)] for slab in self.repeated]) for end in ("start", "stop"))
+            behind, in_slab = places >= stop, (places >= start) & (places < stop)
+        self.behind = [False, *behind.ravel().tolist()]
+        self.slab_rank = [-1, *np.where(in_slab, rank, -1).ravel().tolist()]
+        arrives, delay = np.zeros(places.size + 1, dtype=np.int64), np.full(places.size + 1, self.nothing)
+        found = np.empty_like(nodes)
+        np.put_along_axis(found, order, nodes, axis=1)
+        ends = len(slots) // (rounds * vpp)
+        for half, turned in ((found[:, : len(slots)], False), (found[:, len(slots) :], True)):
+            by_chunk = half.reshape(pp, rounds, vpp, ends).transpose(2, 0, 1, 3)
+            stage = (by_chunk[::-1] if turned else by_chunk).reshape(num_stages, rounds, ends)
+            later, earlier = (stage[:-1], stage[1:]) if turned else (stage[1:], stage[:-1])
+            if pp > 1:
+                arrives[later] = earlier
+                delay[later] = 4 * num_stages + np.arange(num_stages - 1)[:, None, None]
+        self.arrives, self.delay = arrives.tolist(), delay.tolist()
 
     def short(self) -> _Short:
         """Number the nodes in order of time, those up to the slab's end first."""
@@ -304,9 +321,6 @@ class _Builder:
         starts = [1, *(np.flatnonzero(np.diff(level[order]) | np.diff(behind[order])) + 1).tolist()[1:], len(order)]
         runs = [slice(start, end) for start, end in pairwise(sorted({*starts, num_before}))]
         slab = np.flatnonzero(np.array(self.slab_rank) >= 0)
-        width = max(len(gap) for gap in self.gaps)
-        padded = [[*gap, *[(self.nothing, 0)] * (width - len(gap))] for gap in self.gaps]
-        gaps = np.array(padded, dtype=np.int64).reshape(len(padded), width, 2)
         return _Short(
             stages=self.stages,
             after=place[np.array(self.after)[order]],
@@ -314,8 +328,8 @@ class _Builder:
             arrives=place[np.array(self.arrives)[order]],
             delay=np.array(self.delay)[order],
             seconds=np.array(self.seconds)[order],
-            gap_rows=gaps[:, :, 0],
-            gap_counts=gaps[:, :, 1],
+            gap_rows=self.gap_rows,
+            gap_counts=self.gap_counts,
             before=tuple(run for run in runs if run.start < num_before),
             behind=tuple(run for run in runs if run.start >= num_before),
             slab=place[slab],
