@@ -45,8 +45,8 @@ FloatArray = NDArray[np.float64]
 HOPPER = ("H100", "H200", "H800")  # kinds of devices
 # Seconds of a half-precision matmul over those of an aligned one, where rows of its operands are no multiple of 16
 # bytes, so that tensor cores are fed by narrow loads (NVIDIA, Matrix Multiplication Background User's Guide, section
-# Tensor Core Requirements). The head of vTrain's runs with tp 1 reaches 80 TFLOP/s over 50,257 words, 210 and more where
-# the vocabulary is split and padded; padding it made all of nanoGPT a quarter faster (github.com/karpathy/nanoGPT).
+# Tensor Core Requirements). The head of vTrain's runs with tp 1 reaches 80 TFLOP/s over 50,257 words, 210 and more
+# where the vocabulary is split and padded; padding made all of nanoGPT a quarter faster (github.com/karpathy/nanoGPT).
 UNALIGNED, ALIGNMENT = 2.8, 8
 
 FIELDS = ("tp", "cp", "micro_batch_size", "sequence_parallel", "vocab_parallel", "recompute")

@@ -141,6 +141,14 @@ CONSTANTS: tuple[Constant, ...] = (
     ),
     Constant(
         owner="target",
+        name="host.skew_s",
+        lower=1e-7,
+        upper=2e-3,
+        spread=3.0,
+        meaning="seconds that a tensor-parallel collective waits for its last rank",
+    ),
+    Constant(
+        owner="target",
         name="host.microbatch_s",
         lower=1e-5,
         upper=0.2,

@@ -130,6 +130,7 @@ class HostCost:
 
     launch_factor: float = 1.0  # seconds of one operator over the device's ``launch_s``
     collective_s: float = 0.0  # one call of a collective
+    skew_s: float = 0.0  # a tp collective waits so long, on the device, for the last of its ranks
     pipelined_collective_s: float = 0.0  # the same for each rank of a tp group, on top, while a pipeline runs beside it
     hop_s: float = 0.0  # one send or receive between stages, exposed
     microbatch_s: float = 0.0  # one micro-batch on one stage: the schedule's own work, exposed

@@ -114,7 +114,8 @@ def _parts(
             copied[after] = copied.get(after, zero) + device.memory_factor * copies
         else:
             once = once + copies
-        spent[key] = spent.get(key, zero) + factor * once
+        waiting = entry.calls * framework.host.skew_s if entry.axis == "tp" else 0.0
+        spent[key] = spent.get(key, zero) + factor * once + waiting
         inside[key] = inside.get(key, zero) + np.minimum(_inside(entry, cluster), factor * once)
         calls[entry.phase] = calls.get(entry.phase, zero) + entry.calls
     on_streams = launches_ahead(device)  # a CPU runs collectives and compute one after the other

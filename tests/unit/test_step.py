@@ -58,6 +58,14 @@ def test_tensor_parallel_sums(toy: Any) -> None:
     assert got.compute_s == pytest.approx(8 * (4 * (3 * BLOCK + 3.5 * SCORES) + 3 * HEAD) / 2 / RATE)
 
 
+def test_sums_wait_for_the_last_of_their_ranks(toy: Any) -> None:
+    target = toy.framework()
+    late = replace(target, host=replace(target.host, skew_s=1e-3))
+    config = ParallelConfig(tp=2, vocab_parallel=True)
+    more = cost(toy, config, framework=late).tp_s - cost(toy, config, framework=target).tp_s
+    assert more == pytest.approx(8 * 20 * 1e-3)  # 18 sums in blocks, embedding and head, 2 in the loss
+
+
 @pytest.mark.parametrize(("splits", "sp"), [(False, False), (True, False), (True, True)])
 def test_peers_send_a_share_each_between_stages_and_gather_it(toy: Any, splits: bool, sp: bool) -> None:
     config = ParallelConfig(tp=2, pp=2, vocab_parallel=True, sequence_parallel=sp)
