@@ -78,6 +78,7 @@ class Pointwise:
     dropout: PointwiseCost = PointwiseCost(
         forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=0
     )  # the residual stream, after each attention and feed-forward layer
+    squared_relu: PointwiseCost | None = None  # the same tensor as ``activation``, where it is that and costs another
     softmax: PointwiseCost | None = None  # the scores, where attention is written out
     quantize: PointwiseCost = PointwiseCost(
         forward_kernels=2, forward_passes=3, backward_kernels=3, backward_passes=4
@@ -164,6 +165,7 @@ class Framework:
     overlap_dp_gather: float  # weights of ZeRO 1 to 3
     overlap_dp_scatter: float | None = None  # gradients scattered to their shards' owners; None as overlap_dp_reduce
     overlap_tp: float
+    overlap_tp_backward: float = 0.0  # the same in backward alone, behind gradients of weights, where it is more
     overlap_pp: float
     pointwise: Pointwise
     host: HostCost = HostCost()
@@ -171,6 +173,7 @@ class Framework:
     partition: Partition = Partition.EVEN
     pointwise_factor: float = 1.0  # seconds of the memory-bound rest over what its passes cost
     dp_factor: float = 1.0  # seconds of data-parallel collectives over what their bytes cost
+    fused_loss: bool = False  # one kernel from logits to their loss: no float32 copies of them
     gather_copies: float = 2.0  # passes over gathered weights: FSDP2 copies them out of a flat buffer
     reduce_copies: float = 2.0  # passes over gradients, in their dtype: into a flat buffer
     copies_exposed: bool = False  # they run among the kernels, not beside them

@@ -103,7 +103,8 @@ class _Saved:
             return self._projected_input(layer.hidden) + self._moe(layer)
         if isinstance(layer, HeadLayer):
             logits = self.tokens * vocab_rows(layer.vocab_size, self.batch)
-            kept = np.where(self.batch.vocab_parallel, self.size, self.wide)  # the logits, or their log-softmax
+            own = self.batch.vocab_parallel | self.framework.fused_loss
+            kept = np.where(own, self.size, self.wide)  # the logits, or their log-softmax
             return self._projected_input(layer.hidden) + logits * kept
         return np.zeros(len(self.batch))  # a lookup keeps the token ids only
 
@@ -125,11 +126,15 @@ class _Saved:
         return np.zeros(len(self.batch))
 
     def loss_working(self, layer: LayerSpec) -> FloatArray:
-        """The loss beside what it keeps: two float32 copies of the logits and their gradient in the compute dtype."""
+        """The loss beside what it keeps: two float32 copies of the logits and their gradient in the compute dtype.
+
+        A fused loss has the gradient alone.
+        """
         if not isinstance(layer, HeadLayer):
             return np.zeros(len(self.batch))
         logits = self.tokens * vocab_rows(layer.vocab_size, self.batch)
-        return np.asarray(logits * (2.0 * self.wide + self.size))
+        copies = 0.0 if self.framework.fused_loss else 2.0 * self.wide
+        return np.asarray(logits * (copies + self.size))
 
     def scores(self, layer: LayerSpec) -> FloatArray:
         """Of attention that is written out: softmax's output, and where it is dropped out of a mask and the rest.

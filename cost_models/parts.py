@@ -129,8 +129,12 @@ def _parts(
     dp_forward = dp_forward + copied.get(("dp", "forward"), zero)
     dp_backward = dp_backward + copied.get(("dp", "backward"), zero)
     tp_forward, hidden_tp_forward = hide(spent.get(("tp", "forward"), zero), hidden_tp, kernels.forward, cluster)
-    tp_back = spent.get(("tp", "backward"), zero) + spent.get(("tp", "recompute"), zero)
-    tp_backward, hidden_tp_backward = hide(tp_back, hidden_tp, backward + kernels.recompute, cluster)
+    # a target may hide more of backward's exchange, behind gradients of weights
+    weights, more = kernels.backward_weight, max(hidden_tp, framework.overlap_tp_backward * on_streams)
+    behind = backward if more == hidden_tp else weights
+    tp_backward, hidden_tp_backward = hide(spent.get(("tp", "backward"), zero), more, behind, cluster)
+    tp_again, hidden_tp_again = hide(spent.get(("tp", "recompute"), zero), hidden_tp, kernels.recompute, cluster)
+    tp_backward, hidden_tp_backward = tp_backward + tp_again, hidden_tp_backward + hidden_tp_again
     call_s = framework.host.collective_s + (batch.pp > 1) * batch.tp * framework.host.pipelined_collective_s
     back_calls = calls.get("backward", zero) + calls.get("recompute", zero)
     host_forward = host_wait(
@@ -204,11 +208,11 @@ def _price(
         np.where(entry.calls > 0, entry.message_bytes, 0.0),
     )
     # what is laid out by sequences is no row of shards
-    passes = framework.sequence_copies * (batch.sequence_parallel & (batch.micro_batch_size > 1)) * 1.0
+    passes = np.where(batch.sequence_parallel & (batch.micro_batch_size > 1), framework.sequence_copies, 0.0)
     if entry.axis == "dp":
         gathers = entry.op in ("all_gather", "broadcast")
-        passes = framework.gather_copies if gathers else framework.reduce_copies
-        passes = _COPIES_AT_END if entry.phase == "end" else passes
+        each = framework.gather_copies if gathers else framework.reduce_copies
+        passes = np.full(len(batch), _COPIES_AT_END if entry.phase == "end" else each)
     copies = passes * entry.message_bytes / cluster.device.memory_bytes_per_s
     return np.asarray(entry.calls * once), np.asarray(entry.calls * copies)
 

@@ -208,18 +208,23 @@ _MEGATRON = Framework(
     half_precision=True,
 )
 
-# Megatron-LM with --use-flash-attn (since January 2023), and its forks; dropout off
-MEGATRON_LM = replace(_MEGATRON, name="megatron-lm", blocking_hops=(Schedule.ONE_F_ONE_B,))
+# Megatron-LM with --use-flash-attn (since January 2023), and its forks; dropout off. Since 2022 a column-cut matmul
+# sums the gradient of its input beside the gradient of its weights (megatron/core/tensor_parallel/layers.py:
+# LinearWithGradAccumulationAndAsyncCommunication); backward of a layer in arXiv 2205.05198, table 4, says how much hides
+MEGATRON_LM = replace(_MEGATRON, name="megatron-lm", blocking_hops=(Schedule.ONE_F_ONE_B,), overlap_tp_backward=0.4)
 
-# before that: attention written out, as in arXiv 2104.04473 and 2205.05198
-MEGATRON_LM_2021 = replace(
-    _MEGATRON,
-    name="megatron-lm-2021",
+# with attention written out, as in arXiv 2205.05198 and 2401.10241
+MEGATRON_LM_2022 = replace(
+    MEGATRON_LM,
+    name="megatron-lm-2022",
     version_of="megatron-lm",
     pointwise=MEGATRON_2021,
     attention=AttentionKernel.WRITTEN_OUT,
     blocking_hops=(Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED),
 )
+
+# before 2022, as in arXiv 2104.04473
+MEGATRON_LM_2021 = replace(MEGATRON_LM_2022, name="megatron-lm-2021", overlap_tp_backward=0.0)
 
 # arXiv 2402.15627, section 3.2: gathers and reductions of ZeRO and of tensor parallelism run beside compute. Left out:
 # parallel blocks and sliding windows of its own models, which are less work than the model named.
@@ -246,11 +251,21 @@ MEGATRON_DEEPSPEED = replace(
     pads_whole_vocab=False,  # as vTrain's runs have it, whose heads are three times slower a word with tp 1
 )
 
+# Transformer Engine: what goes into a matmul in fewer bits is read once and written twice, by rows and by columns
+# (transformer_engine/common/cast; the input of one behind a norm is cast in the norm: modules/layernorm_linear.py)
+TRANSFORMER_ENGINE = replace(
+    FUSED, quantize=P(forward_kernels=2, forward_passes=2, backward_kernels=2, backward_passes=2)
+)
+# cross_entropy_fusion_impl = "te": logits read twice and overwritten with their gradient, which is scaled in backward
+# (transformer_engine/pytorch/triton/cross_entropy.py)
+_TE_LOSS = P(forward_kernels=4, forward_passes=3, backward_kernels=1, backward_passes=2)
+
 MEGATRON_BRIDGE = replace(
     _MEGATRON,
     name="megatron-bridge",
     zero_stages=(0, 1, 3),
     attention=AttentionKernel.FLASH3,
+    pointwise=replace(TRANSFORMER_ENGINE, loss=_TE_LOSS, sharded_loss=_TE_LOSS),
     overlap_dp_reduce=1.0,
     overlap_dp_gather=1.0,
     # userbuffers, on in all performance recipes with tp > 1: gathers and scatters in as many parts as there are ranks
@@ -259,6 +274,18 @@ MEGATRON_BRIDGE = replace(
     overlap_tp=0.8,
     float8=True,
     float8_gathers=True,  # casts in the norm, then gathers (module/layernorm_linear.py); fp8_param_gather
+)
+
+# NeMo 2 on the same Megatron-Core: Megatron's own fused cross entropy (nemo/collections/llm/gpt/model/base.py:
+# cross_entropy_loss_fusion), squared ReLU as two operators of torch (nemo/collections/llm/fn/activation.py)
+NEMO = replace(
+    MEGATRON_BRIDGE,
+    name="nemo",
+    version_of="megatron-bridge",
+    pointwise=replace(
+        TRANSFORMER_ENGINE,
+        squared_relu=P(forward_kernels=2, forward_passes=4, backward_kernels=4, backward_passes=10),
+    ),
 )
 
 # eager torch, launches slow to come: Python between kernels, a coalesced call for every gather and scatter of tensor
@@ -346,6 +373,7 @@ LLM_FOUNDRY = replace(
     zero_stages=(0, 2, 3),
     partial_sharding=True,
     fused_projections=True,
+    fused_loss=True,
     gather_copies=0.0,  # FSDP1 gathers into the flat parameter itself; gradients of its views are concatenated
     attention=AttentionKernel.TRITON,  # scripts/train/benchmarking/submit_benchmarks.py: --attn_impl triton
     pointwise=MPT,
@@ -423,10 +451,12 @@ ASSUMED: dict[str, Framework] = {
     for target in (
         MESHWRIGHT,
         MEGATRON_LM,
+        MEGATRON_LM_2022,
         MEGATRON_LM_2021,
         MEGASCALE,
         MEGATRON_DEEPSPEED,
         MEGATRON_BRIDGE,
+        NEMO,
         NANOTRON,
         NANOTRON_2024,
         TORCHTITAN,

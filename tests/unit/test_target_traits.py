@@ -12,6 +12,7 @@ import pytest
 from meshwright.cost_models.blocks import block_kinds
 from meshwright.cost_models.compute import block_seconds, slowest
 from meshwright.cost_models.framework import TRITON_SLOWDOWN, AttentionKernel, PointwiseCost, Selective
+from meshwright.cost_models.memory import block_bytes
 from meshwright.cost_models.parts import block_parts
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
@@ -194,3 +195,14 @@ def test_shards_of_several_sequences_are_copied_around_collectives(
     got = parts(toy, replace(toy.framework(), sequence_copies=2.0), config)
     # forward two gathers and two scatters of 2 bytes * 64 tokens * 64, each read and written
     assert got.tp_forward == pytest.approx([copies * 4 * 2 * 2 * 64 * 64])
+
+
+def test_a_fused_loss_makes_no_float32_copies_of_the_logits(toy: Any) -> None:
+    head = toy.model().blocks[-1]
+    plain, fused = (
+        block_bytes(head, WORKLOAD, replace(toy.framework(), fused_loss=choice), batch()) for choice in (False, True)
+    )
+    logits = 32 * 256
+    assert plain.saved - fused.saved == pytest.approx([2 * logits])  # float32 log-softmax, bf16 logits
+    assert plain.working == pytest.approx([10 * logits])
+    assert fused.working == pytest.approx([2 * logits])
