@@ -189,7 +189,7 @@ class _Clock:
         elif isinstance(layer, AttentionLayer):
             self._attention(layer)
         elif isinstance(layer, MlpLayer):
-            self._mlp(layer.hidden, layer.ffn_size, layer.gated, bias=layer.bias)
+            self._mlp(layer.hidden, layer.ffn_size, layer.gated, bias=layer.bias, activation=layer.activation)
         elif isinstance(layer, MoeLayer):
             self._moe(layer)
         elif isinstance(layer, EmbeddingLayer):
@@ -359,7 +359,7 @@ class _Clock:
             self.pointwise(table.softmax, scores)
             self.pointwise(table.loss, np.where(products % 4 == 0, 0.0, scores))
 
-    def _mlp(self, hidden: int, ffn_size: int, gated: bool, *, bias: bool = False) -> None:
+    def _mlp(self, hidden: int, ffn_size: int, gated: bool, *, bias: bool = False, activation: str = "") -> None:
         width = ffn_size / self.tp
         if gated and self.framework.fused_projections:
             self.matmul(self.tokens, 2.0 * width, hidden, bias=bias, cut="columns")
@@ -368,7 +368,8 @@ class _Clock:
                 self.matmul(self.tokens, width, hidden, bias=bias, also=place, cut="columns")
             self._branch(1 if gated else 0)
         table = self.framework.pointwise
-        self.pointwise(table.gated_activation if gated else table.activation, self.tokens * width)
+        simple = table.squared_relu if activation == "relu2" and table.squared_relu else table.activation
+        self.pointwise(table.gated_activation if gated else simple, self.tokens * width)
         self.matmul(self.tokens, hidden, width, bias=bias, cut="rows")
 
     def _moe(self, layer: MoeLayer) -> None:

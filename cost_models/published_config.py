@@ -21,7 +21,7 @@ Counts = tuple[tuple[tuple[float, ...], ...], ...]
 
 # targets whose tensor parallelism cuts activations by sequence too, where a source does not say: nanotron's and
 # torchtitan's default mode, what Megatron-Core's recipes turn on with tp > 1
-SEQUENCE_PARALLEL = ("nanotron", "megatron-bridge", "torchtitan", "meshwright")
+SEQUENCE_PARALLEL = ("nanotron", "megatron-bridge", "nemo", "torchtitan", "meshwright")
 
 NO_RECOMPUTE = "recompute not published: none assumed"
 
@@ -135,7 +135,7 @@ def _schedule(row: Row, pp: int, target: str, num_layers: int) -> tuple[Schedule
     if row.number("vpp") is None:
         # "1f1b/interleaved" names both; "interleaved" alone is two chunks at least
         vpp = 2 if re.search(r"interleaved|1f1b-i\b", said) and "1f1b/" not in said else 1
-        for model, chunks in _RECIPE_CHUNKS if target == "megatron-bridge" else ():
+        for model, chunks in _RECIPE_CHUNKS if target in ("megatron-bridge", "nemo") else ():
             if re.search(model, row.text("model").lower()) and 0 in (
                 num_layers % (pp * chunks),
                 (num_layers + 2) % (pp * chunks),

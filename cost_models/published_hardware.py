@@ -149,13 +149,23 @@ TARGETS: tuple[tuple[str, str, str], ...] = (
     (r"llm[- ]?foundry|mosaicml|composer", "", "llm-foundry"),
     (r"torch ?titan|fms-fsdp|fsdp2", "", "torchtitan"),
     (r"internevo|internlm", "", "internevo"),
-    (r"megatron[- ]?(core|bridge)|\bnemo\b|\bmcore\b", "", "megatron-bridge"),
+    (r"megatron[- ]?bridge", "", "megatron-bridge"),
+    (r"\bnemo\b", "", "nemo"),
+    (r"megatron[- ]?core|\bmcore\b", "", "megatron-bridge"),
     (r"megascale", "", "megascale"),
     (r"megatron[- ]?lm.*fork|fork.*megatron[- ]?lm", "", "megatron-lm"),
     (r"megatron", r"h[1278]00|b[23]00", "megatron-bridge"),  # what runs there is Megatron-Core
     (r"megatron", "", "megatron-lm"),
     (r"deepspeed", "", "deepspeed"),
 )
+
+
+def _date(row: Row) -> tuple[int, int]:
+    """Year and month of the source, by its arXiv number or the latest year in its name; of the future where unknown."""
+    source = row.text("source")
+    dates = [(2000 + int(year), int(month)) for year, month in re.findall(r"\b(\d\d)(\d\d)\.\d{5}\b", source)]
+    dates = dates or [(int(year), 1) for year in re.findall(r"\b20\d\d\b", source)]
+    return max(dates, default=(9999, 1))
 
 
 def _before_flash(row: Row) -> bool:
@@ -167,10 +177,7 @@ def _before_flash(row: Row) -> bool:
     """
     if "flash" in row.text("attn_impl").lower():
         return False
-    source = row.text("source")
-    dates = [(2000 + int(year), int(month)) for year, month in re.findall(r"\b(\d\d)(\d\d)\.\d{5}\b", source)]  # arXiv
-    dates = dates or [(int(year), 1) for year in re.findall(r"\b20\d\d\b", source)]
-    return bool(dates) and max(dates) < (2024, 7)
+    return _date(row) < (2024, 7)
 
 
 def _variant(row: Row, target: str) -> str:
@@ -180,7 +187,7 @@ def _variant(row: Row, target: str) -> str:
     """
     notes = row.text("notes").lower()
     if target == "megatron-lm" and _before_flash(row):
-        return "megatron-lm-2021"
+        return "megatron-lm-2021" if _date(row) < (2022, 1) else "megatron-lm-2022"
     if target == "deepspeed" and _before_flash(row):
         return "deepspeed-2021"
     if target == "llm-foundry" and re.search(r"precision label bf16\b", notes):

@@ -313,7 +313,8 @@ class TestHardware:
             ("Megatron-DeepSpeed", "A100", "megatron-deepspeed"),
             ("Megatron-LM", "A100", "megatron-lm"),
             ("Megatron-LM", "H100-80GB-SXM", "megatron-bridge"),
-            ("NeMo / Megatron-Core", "GB200", "megatron-bridge"),
+            ("NeMo / Megatron-Core", "GB200", "nemo"),
+            ("Megatron-Core / Megatron-Bridge (NeMo)", "GB200", "megatron-bridge"),
             ("llm-foundry (PyTorch FSDP)", "A100", "llm-foundry"),
             ("torchtitan (FSDP2)", "H100", "torchtitan-eager"),
             ("fms-fsdp (FSDP1 + compile)", "H100", "torchtitan"),
@@ -347,10 +348,11 @@ class TestHardware:
     @pytest.mark.parametrize(
         ("source", "attention", "target"),
         [
-            ("Korthikanti et al. (arXiv 2205.05198)", "", "megatron-lm-2021"),
+            ("Korthikanti et al. (arXiv 2205.05198)", "", "megatron-lm-2022"),
+            ("Megatron-LM SC21 paper Table 1 (arXiv 2104.04473)", "", "megatron-lm-2021"),
             ("Megatron-LM README tables 2020", "", "megatron-lm-2021"),
             ("Megatron-LM README tables 2020", "flash", "megatron-lm"),
-            ("Zero Bubble Pipeline Parallelism (arXiv 2401.10241)", "", "megatron-lm-2021"),
+            ("Zero Bubble Pipeline Parallelism (arXiv 2401.10241)", "", "megatron-lm-2022"),
             ("Vocabulary Parallelism (arXiv 2411.05288)", "", "megatron-lm"),
             ("", "", "megatron-lm"),
         ],
