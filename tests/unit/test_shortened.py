@@ -6,7 +6,7 @@ import pytest
 
 from meshwright.cost_models.player import transfers
 from meshwright.cost_models.schedules import rank_actions, stage_indices
-from meshwright.cost_models.shortened import shortest, slabs
+from meshwright.cost_models.short_lists import shortest, slabs
 from meshwright.cost_models.strategy import Schedule
 
 CASES = [
