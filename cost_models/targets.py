@@ -210,7 +210,8 @@ _MEGATRON = Framework(
 
 # Megatron-LM with --use-flash-attn (since January 2023), and its forks; dropout off. Since 2022 a column-cut matmul
 # sums the gradient of its input beside the gradient of its weights (megatron/core/tensor_parallel/layers.py:
-# LinearWithGradAccumulationAndAsyncCommunication); backward of a layer in arXiv 2205.05198, table 4, says how much hides
+# LinearWithGradAccumulationAndAsyncCommunication); backward of a layer in arXiv 2205.05198, table 4, tells how much
+# hides
 MEGATRON_LM = replace(_MEGATRON, name="megatron-lm", blocking_hops=(Schedule.ONE_F_ONE_B,), overlap_tp_backward=0.4)
 
 # with attention written out, as in arXiv 2205.05198 and 2401.10241

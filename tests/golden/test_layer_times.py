@@ -11,7 +11,7 @@ from meshwright.cost_models.blocks import block_kinds
 from meshwright.cost_models.parts import block_parts
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
-from meshwright.cost_models.targets import MEGATRON_LM_2021
+from meshwright.cost_models.targets import MEGATRON_LM_2022
 from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.profiler.cluster import load_preset
 from meshwright.profiler.layers import (
@@ -65,7 +65,7 @@ def test_a_layer_takes_what_it_took(
     batch = ConfigBatch.from_configs([config])
     kinds = block_kinds(GPT_22B)
     layer = block_parts(
-        kinds, GPT_22B, workload, load_preset("a100-sxm:1"), MEGATRON_LM_2021, batch, Placement()
+        kinds, GPT_22B, workload, load_preset("a100-sxm:1"), MEGATRON_LM_2022, batch, Placement()
     )[1]  # fmt: skip
     forward = layer.compute_forward + layer.host_forward + layer.tp_forward
     backward = layer.compute_backward + layer.recompute + layer.host_backward + layer.tp_backward

@@ -251,6 +251,19 @@ def test_a_head_split_over_stages_adds_exchanges_and_a_micro_batch_of_fill(toy: 
         assert got.step_s == pytest.approx((8 + 2 - 1 + 1) * (both + exchanges) + waits, rel=0.01)
 
 
+def test_backward_exchanges_hide_behind_gradients_of_weights(toy: Any) -> None:
+    cluster = toy.cluster(device=toy.device("gpu", memory_bytes_per_s=1e18))
+    config = ParallelConfig(tp=2, vocab_parallel=True)
+    exposed, half = (
+        cost(toy, config, cluster=cluster, framework=toy.framework(overlap_tp_backward=share)) for share in (0.0, 0.5)
+    )
+    hidden = exposed.tp_s - half.tp_s
+    # of 8 micro-batches: 4 blocks' two sums and the head's one backward, as many forward and the embedding's, and the
+    # loss's two small ones
+    assert 0.22 * exposed.tp_s < hidden < 0.25 * exposed.tp_s
+    assert half.hidden_s == pytest.approx(hidden)
+
+
 def test_transfers_that_block_hold_both_ranks(toy: Any) -> None:
     hop = 5e-6  # of a pass of some 25
     cluster = toy.cluster(device=toy.device(memory_bytes_per_s=1e18), node=(hop, 1e18), network=(hop, 1e18))
