@@ -279,6 +279,14 @@ def on_cluster(cluster: ClusterProfile, values: tuple[Value, ...]) -> ClusterPro
     return replace(cluster, devices=devices, tiers=tiers)
 
 
+def as_calibrated(cluster: ClusterProfile, framework: Framework) -> tuple[ClusterProfile, Framework]:
+    """Both with the constants that measured steps corrected on this cluster (``ClusterProfile.calibrated``)."""
+    if not cluster.calibrated:
+        return cluster, framework
+    values = tuple(Value(owner=each.owner, of=each.of, name=each.name, value=each.value) for each in cluster.calibrated)
+    return on_cluster(cluster, values), on_framework(framework, values)
+
+
 def _on_device(device: Device, values: tuple[Value, ...]) -> Device:
     own: dict[str, Any] = {
         each.name: each.value for each in values if each.owner == "device" and each.of == device.kind

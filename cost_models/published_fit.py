@@ -4,8 +4,9 @@ Which constants are fitted stands here, with what each starts from; none belongs
 
 * **Runs.** Dense, cp = 1, with a measured step. Of nanotron not those that may have run either of two versions of its
   pipeline code (``mixed``), which no column tells apart.
-* **Weights.** The runs of a family on one node, and those on several, count together as ``CAP`` runs at most, so that
-  two families, three quarters of the table, do not decide alone about devices that they share with others.
+* **Weights.** The ``n`` runs of a family on one node, and those on several, count together as ``CAP n / (n + FEW)``
+  runs: two families, three quarters of the table, do not decide alone about devices that they share with others, and
+  few precise runs count more than once each.
 * **Priors.** What the presets and the targets say before any fit. Bandwidths that were measured stay close.
 * **Sharing.** Devices of one chip share their factors, but for a lower power limit; a version of a target shares those
   of the target (``Framework.version_of``).
@@ -36,7 +37,7 @@ from meshwright.profiler.cluster_presets import calibrated_figures, uncalibrated
 FloatArray = NDArray[np.float64]
 Progress = Callable[[str], None]
 
-CAP = 60.0
+CAP, FEW = 60.0, 10.0
 MIN_TOLD = 0.25  # below it the runs say so little of a constant that it stays as assumed
 
 # devices of one chip; the first one names it
@@ -148,7 +149,7 @@ class Problem:
         """Of each run's loss: see above."""
         parts = [(run.family, run.num_nodes > 1) for run in self.runs]
         counts = Counter(parts)
-        return np.array([min(CAP / counts[part], 1.0) for part in parts])
+        return np.array([CAP / (counts[part] + FEW) for part in parts])
 
     @cached_property
     def clusters(self) -> dict[str, ClusterProfile]:

@@ -17,6 +17,7 @@ from meshwright.cost_models import pipeline
 from meshwright.cost_models.blocks import block_kinds, stage_counts
 from meshwright.cost_models.collectives import groups_of, seconds, send_seconds
 from meshwright.cost_models.compute import launches_ahead
+from meshwright.cost_models.constants import as_calibrated
 from meshwright.cost_models.estimate import BYTES, SECONDS, BatchEstimate, Estimate, FloatArray
 from meshwright.cost_models.framework import (
     Framework,
@@ -85,8 +86,10 @@ def estimate_batch(
 
     ``counts`` ``[pp, vpp, num_kinds]`` says how many blocks of each kind (``blocks.block_kinds``) a chunk holds where
     that is not the target's default; a part of a block, as of a head that stages share, is a fraction.
+    Constants that ``meshwright calibrate`` put into the cluster stand in for its own and the target's.
     Raises ``InputError`` when the device has no rate for an operator of the model in the compute dtype.
     """
+    cluster, framework = as_calibrated(cluster, framework)
     kinds = block_kinds(model)
     parts = block_parts(kinds, model, workload, cluster, framework, batch, placement)
     memory = [block_bytes(block, workload, framework, batch) for block in kinds.kinds]

@@ -7,11 +7,12 @@ it. A step's time is the slowest rank's, a plan's the median over its steps.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -25,6 +26,7 @@ from meshwright.executors.apply import ParallelModel, parallelize
 from meshwright.executors.data_parallel import torch_dtype
 from meshwright.executors.spec_model import build_spec_model
 from meshwright.planner.plan import Plan
+from meshwright.profiler.artifact import to_json
 from meshwright.profiler.clock import DeviceClock
 from meshwright.profiler.environment import capture_environment
 from meshwright.profiler.launch import Rank, RankError, run_ranks
@@ -162,6 +164,7 @@ def _measurement(plan: Plan, rows: list[list[_Sample]]) -> StepMeasurement:
         ranks=tuple(ranks),
         environment=capture_environment(backend=backend, hosts=sorted({sample.host for sample in rows[0]})),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        plan=json.loads(to_json(replace(plan, search=None, assumptions=()))),
     )
 
 

@@ -271,6 +271,20 @@ class CollectiveCurve:
 
 
 @record
+class CalibratedConstant:
+    """A constant that measured steps corrected on this cluster (``cost_models/constants.py``), in place of another's.
+
+    ``of`` is the device's kind, the kind of links (a tier's name where it has none), or the target's name.
+    """
+
+    owner: Literal["device", "link", "target"]
+    of: str
+    name: str
+    value: float
+    source: Source
+
+
+@record
 class ClusterProfile:
     """A cluster: devices, nodes, links by tier (innermost first, the last one holds all devices), and measured curves.
 
@@ -285,6 +299,7 @@ class ClusterProfile:
     tiers: tuple[LinkTier, ...]
     collectives: tuple[CollectiveCurve, ...] = ()
     link_matrix: LinkMatrix | None = None
+    calibrated: tuple[CalibratedConstant, ...] = ()  # applied to every prediction: meshwright calibrate
     environment: Environment | None = None  # of the measurement; None for a preset
     measured_at: str | None = None  # ISO 8601, UTC
     notes: tuple[str, ...] = ()  # outliers, what could not be measured and why, a rank that died
@@ -351,8 +366,12 @@ class ClusterProfile:
 
     @property
     def digest(self) -> str:
-        """Fingerprint of the figures; name, date, environment and notes do not belong to it."""
-        return artifact.digest(self, without=("name", "measured_at", "environment", "notes"))
+        """Fingerprint of the figures; name, date, environment and notes do not belong to it.
+
+        Nor does what measured steps corrected: plans made before still run on the calibrated cluster, which is the
+        same machines.
+        """
+        return artifact.digest(self, without=("name", "measured_at", "environment", "notes", "calibrated"))
 
 
 def load_cluster(source: str | Path) -> ClusterProfile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from meshwright.profiler import artifact
 from meshwright.profiler.environment import Environment
@@ -44,6 +44,7 @@ class StepMeasurement:
     ranks: tuple[RankMeasurement, ...]
     environment: Environment
     measured_at: str  # ISO 8601, UTC
+    plan: dict[str, Any] | None = None  # the plan's own JSON, without how it was found; None in older files
 
 
 def load_measurement(path: str | Path) -> StepMeasurement:
