@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import meshwright
-from meshwright.cli_accuracy import VALIDATE_EXAMPLE, validate
+from meshwright.cli_accuracy import CALIBRATE_EXAMPLE, VALIDATE_EXAMPLE, calibrate, validate
 
 app = typer.Typer(
     name="meshwright",
@@ -348,6 +348,7 @@ def measure(
 
 
 app.command(epilog=VALIDATE_EXAMPLE)(validate)
+app.command(epilog=CALIBRATE_EXAMPLE)(calibrate)
 
 
 @app.command(epilog="Example: meshwright schema plan > plan.schema.json")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+CALIBRATE_EXAMPLE = "Example: meshwright calibrate cluster.json measured/*.json -o calibrated.json"
 VALIDATE_EXAMPLE = "Example: meshwright validate runs.csv --per-cell --plot accuracy.svg"
 
 
@@ -38,4 +39,32 @@ def validate(
             typer.echo(f"wrote {plot}")
 
 
-__all__ = ["VALIDATE_EXAMPLE", "validate"]
+def calibrate(
+    cluster: Annotated[str, typer.Argument(help="The profile (or preset) that the measured plans were made on.")],
+    measurements: Annotated[list[Path], typer.Argument(metavar="MEASUREMENT...", help="Files of meshwright measure.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the calibrated cluster here.")] = None,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plan", help="Plan of a measurement that does not hold it; repeat for more.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Correct a cluster by measured steps: launches, efficiencies and overlap of these machines and this target."""
+    from meshwright.planner.calibrate import calibrate as calibrated
+    from meshwright.planner.calibrate import read_measured
+    from meshwright.profiler import artifact
+    from meshwright.profiler.cluster import load_cluster
+    from meshwright.terminal.calibration_view import show_calibration
+    from meshwright.terminal.console import stdout_console
+
+    found = calibrated(load_cluster(cluster), read_measured(measurements, plans or ()))
+    if output:
+        artifact.save(found.cluster, output)
+    if as_json:
+        typer.echo(artifact.to_json(found))
+    else:
+        show_calibration(found, stdout_console())
+        if output:
+            typer.echo(f"wrote {output}")
+
+
+__all__ = ["CALIBRATE_EXAMPLE", "VALIDATE_EXAMPLE", "calibrate", "validate"]
