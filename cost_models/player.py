@@ -120,7 +120,7 @@ def timeline(
     per_round: int | None = None,
     blocking_sends: bool = False,
 ) -> tuple[TimelineEntry, ...]:
-    """Every pass of one config, rank by rank in order: arguments as of ``play``, arrays ``[num_stages]``."""
+    """Every pass of one config, rank by rank in order: arguments and errors as of ``play``, arrays ``[num_stages]``."""
     game = _game(schedule, pp, len(forward) // pp, microbatches, per_round, blocking_sends)
     columns = (forward[None], backward_input[None], backward_weight[None], hop[None])
     ends = game.ends(*columns)[:, 0]
@@ -140,7 +140,7 @@ def timeline(
 
 @dataclass(frozen=True, slots=True)
 class _Game:
-    """A schedule as a graph whose nodes are passes and, with blocking sends, transfers.
+    """A schedule as a graph whose nodes are passes and the transfers between ranks.
 
     Node 0 is the start. Node ``i`` starts when nodes ``first[i]`` and ``second[i]`` have ended and takes the seconds of
     row ``seconds[i]`` of ``table``. ``levels`` are runs of nodes of which none waits for another.

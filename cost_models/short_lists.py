@@ -145,7 +145,7 @@ class _Builder:
         def row(forward: Any, slot: IntArray) -> IntArray:
             chunk = slot // size % vpp
             stage = np.where(forward, chunk, vpp - 1 - chunk) * pp + rank
-            return np.where(forward, self.rows[Pass.FORWARD], self.rows[Pass.BACKWARD]) + stage
+            return np.asarray(np.where(forward, self.rows[Pass.FORWARD], self.rows[Pass.BACKWARD]) + stage)
 
         forwards = np.where(forward, slot, places - slot)  # before this place
         backwards = places - forwards
@@ -193,8 +193,8 @@ class _Builder:
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         num_before = len(order) - int(behind.sum())
-        starts = [1, *(np.flatnonzero(np.diff(level[order]) | np.diff(behind[order])) + 1).tolist()[1:], len(order)]
-        runs = [slice(start, end) for start, end in pairwise(sorted({*starts, num_before}))]
+        changes = (np.flatnonzero(np.diff(level[order])) + 1).tolist()
+        runs = [slice(start, end) for start, end in pairwise(sorted({*changes, num_before, len(order)}))]
         slab = np.flatnonzero(np.array(self.slab_rank) >= 0)
         return ShortLists(
             stages=self.stages,
