@@ -20,7 +20,7 @@ from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.published_config import Counts, config_of, counts_of
 from meshwright.cost_models.published_hardware import cluster_named, cluster_of, target_of
 from meshwright.cost_models.published_measured import Measured, measured_of
-from meshwright.cost_models.published_model import model_of, workload_of
+from meshwright.cost_models.published_model import model_of, packed, workload_of
 from meshwright.cost_models.published_rows import Malformed, Row, read_rows
 from meshwright.cost_models.step import estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig
@@ -118,10 +118,11 @@ def run_of(row: Row) -> PublishedRun:
     model, model_notes = model_of(row)
     workload, workload_notes = workload_of(row)
     config, config_notes = config_of(row, model, workload, framework)
+    trained, packed_notes = packed(row, model)
     return PublishedRun(
         row_id=row.text("id"),
         family=row.text("family"),
-        model=model,
+        model=trained,
         workload=workload,
         cluster=cluster,
         framework=framework,
@@ -133,7 +134,7 @@ def run_of(row: Row) -> PublishedRun:
         measured=measured_of(row, model, workload, config, cluster),
         cell=tuple(row.text(name) for name in CELL),
         plan=row.text("schedule"),
-        notes=(*cluster_notes, *model_notes, *workload_notes, *config_notes),
+        notes=(*cluster_notes, *model_notes, *packed_notes, *workload_notes, *config_notes),
     )
 
 

@@ -99,6 +99,36 @@ def model_of(row: Row) -> tuple[ModelSpec, tuple[str, ...]]:
     return _spec(shape, tied), tuple(notes)
 
 
+# Tokens of an example of SQuAD with its prompt, about: NVIDIA's fine-tuning runs pack as many as fill a sequence, and
+# attention stays inside each (NVIDIA/NeMo, scripts/performance/llm: prepare_squad_dataset_experiment; Megatron-Bridge,
+# scripts/performance/configs/llama/llama3_llm_finetune.py: packed_sequence_size)
+PACKED_TOKENS = 200
+
+
+def packed(row: Row, model: ModelSpec) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The model as it works on packed examples, where a row is supervised fine-tuning; published FLOPs ignore it.
+
+    Causal attention inside examples of ``n`` tokens meets about as many keys as a window of ``n / 2``.
+    """
+    if "sft" not in _words(row.text("model").lower()):
+        return model, ()
+    return _windowed(model, PACKED_TOKENS // 2), (f"examples of {PACKED_TOKENS} tokens packed into a sequence assumed",)
+
+
+@lru_cache(maxsize=256)
+def _windowed(model: ModelSpec, window: int) -> ModelSpec:
+    blocks = tuple(
+        replace(
+            block,
+            layers=tuple(
+                replace(layer, window=window) if isinstance(layer, AttentionLayer) else layer for layer in block.layers
+            ),
+        )
+        for block in model.blocks
+    )
+    return replace(model, blocks=blocks)
+
+
 # head sizes that are not hidden / heads, by the public config of the model
 _HEAD_DIMS = {"qwen3-30b-a3b": 128, "qwen3-235b-a22b": 128, "gpt-oss-120b": 64, "gpt-oss-20b": 64}
 _LATENT = ("deepseek", "kimi", "moonlight")

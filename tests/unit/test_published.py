@@ -186,6 +186,13 @@ class TestModels:
         assert run_of(row(LLAMA, framework=framework, precision=precision)).workload.recipe.grads is grads
 
 
+    def test_examples_of_fine_tuning_are_packed_and_attend_to_themselves(self) -> None:
+        run, whole = run_of(row(LLAMA, model="llama3-70b SFT")), run_of(row(LLAMA))
+        assert (run.model.attention.window, whole.model.attention.window) == (100, 0)
+        assert "examples of 200 tokens packed into a sequence assumed" in run.notes
+        assert run.measured == whole.measured
+
+
 class TestConfigs:
     def test_degrees_batch_and_recompute(self) -> None:
         run = run_of(row(GPT))
