@@ -63,7 +63,7 @@ _ANY = (
 )
 _OVERLAPS = ("overlap_dp_reduce", "overlap_dp_gather")
 TARGET: Mapping[str, tuple[str, ...]] = {
-    "megatron-deepspeed": _ANY,
+    "megatron-deepspeed": (*_ANY, "host.skew_s"),
     "megatron-lm": (*_ANY, "host.hop_s"),
     "megatron-bridge": (*_ANY, *_OVERLAPS, "overlap_tp"),
     "nanotron": (
@@ -84,6 +84,7 @@ TARGET: Mapping[str, tuple[str, ...]] = {
 STARTS: Mapping[str, float] = {
     "host.launch_factor": 3.0,
     "host.collective_s": 5e-5,
+    "host.skew_s": 1e-4,
     "host.microbatch_s": 1e-3,
     "host.step_s": 1e-2,
     "host.hop_s": 1e-4,
