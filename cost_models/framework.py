@@ -118,6 +118,7 @@ class Selective:
     core: float = 0.0
     projections: float = 0.0
     gathers: bool = False  # sequence-parallel inputs are gathered again
+    outputs: float = 0.0  # of what projections put out, the share that is not kept
 
 
 @record

@@ -109,14 +109,21 @@ class _Saved:
         return np.zeros(len(self.batch))  # a lookup keeps the token ids only
 
     def products(self, layer: LayerSpec) -> FloatArray:
-        """Outputs of projections and fused attention: what selective recompute keeps (``executors/recompute.py``)."""
+        """Outputs of projections and fused attention: what selective recompute keeps (``executors/recompute.py``).
+
+        A target may keep a share of the projections' outputs (``Selective.outputs``); one that gathers sequence-parallel
+        inputs again keeps what it has scattered, a shard.
+        """
+        share, shards = 1.0 - self.framework.selective.outputs, self.framework.selective.gathers
+        out_tokens = self.cut_tokens if shards else self.tokens
         if isinstance(layer, AttentionLayer):
-            out = self.tokens * layer.hidden * self.size
-            return np.asarray(self._attention(layer) + out + self._gathered(layer.hidden))
+            core = self.tokens * layer.num_heads / self.tp * (layer.value_head_dim * self.size + 4.0)
+            out = out_tokens * layer.hidden * self.size
+            return np.asarray(core + share * (self._attention(layer) - core + out) + self._gathered(layer.hidden))
         if isinstance(layer, MlpLayer):
             ways_in = 2.0 if layer.gated else 1.0
             inner = self.tokens * ways_in * layer.ffn_size / self.tp
-            return np.asarray((inner + self.tokens * layer.hidden) * self.size + self._gathered(layer.hidden))
+            return np.asarray(share * (inner + out_tokens * layer.hidden) * self.size + self._gathered(layer.hidden))
         if isinstance(layer, MoeLayer):
             rows = self.tokens * layer.top_k
             ways_in = 2.0 if layer.gated else 1.0
@@ -166,7 +173,8 @@ class _Saved:
 
     def _gathered(self, hidden: int) -> Any:
         """With sequence parallelism the gathered input, a collective's output, is kept under selective recompute."""
-        kept = self.batch.sequence_parallel & (not self.framework.regathers_sequence)
+        again = self.framework.regathers_sequence or self.framework.selective.gathers
+        kept = self.batch.sequence_parallel & (not again)
         return np.where(kept, self.tokens * hidden * self.size, 0.0)
 
     def _attention(self, layer: AttentionLayer) -> FloatArray:

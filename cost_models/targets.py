@@ -339,7 +339,7 @@ TORCHTITAN = replace(
     eager_rms_norm=False,
     # torchtitan/parallelisms/parallelize_llama.py: outputs of every second matmul, of attention and of reduce-scatters
     # are kept
-    selective=Selective(rest=1.0, core=0.0, projections=0.5, gathers=True),
+    selective=Selective(rest=1.0, core=0.0, projections=0.5, gathers=True, outputs=0.45),  # k, out and up are not
     float8=True,
     float8_gathers=True,
     row_scaled_factor=1.7,

@@ -206,3 +206,15 @@ def test_a_fused_loss_makes_no_float32_copies_of_the_logits(toy: Any) -> None:
     assert plain.saved - fused.saved == pytest.approx([2 * logits])  # float32 log-softmax, bf16 logits
     assert plain.working == pytest.approx([10 * logits])
     assert fused.working == pytest.approx([2 * logits])
+
+
+def test_selective_recompute_may_drop_outputs_of_projections(toy: Any) -> None:
+    block = toy.model().blocks[1]
+    config = batch(recompute=Recompute.SELECTIVE)
+    kept = [
+        float(block_bytes(block, WORKLOAD, replace(toy.framework(), selective=choice), config).saved[0])
+        for choice in (Selective(), Selective(outputs=0.5), Selective(outputs=1.0))
+    ]
+    outputs = 64 + 32 + 32 + 64 + 128 + 128 + 64  # of q, k, v, out, gate, up and down, a token
+    assert kept[0] - kept[1] == pytest.approx(0.5 * 32 * outputs * 2)
+    assert kept[2] == pytest.approx(32 * (64 * 2 + 64 * 2 + 8 * 4))  # the block's input, attention's output and sums
