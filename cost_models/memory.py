@@ -111,8 +111,8 @@ class _Saved:
     def products(self, layer: LayerSpec) -> FloatArray:
         """Outputs of projections and fused attention: what selective recompute keeps (``executors/recompute.py``).
 
-        A target may keep a share of the projections' outputs (``Selective.outputs``); one that gathers sequence-parallel
-        inputs again keeps what it has scattered, a shard.
+        A target may drop a share of the projections' outputs (``Selective.outputs``); one that gathers inputs of
+        sequence parallelism again keeps what it has scattered, a shard.
         """
         share, shards = 1.0 - self.framework.selective.outputs, self.framework.selective.gathers
         out_tokens = self.cut_tokens if shards else self.tokens

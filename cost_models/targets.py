@@ -374,6 +374,8 @@ LLM_FOUNDRY = replace(
     zero_stages=(0, 2, 3),
     partial_sharding=True,
     fused_projections=True,
+    host=HostCost(step_s=0.01),
+    hopper_factor=1.2,  # torch 2.0 and 2.1, CUDA 11.8 and 12.1
     fused_loss=True,
     gather_copies=0.0,  # FSDP1 gathers into the flat parameter itself; gradients of its views are concatenated
     attention=AttentionKernel.TRITON,  # scripts/train/benchmarking/submit_benchmarks.py: --attn_impl triton
