@@ -23,6 +23,10 @@ from meshwright.profiler.cluster import ClusterProfile, LinkTier
 
 FloatArray = NDArray[np.float64]
 
+# a large message travels by NCCL's Simple protocol, whose hops take 1.8 (NVLink) to 3.5 times (network) those of LL128
+# that ``latency_s`` stands for (src/graph/tuning.cc, hwLat): what a broadcast waits for, all of whose hops follow each
+# other, where other collectives pass pieces on all links at once
+_SIMPLE = 2.5
 PEERS_AT_ONCE = 8  # sends that one point-to-point kernel of NCCL serves together (src/include/device.h)
 
 
@@ -121,7 +125,8 @@ def _ring(cluster: ClusterProfile, op: str, size: FloatArray, inside: FloatArray
     rounds = 2.0 if op == "all_reduce" else 1.0
     hops, steps, legs = np.zeros_like(size), np.zeros_like(size), []
     for tier, low, joined in _crossings(cluster, inside):
-        hops = hops + rounds * size / low * (1.0 - 1.0 / joined) * tier.latency_s
+        hop_s = tier.latency_s * (_SIMPLE if op == "broadcast" else 1.0)
+        hops = hops + rounds * size / low * (1.0 - 1.0 / joined) * hop_s
         steps = np.maximum(steps, np.where(joined > 1, rounds * (size - 1.0) * tier.step_s, 0.0))
         sent = 1.0 if op == "broadcast" else (rounds * (size - 1.0) + tier.copy_hops) / size
         share = np.where(joined > 1, sent / low, 0.0)

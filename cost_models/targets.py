@@ -212,7 +212,14 @@ _MEGATRON = Framework(
 # sums the gradient of its input beside the gradient of its weights (megatron/core/tensor_parallel/layers.py:
 # LinearWithGradAccumulationAndAsyncCommunication); backward of a layer in arXiv 2205.05198, table 4, tells how much
 # hides
-MEGATRON_LM = replace(_MEGATRON, name="megatron-lm", blocking_hops=(Schedule.ONE_F_ONE_B,), overlap_tp_backward=0.4)
+MEGATRON_LM = replace(
+    _MEGATRON,
+    name="megatron-lm",
+    blocking_hops=(Schedule.ONE_F_ONE_B,),
+    overlap_tp_backward=0.4,
+    host=HostCost(launch_factor=3.0, microbatch_s=1e-3, step_s=0.01),
+    pointwise_factor=1.2,
+)
 
 # with attention written out, as in arXiv 2205.05198 and 2401.10241
 MEGATRON_LM_2022 = replace(
@@ -443,6 +450,8 @@ INTERNEVO = replace(
     ),
     overlap_dp_reduce=1.0,
     overlap_dp_gather=0.0,  # overlap_sync_param is off in every config of configs/
+    # norms, scale and metrics are read back, the next batch is fetched, parameter after parameter is handled in Python
+    host=HostCost(microbatch_s=1e-3, step_s=0.45),
     broadcasts_weights=True,
     context_parallel=False,
     expert_parallel=False,

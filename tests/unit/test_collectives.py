@@ -59,6 +59,11 @@ def test_ring_inside_a_node(toy: Any) -> None:
     assert price(toy.cluster(), "all_reduce", 4e6, ("tp",), tp=4) == pytest.approx(6 * 1e-6 + 1.5 * 4e6 / 1e10)
 
 
+def test_a_broadcast_passes_whole_messages_along_a_ring(toy: Any) -> None:
+    # 3 hops, each 2.5 times as slow as those of short messages, and all of the tensor over one device's link
+    assert price(toy.cluster(), "broadcast", 4e6, ("tp",), tp=4) == pytest.approx(3 * 2.5e-6 + 4e6 / 1e10)
+
+
 def test_a_tree_for_a_small_all_reduce_across_nodes(toy: Any) -> None:
     # one rank on each of 8 nodes: 2 log2(8) latencies up and down instead of 14, and twice the message
     cluster = toy.cluster(num_nodes=8)

@@ -245,7 +245,7 @@ def test_a_head_split_over_stages_adds_exchanges_and_a_micro_batch_of_fill(toy: 
         cluster = toy.cluster(device=device, node=(hop, 1e18), network=(hop, 1e18))
         found = estimate_batch(toy.model(), WORKLOAD, cluster, toy.framework(), batch, counts=halves)
         got = found.estimate(0, batch).cost
-        exchanges = 6 * hop  # of two ranks: two broadcasts over one hop, two all_reduces over two
+        exchanges = (2 * 2.5 + 2 * 2) * hop  # of two ranks: broadcasts over one slower hop, all_reduces over two
         waits = 10 * hop  # a micro-batch there and back, and of every second one around
         assert got.compute_s == pytest.approx(8 * both, rel=0.01)
         assert got.step_s == pytest.approx((8 + 2 - 1 + 1) * (both + exchanges) + waits, rel=0.01)
