@@ -247,20 +247,29 @@ MEGASCALE = replace(
     overlap_tp=1.0,
 )
 
+# The causal kernel reads the triangle of the scores that the mask keeps and writes them whole (megatron/fused_kernels/
+# scaled_upper_triang_masked_softmax.h), dropout passes over all; the gradient of a bias is a sum of its own, queries,
+# keys and values are cut from one tensor, their gradients made contiguous and concatenated, the context transposed
+# (megatron/model/transformer.py: ParallelAttention)
 MEGATRON_DEEPSPEED = replace(
     _MEGATRON,
     name="megatron-deepspeed",
     schedules=(Schedule.ONE_F_ONE_B,),
     zero_stages=(0, 1, 2),
-    pointwise=MEGATRON_2021,
+    pointwise=replace(
+        MEGATRON_2021,
+        softmax=P(forward_kernels=3, forward_passes=4, backward_kernels=3, backward_passes=4.5),
+        bias=P(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=1),
+        split=P(forward_kernels=1, forward_passes=2 / 3, backward_kernels=4, backward_passes=4 + 2 / 3),
+    ),
     attention=AttentionKernel.WRITTEN_OUT,
     context_parallel=False,
     splits_hops=True,  # deepspeed/runtime/pipe/engine.py: is_pipe_partitioned wherever a model is cut by tp
     pads_whole_vocab=False,  # as vTrain's runs have it, whose heads are three times slower a word with tp 1
     host=HostCost(
-        launch_factor=9.7, collective_s=1e-4, skew_s=1.9e-4, microbatch_s=4.2e-4, step_s=1.7e-3, run_ahead=4.0
+        launch_factor=8.2, collective_s=1e-4, skew_s=1.8e-4, microbatch_s=4.1e-4, step_s=1.6e-3, run_ahead=4.1
     ),
-    pointwise_factor=1.6,
+    pointwise_factor=1.58,
     dp_factor=0.78,
     calibrated_on="vTrain's runs of GPTs on A100",
 )
