@@ -99,7 +99,7 @@ def estimate_batch(
         rows = np.flatnonzero((batch.pp == pp) & (batch.vpp == vpp) & (batch.schedule == schedule))
         blocks = stage_counts(kinds, int(pp), int(vpp), framework.partition) if counts is None else counts
         if SCHEDULES[schedule] in V_SHAPED:  # stages of the second chunk run from the last rank to the first
-            blocks = np.array([blocks[:, 0], blocks[::-1, 1]]).swapaxes(0, 1)
+            blocks = np.array([blocks[:, 0], blocks[::-1, 1]], dtype=np.float64).swapaxes(0, 1)
         group = _Group(
             batch=batch.take(rows),
             counts=blocks,
