@@ -257,7 +257,9 @@ class _Clock:
     def _matmul(self, m: Any, n: Any, k: Any) -> FloatArray:
         dtype = self.narrow or self.dtype
         num_bytes = dtype.num_bytes * (m * k + k * n) + self.size * m * n
-        slower = self.framework.row_scaled_factor if self.narrow and self.workload.recipe.row_scaled else 1.0
+        recipe, slower = self.workload.recipe, 1.0
+        if self.narrow and (recipe.row_scaled or recipe.block_scaled):
+            slower = self.framework.row_scaled_factor if recipe.row_scaled else self.framework.block_scaled_factor
         if self.device.kind.startswith(HOPPER):
             slower *= self.framework.hopper_factor
         return slower * self._roofline("matmul", 2.0 * m * n * k, num_bytes, m, n, k, dtype)

@@ -197,6 +197,14 @@ CONSTANTS: tuple[Constant, ...] = (
     ),
     Constant(
         owner="target",
+        name="block_scaled_factor",
+        lower=1.0,
+        upper=1.5,
+        spread=1.1,
+        meaning="seconds of float8 matmuls with a scale for each block over those with one for all",
+    ),
+    Constant(
+        owner="target",
         name="dp_factor",
         lower=0.2,
         upper=8.0,

@@ -225,9 +225,6 @@ def workload_of(row: Row) -> tuple[Workload, tuple[str, ...]]:
     framework = row.text("framework").lower()
     if found is None:
         raise Skip(f"no dtype recipe for precision {row.text('precision')!r}")
-    if found not in RECIPES:  # mxfp8: scales for blocks, found while casting
-        notes.append(f"{found} predicted as fp8")
-        found = "fp8"
     recipe = RECIPES[found]
     pure = "mp mode pure" in row.text("notes").lower() or re.search(BF16_GRADIENTS, framework)
     if pure and recipe.compute is DType.BFLOAT16:

@@ -179,14 +179,22 @@ def _decoder(
 
 
 def _gathered_share(workload: Workload, framework: Framework) -> float:
-    """Bytes that are gathered of a decoder block's weights and inputs, over those in the compute dtype.
+    """Bytes that are gathered of a decoder block's inputs, over those in the compute dtype.
 
     torchao casts before it gathers, weights and activations alike, where one scale goes with the whole tensor
-    (torchao/float8: fsdp_utils.py, float8_tensor_parallel.py).
+    (torchao/float8: fsdp_utils.py, float8_tensor_parallel.py); so does Transformer Engine.
     """
     recipe = workload.recipe
     narrow = framework.float8_gathers and recipe.matmul is not None and not recipe.row_scaled
     return recipe.matmul.num_bytes / recipe.compute.num_bytes if narrow and recipe.matmul else 1.0
+
+
+def _gathered_weights_share(workload: Workload, framework: Framework) -> float:
+    """The same of its weights, but those with a scale for each block are cast again where they arrive.
+
+    (Megatron-Core, ``distributed/param_and_grad_buffer.py``: reuse_grad_buf_for_mxfp8_param_ag.)
+    """
+    return 1.0 if workload.recipe.block_scaled else _gathered_share(workload, framework)
 
 
 def _embedding(workload: Workload, model: ModelSpec, batch: ConfigBatch) -> list[Collective]:
@@ -234,7 +242,7 @@ def _data_parallel(
     on = (batch.dp * batch.cp > 1) & (params > 0)
     weights, grads = params * workload.recipe.params.num_bytes, params * workload.recipe.grads.num_bytes
     if not outer:
-        weights = weights * _gathered_share(workload, framework)
+        weights = weights * _gathered_weights_share(workload, framework)
     zero, whole = batch.zero_stage, framework.reduces_once
     once, often = (zero == 1) | (whole & (zero == 2)), (zero >= 2) & ~(whole & (zero == 2))
     late = whole and framework.overlap_dp_reduce == 0.0 and not framework.overlap_dp_scatter

@@ -51,12 +51,14 @@ class DTypeRecipe:
     ``master`` is the separate copy of the weights that the optimizer updates, ``None`` where the weights
     themselves are updated. ``grads`` is the dtype gradients are accumulated and reduced in. ``matmul`` is the dtype of
     the projections inside decoder blocks where it is narrower than ``compute``: their operands are cast on the way in,
-    with one scale a tensor or, ``row_scaled``, one for each row.
+    with one scale a tensor or, ``row_scaled``, one for each row or, ``block_scaled``, one for each few numbers of a row
+    and, in a second copy, of a column.
     """
 
     compute: DType = DType.BFLOAT16
     matmul: DType | None = None
     row_scaled: bool = False
+    block_scaled: bool = False
     params: DType = DType.BFLOAT16
     grads: DType = DType.FLOAT32
     master: DType | None = DType.FLOAT32
@@ -78,6 +80,8 @@ RECIPES: dict[str, DTypeRecipe] = {
     # bf16 with fp8 matmuls inside blocks (Transformer Engine, torchao): weights, gradients and states as bf16
     "fp8": DTypeRecipe(matmul=DType.FLOAT8),
     "fp8-rowwise": DTypeRecipe(matmul=DType.FLOAT8, row_scaled=True),
+    # a scale for each block of 32 numbers (the OCP's microscaling format MXFP8, on Blackwell)
+    "mxfp8": DTypeRecipe(matmul=DType.FLOAT8, block_scaled=True),
     # the same with float4 matmuls, a scale for each block of 16 numbers (Transformer Engine's NVFP4BlockScaling)
     "nvfp4": DTypeRecipe(matmul=DType.FLOAT4),
     # everything in bf16, states too: 2 + 2 + 4 = 8 bytes a parameter

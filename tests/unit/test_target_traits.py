@@ -123,12 +123,17 @@ def test_casts_to_float8(toy: Any, recipe: str, gathers: bool, forward: float, b
 
 @pytest.mark.parametrize(
     ("kind", "recipe", "factor"),
-    [("H100-SXM5-80GB", "fp8-rowwise", 1.5 * 1.2), ("H100-SXM5-80GB", "fp8", 1.2), ("A100-SXM4-80GB", "bf16", 1.0)],
+    [
+        ("H100-SXM5-80GB", "fp8-rowwise", 1.5 * 1.2),
+        ("H100-SXM5-80GB", "fp8", 1.2),
+        ("A100-SXM4-80GB", "bf16", 1.0),
+        ("GB200-186GB", "mxfp8", 1.1),
+    ],
 )
 def test_factors_of_a_targets_matmuls(toy: Any, kind: str, recipe: str, factor: float) -> None:
     device = with_float8(toy, kind=kind, memory_bytes_per_s=1e18)
     workload = replace(WORKLOAD, recipe=RECIPES[recipe])
-    framework = replace(toy.framework(), row_scaled_factor=1.5, hopper_factor=1.2)
+    framework = replace(toy.framework(), row_scaled_factor=1.5, block_scaled_factor=1.1, hopper_factor=1.2)
     got = block_seconds(decoder(MlpLayer(hidden=64, ffn_size=128)), workload, device, framework, batch())
     assert got.forward == pytest.approx([factor * 3 * 2 * 32 * 64 * 128 / RATE])
 
@@ -150,7 +155,7 @@ def test_float8_halves_what_is_gathered_and_selective_recompute_may_gather_again
     config = batch(**SP, dp=2, zero_stage=3, dp_shard=2, recompute=Recompute.SELECTIVE)
     weights, tokens = 36992 / 4, 32 * 64  # weights in a block of the toy are cut by 4 but for its norms
     found = {}
-    for recipe in ("bf16", "fp8", "fp8-rowwise"):
+    for recipe in ("bf16", "fp8", "fp8-rowwise", "mxfp8"):
         entries = block_traffic(kinds, 1, model, replace(WORKLOAD, recipe=RECIPES[recipe]), config, framework)
         found[recipe] = {
             (entry.axis, entry.op, entry.phase): (float(entry.calls[0]), float(entry.message_bytes[0]))
@@ -165,6 +170,9 @@ def test_float8_halves_what_is_gathered_and_selective_recompute_may_gather_again
     assert found["fp8"]["tp", "reduce_scatter", "forward"] == (2.0, 2 * tokens)
     assert found["bf16"]["dp", "all_gather", "forward"][1] == pytest.approx(2 * weights, rel=0.02)
     assert found["fp8"]["dp", "all_gather", "forward"][1] == found["bf16"]["dp", "all_gather", "forward"][1] / 2
+    # scaled in blocks, weights are cast where they arrive
+    assert found["mxfp8"]["tp", "all_gather", "forward"] == (2.0, tokens)
+    assert found["mxfp8"]["dp", "all_gather", "forward"] == found["bf16"]["dp", "all_gather", "forward"]
 
 
 def parts(toy: Any, framework: Any, config: ConfigBatch) -> Any:
