@@ -31,13 +31,14 @@ class Fit:
     """Fitted constants, and the error of every run (predicted / measured - 1) before and after.
 
     ``told`` is what the runs say of each constant beside what its prior says: the sum over runs of the squared change
-    of its residual for one ``spread``. Below 1 the prior says more.
+    of its residual for one ``spread``. Below 1 the prior says more. ``loss`` is what was minimised, priors included.
     """
 
     values: tuple[Value, ...]
     before: FloatArray
     after: FloatArray
     told: FloatArray
+    loss: float
 
 
 def fit(
@@ -49,14 +50,15 @@ def fit(
     *,
     spreads: Sequence[float] | None = None,
     uppers: Sequence[float] | None = None,
+    start: Sequence[float] | None = None,
     predict_each: PredictEach | None = None,
 ) -> Fit:
     """Constants that bring ``predict(values)`` (seconds, shape of ``measured_s``) closest to what was measured.
 
     ``priors`` are the constants to fit with the values they have now; ``spreads`` and ``uppers`` stand in for those of
-    their kinds. ``weights`` ``[num_runs]`` scale each run's loss (1 where not given). ``predict_each`` may do better
-    than one call of ``predict`` for each constant. With one run or a few, constants that it does not tell apart stay
-    near their priors.
+    their kinds. ``weights`` ``[num_runs]`` scale each run's loss (1 where not given). ``start`` is where to search
+    from, in place of the priors. ``predict_each`` may do better than one call of ``predict`` for each constant. With
+    one run or a few, constants that it does not tell apart stay near their priors.
     """
     from scipy.optimize import least_squares  # half a second to import, and only fitting needs it
 
@@ -84,7 +86,7 @@ def fit(
 
     found = least_squares(
         residuals,
-        np.clip(space.origin, space.lower + 1e-9, space.upper - 1e-9),
+        np.clip(space.origin if start is None else space.point(start), space.lower + 1e-9, space.upper - 1e-9),
         jac=jacobian,
         bounds=(space.lower, space.upper),
         x_scale=space.spread,
@@ -95,7 +97,7 @@ def fit(
     values = space.values(found.x)
     told = ((found.jac[: len(measured)] * space.spread) ** 2).sum(axis=0)
     before, after = predict(tuple(priors)), predict(values)
-    return Fit(values, before / measured - 1.0, after / measured - 1.0, told)
+    return Fit(values, before / measured - 1.0, after / measured - 1.0, told, 2.0 * float(found.cost))
 
 
 class _Space:
@@ -110,10 +112,11 @@ class _Space:
         self.spread = np.log(np.array(spreads if spreads is not None else [each.spread for each in constants]))
         upper = np.array(uppers if uppers is not None else [each.upper for each in constants], dtype=np.float64)
         lower = np.array([constant.lower for constant in constants])
-        self.lower, self.upper = self._point(lower) - 1e-6, self._point(upper) + 1e-6
-        self.origin = self._point(np.clip([prior.value for prior in priors], lower, upper))
+        self.lower, self.upper = self.point(lower) - 1e-6, self.point(upper) + 1e-6
+        self.origin = self.point(np.clip([prior.value for prior in priors], lower, upper))
 
-    def _point(self, numbers: FloatArray) -> FloatArray:
+    def point(self, numbers: Sequence[float] | FloatArray) -> FloatArray:
+        """Where a constant of each value is."""
         return np.where(self.linear, numbers, np.log(np.maximum(numbers, 1e-12)))
 
     def values(self, point: FloatArray) -> tuple[Value, ...]:

@@ -301,4 +301,4 @@ def joint_fit(
         if told >= MIN_TOLD
     )
     told = found.told[found.told >= MIN_TOLD]
-    return Fit(kept, found.before, problem.predict(kept) / problem.measured_s - 1.0, told)
+    return Fit(kept, found.before, problem.predict(kept) / problem.measured_s - 1.0, told, found.loss)
