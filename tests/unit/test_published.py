@@ -185,7 +185,6 @@ class TestModels:
     def test_gradients_are_reduced_as_the_measured_runs_did(self, framework: str, precision: str, grads: DType) -> None:
         assert run_of(row(LLAMA, framework=framework, precision=precision)).workload.recipe.grads is grads
 
-
     def test_examples_of_fine_tuning_are_packed_and_attend_to_themselves(self) -> None:
         run, whole = run_of(row(LLAMA, model="llama3-70b SFT")), run_of(row(LLAMA))
         assert (run.model.attention.window, whole.model.attention.window) == (100, 0)
@@ -199,6 +198,28 @@ class TestConfigs:
         assert run.config.describe() == "tp2 pp2 1f1b mbs2 vocab recompute-full"
         assert run.config.num_microbatches(run.workload.global_batch_size) == 8
         assert run.measured_step_s == 0.2
+
+    def test_torchtitan_cuts_a_batch_into_as_many_micro_batches_as_stages(self) -> None:
+        columns = {
+            "framework": "torchtitan (FSDP2)",
+            "tp": "1",
+            "pp": "2",
+            "dp": "4",
+            "num_gpus": "8",
+            "zero_stage": "3",
+        }
+        columns |= {"global_batch": "32", "micro_batch": "1", "notes": "microbatch 1 assumed", "schedule": "1F1B"}
+        run = run_of(row(LLAMA, **columns))
+        assert (run.config.micro_batch_size, run.config.zero_stage) == (4, 1)  # and keeps weights and gradients whole
+        told = run_of(row(LLAMA, **columns | {"notes": "microbatch 1"}))
+        assert told.config.micro_batch_size == 1
+
+    def test_reduction_in_bf16_where_the_source_says_so(self) -> None:
+        recipe = run_of(row(LLAMA, framework="llm-foundry", notes="MP mode PURE; precision label bf16")).workload.recipe
+        assert recipe.grads is DType.BFLOAT16
+        assert (
+            run_of(row(LLAMA, framework="llm-foundry", notes="MP mode DEFAULT")).workload.recipe.grads is DType.FLOAT32
+        )
 
     def test_zero_over_a_part_of_the_data_ranks(self) -> None:
         whole = run_of(row(LLAMA)).config
