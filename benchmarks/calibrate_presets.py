@@ -25,6 +25,7 @@ import numpy as np
 from meshwright.cost_models.constants import Value
 from meshwright.cost_models.published import Predictions, Published, PublishedRun, grouped, predict, read_published
 from meshwright.cost_models.published_fit import (
+    MIN_TOLD,
     Problem,
     expanded,
     fitted_on,
@@ -36,6 +37,7 @@ from meshwright.cost_models.scorecard import Part, score
 from meshwright.cost_models.targets import ASSUMED
 from meshwright.cost_models.targets import CALIBRATED as TARGETS_FILE
 from meshwright.profiler.cluster_presets import CALIBRATED as PRESETS_FILE
+from meshwright.profiler.cluster_presets import uncalibrated_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "benchmarks/calibrate_presets.py"
@@ -80,6 +82,8 @@ def _fitted(
     print(f"\n{'owner':<8} {'of':<22} {'constant':<28} {'before':>10} {'fitted':>10} {'told':>8} {'runs':>5}  families")
     priors = {_key(prior.value): (prior.value.value, place) for place, prior in enumerate(problem.priors)}
     for value, told in sorted(zip(found.values, found.told, strict=True), key=lambda pair: _key(pair[0])):
+        if told < MIN_TOLD:
+            continue
         before, place = priors[_key(value)]
         members = [problem.runs[at] for group in problem.touched[place] for at in group.positions]
         families = ", ".join(sorted({run.family for run in members}))
@@ -130,7 +134,7 @@ def _write(values: tuple[Value, ...], runs: Sequence[PublishedRun]) -> None:
             on = ", ".join(f"{family} ({count})" for family, count in sorted(families.get(value.of, {}).items()))
             entry = targets.setdefault(value.of, {"fitted_on": f"{on}: {SCRIPT}", "values": {}})
             entry["values"][value.name] = value.value  # type: ignore[index]
-        else:
+        elif value.value != float(f"{uncalibrated_figure(value.owner, value.of, value.name):.4g}"):
             presets[value.owner].setdefault(value.of, {})[value.name] = value.value
     source = {
         "provenance": "measured",
@@ -165,7 +169,7 @@ def _cross_validate(
         kept = [run for run, place in zip(runs, fold, strict=True) if place != number]
         out = np.flatnonzero(fold == number)
         again = _fitted(kept, arguments, progress, quiet=True)
-        left[out] = _priced([runs[at] for at in out], again).step_s / measured[out] - 1.0
+        left[out] = _priced([runs[int(at)] for at in out], again).step_s / measured[out] - 1.0
     print(f"\n{'family':<26} {'rows':>5} {'models':>6} {'fitted':>8} {'left out':>9} {'bound':>8}")
     for family, names in sorted(models.items()):
         members = np.array([run.family == family for run in runs])

@@ -60,7 +60,8 @@ def fit(
     from, in place of the priors. ``predict_each`` may do better than one call of ``predict`` for each constant. With
     one run or a few, constants that it does not tell apart stay near their priors.
     """
-    from scipy.optimize import least_squares  # half a second to import, and only fitting needs it
+    # half a second to import, and only fitting needs it
+    from scipy.optimize import least_squares  # type: ignore[import-untyped]
 
     measured = np.asarray(measured_s, dtype=np.float64)
     scale = np.ones_like(measured) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -87,7 +88,7 @@ def fit(
     found = least_squares(
         residuals,
         np.clip(space.origin if start is None else space.point(start), space.lower + 1e-9, space.upper - 1e-9),
-        jac=jacobian,
+        jac=jacobian,  # pyright: ignore[reportArgumentType]  (stubs know its names alone)
         bounds=(space.lower, space.upper),
         x_scale=space.spread,
         ftol=1e-4,

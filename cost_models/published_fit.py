@@ -7,7 +7,8 @@ Which constants are fitted stands here, with what each starts from; none belongs
 * **Weights.** The ``n`` runs of a family on one node, and those on several, count together as ``CAP n / (n + FEW)``
   runs: two families, three quarters of the table, do not decide alone about devices that they share with others, and
   few precise runs count more than once each.
-* **Priors.** What the presets and the targets say before any fit. Bandwidths that were measured stay close.
+* **Priors.** What the presets say before any fit, bandwidths that were measured staying close, and one guess for the
+  host of every target (``STARTS``).
 * **Sharing.** Devices of one chip share their factors, but for a lower power limit; a version of a target shares those
   of the target (``Framework.version_of``).
 """
@@ -80,17 +81,23 @@ TARGET: Mapping[str, tuple[str, ...]] = {
     "llm-foundry": (*_ANY, *_OVERLAPS, "hopper_factor"),
     "internevo": (*_ANY, *_OVERLAPS),
 }
-# where a target assumes nothing of its host: the order of magnitude of Python around kernels
-STARTS: Mapping[str, float] = {
-    "host.launch_factor": 3.0,
+# what a fit starts from, the same for every target: the order of magnitude of Python around kernels. What overlaps is a
+# fact about a target's code, which its record tells.
+STARTS: dict[str, float] = {
+    "host.launch_factor": 4.0,
+    "host.run_ahead": 8.0,
     "host.collective_s": 5e-5,
-    "host.skew_s": 1e-4,
+    "host.pipelined_collective_s": 1e-4,
     "host.microbatch_s": 1e-3,
     "host.step_s": 1e-2,
     "host.hop_s": 1e-4,
-    "host.pipelined_collective_s": 1e-4,
-    "overlap_dp_scatter": 0.5,
+    "pointwise_factor": 1.0,
+    "dp_factor": 1.0,
+    "hopper_factor": 1.0,
+    "row_scaled_factor": 1.3,
 }
+# the older code of nanotron waits tenths of a second where others wait not at all
+OLD_STARTS: dict[str, float] = {"host.hop_s": 0.1, "host.microbatch_s": 0.4, "dp_factor": 4.0}
 MEASURED_SPREAD = {"bytes_per_s": 1.05, "latency_s": 1.3, "congestion": 1.1}
 
 
@@ -164,7 +171,7 @@ class Problem:
         for target in sorted(used & set(TARGET)):
             for name in TARGET[target]:
                 yield _target_prior(ASSUMED[target], name)
-        seen: set[tuple[Owner, str]] = set()
+        seen: set[tuple[str, str]] = set()
         for cluster in self.clusters.values():
             chip = next((kinds for kinds in CHIPS if cluster.device.kind in kinds), (cluster.device.kind,))
             for kind in {chip[0], cluster.device.kind}:
@@ -225,13 +232,8 @@ def uncalibrated_cluster(name: str) -> ClusterProfile:
 
 
 def _target_prior(target: Framework, name: str) -> Prior:
-    try:
-        value = value_on("target", name, target)
-    except TypeError:  # None: as another constant
-        value = STARTS[name]
-    nothing = 1.0 if name == "host.launch_factor" else 0.0
-    if name in STARTS and value == nothing:
-        value = STARTS[name]
+    starts = STARTS | (OLD_STARTS if target.name == "nanotron-2024" else {})
+    value = starts[name] if name in starts else value_on("target", name, target)
     found = Value(owner="target", of=target.name, name=name, value=value)
     return Prior(found, found.constant.spread, found.constant.upper)
 
@@ -268,7 +270,7 @@ def _workers(problem: Problem, num_workers: int) -> Iterator[ProcessPoolExecutor
 def joint_fit(
     problem: Problem, *, num_workers: int = 2, max_evaluations: int = 12, on_progress: Progress = lambda text: None
 ) -> Fit:
-    """All constants of a problem at once; ``Fit.values`` are those that the runs tell something of.
+    """All constants of a problem at once; those that the runs tell less of than ``MIN_TOLD`` stay at their priors.
 
     One process predicts all runs, ``num_workers`` what changes with each constant.
     """
@@ -295,10 +297,11 @@ def joint_fit(
             uppers=[prior.upper for prior in problem.priors],
             predict_each=each,
         )
-    kept = tuple(
-        replace(value, value=float(f"{value.value:.4g}"))
-        for value, told in zip(found.values, found.told, strict=True)
-        if told >= MIN_TOLD
+    informed = found.told >= MIN_TOLD
+    pairs = zip(found.values, priors, informed, strict=True)
+    values = tuple(
+        replace(after if tells else before, value=float(f"{(after if tells else before).value:.4g}"))
+        for after, before, tells in pairs
     )
-    told = found.told[found.told >= MIN_TOLD]
-    return Fit(kept, found.before, problem.predict(kept) / problem.measured_s - 1.0, told, found.loss)
+    error = problem.predict(values) / problem.measured_s - 1.0
+    return Fit(values, found.before, error, found.told, found.loss)
