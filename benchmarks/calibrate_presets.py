@@ -8,7 +8,8 @@ with its owner and the runs that inform it. ``--write`` puts them into ``cost_mo
 run starts from the same priors, and the same table gives the same constants.
 
 ``--cross-validate`` leaves out a part of every family's models at once, fits everything again without them, and
-compares the error on what was left out with the error of the whole fit on the same runs.
+compares the error on what was left out with the error of the whole fit on the same runs. Their searches start where
+that fit ended, which saves half of the time; priors are the same.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("file", nargs="?", type=Path, default=folder / "dev.csv")
     parser.add_argument("--write", action="store_true", help="write the constants")
     parser.add_argument("--cross-validate", type=int, nargs="?", const=5, default=0, metavar="FOLDS")
-    parser.add_argument("--evaluations", type=int, default=10, help="of all runs, at most, in each fit")
+    parser.add_argument("--evaluations", type=int, default=12, help="of all runs, at most, in each fit")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     published, progress = read_published(arguments.file), _progress(time.monotonic())
@@ -70,14 +71,22 @@ def _progress(start: float) -> Callable[[str], None]:
 
 
 def _fitted(
-    runs: Sequence[PublishedRun], arguments: argparse.Namespace, progress: Callable[[str], None], *, quiet: bool = False
+    runs: Sequence[PublishedRun],
+    arguments: argparse.Namespace,
+    progress: Callable[[str], None],
+    start: tuple[Value, ...] = (),
 ) -> tuple[Value, ...]:
+    """Constants fitted on ``runs``; printed where the search does not start from those of another fit."""
     problem = Problem(runs)
     progress(f"{len(runs)} runs, {len(problem.priors)} constants")
     found = joint_fit(
-        problem, num_workers=arguments.workers, max_evaluations=arguments.evaluations, on_progress=progress
+        problem,
+        start=start,
+        num_workers=arguments.workers,
+        max_evaluations=arguments.evaluations // (2 if start else 1),
+        on_progress=progress,
     )
-    if quiet:
+    if start:
         return found.values
     print(f"\n{'owner':<8} {'of':<22} {'constant':<28} {'before':>10} {'fitted':>10} {'told':>8} {'runs':>5}  families")
     priors = {_key(prior.value): (prior.value.value, place) for place, prior in enumerate(problem.priors)}
@@ -168,7 +177,7 @@ def _cross_validate(
         progress(f"fold {number + 1} of {folds}: {int((fold == number).sum())} runs left out")
         kept = [run for run, place in zip(runs, fold, strict=True) if place != number]
         out = np.flatnonzero(fold == number)
-        again = _fitted(kept, arguments, progress, quiet=True)
+        again = _fitted(kept, arguments, progress, values)
         left[out] = _priced([runs[int(at)] for at in out], again).step_s / measured[out] - 1.0
     print(f"\n{'family':<26} {'rows':>5} {'models':>6} {'fitted':>8} {'left out':>9} {'bound':>8}")
     for family, names in sorted(models.items()):

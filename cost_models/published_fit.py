@@ -51,7 +51,7 @@ CHIPS: tuple[tuple[str, ...], ...] = (
 )
 ALONE = {("H100-SXM5-96GB-500W", "matmul_factor")}  # its power limit is lower than its chip's
 DEVICE = ("matmul_factor", "attention_factor", "memory_factor", "communication_slowdown")
-LINK = ("bytes_per_s", "latency_s", "congestion")
+LINK = ("bytes_per_s",)  # steps tell nothing of latency and congestion beside what tables of collectives tell
 
 _ANY = (
     "host.launch_factor",
@@ -84,7 +84,7 @@ TARGET: Mapping[str, tuple[str, ...]] = {
 # what a fit starts from, the same for every target: the order of magnitude of Python around kernels. What overlaps is a
 # fact about a target's code, which its record tells.
 STARTS: dict[str, float] = {
-    "host.launch_factor": 4.0,
+    "host.launch_factor": 6.0,
     "host.run_ahead": 8.0,
     "host.collective_s": 5e-5,
     "host.pipelined_collective_s": 1e-4,
@@ -98,7 +98,7 @@ STARTS: dict[str, float] = {
 }
 # the older code of nanotron waits tenths of a second where others wait not at all
 OLD_STARTS: dict[str, float] = {"host.hop_s": 0.1, "host.microbatch_s": 0.4, "dp_factor": 4.0}
-MEASURED_SPREAD = {"bytes_per_s": 1.05, "latency_s": 1.3, "congestion": 1.1}
+MEASURED_SPREAD = 1.05
 
 
 def fitted_on(runs: Iterable[PublishedRun]) -> tuple[PublishedRun, ...]:
@@ -243,7 +243,7 @@ def _prior(owner: Owner, of: str, name: str, record: Device | LinkTier) -> Prior
     spread, upper = found.constant.spread, found.constant.upper
     if isinstance(record, LinkTier):
         if record.source.provenance is Provenance.MEASURED:
-            spread = MEASURED_SPREAD[name]
+            spread = MEASURED_SPREAD
         if name == "bytes_per_s" and record.peak_bytes_per_s:
             upper = 0.97 * record.peak_bytes_per_s
     return Prior(found, spread, upper)
@@ -268,13 +268,20 @@ def _workers(problem: Problem, num_workers: int) -> Iterator[ProcessPoolExecutor
 
 
 def joint_fit(
-    problem: Problem, *, num_workers: int = 2, max_evaluations: int = 12, on_progress: Progress = lambda text: None
+    problem: Problem,
+    *,
+    start: Iterable[Value] = (),
+    num_workers: int = 2,
+    max_evaluations: int = 12,
+    on_progress: Progress = lambda text: None,
 ) -> Fit:
     """All constants of a problem at once; those that the runs tell less of than ``MIN_TOLD`` stay at their priors.
 
+    ``start`` is where to search from, priors elsewhere; it does not change what is minimised.
     One process predicts all runs, ``num_workers`` what changes with each constant.
     """
     priors = tuple(prior.value for prior in problem.priors)
+    known = {(each.owner, each.of, each.name): each.value for each in start}
     with _workers(problem, num_workers) as pool:
         count = 0
 
@@ -295,6 +302,7 @@ def joint_fit(
             max_evaluations,
             spreads=[prior.spread for prior in problem.priors],
             uppers=[prior.upper for prior in problem.priors],
+            start=[known.get((prior.owner, prior.of, prior.name), prior.value) for prior in priors],
             predict_each=each,
         )
     informed = found.told >= MIN_TOLD
