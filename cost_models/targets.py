@@ -385,7 +385,7 @@ TORCHTITAN_ASYNC_TP = replace(
     version_of="torchtitan",
     differs_in=("overlap_tp",),
     overlap_tp=0.2,  # smaller matmuls lose most of what is hidden
-    sequence_copies=0.0,
+    sequence_copies=1.0,  # tokens still move to the front and back
 )
 
 LLM_FOUNDRY = replace(
