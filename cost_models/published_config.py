@@ -135,7 +135,7 @@ def _schedule(row: Row, pp: int, target: str, num_layers: int) -> tuple[Schedule
     if row.number("vpp") is None:
         # "1f1b/interleaved" names both; "interleaved" alone is two chunks at least
         vpp = 2 if re.search(r"interleaved|1f1b-i\b", said) and "1f1b/" not in said else 1
-        for model, chunks in _RECIPE_CHUNKS if target in ("megatron-bridge", "nemo") else ():
+        for model, chunks in _RECIPE_CHUNKS if target.startswith(("megatron-bridge", "nemo")) else ():
             if re.search(model, row.text("model").lower()) and 0 in (
                 num_layers % (pp * chunks),
                 (num_layers + 2) % (pp * chunks),
@@ -169,7 +169,7 @@ def _sequence_parallel(row: Row, tp: int, target: str) -> tuple[bool, tuple[str,
         return False, ()
     if said:
         return said in ("true", "1", "1.0", "yes"), ()
-    own = target in SEQUENCE_PARALLEL
+    own = target.startswith(SEQUENCE_PARALLEL)  # versions of them too
     return own, (f"sequence parallelism not published: {'on' if own else 'off'}, as {target} has it",)
 
 

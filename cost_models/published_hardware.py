@@ -196,6 +196,11 @@ def _variant(row: Row, target: str) -> str:
         return "torchtitan-async-tp"
     if target == "nanotron" and row.integer("num_gpus") >= 512:
         return "nanotron-2024"  # all but a few of 207 pipelined runs on 64 nodes: see targets.NANOTRON_2024
+    exposed = "nvfp4" in row.text("precision").lower() or re.search(
+        r"tcpx|a3 ?mega", f"{row.text('gpu_type')} {row.text('interconnect')}".lower()
+    )
+    if target in ("megatron-bridge", "nemo") and row.text("tp") not in ("", "1") and exposed:
+        return f"{target}-nccl"  # recipes without userbuffers: see targets.MEGATRON_BRIDGE_NCCL
     compiled = re.search(r"compile(?!=n)", f"{notes} {row.text('framework')}".lower())
     if target == "torchtitan" and not compiled and "fp8" not in row.text("precision").lower():
         return "torchtitan-eager"  # float8 wants the compiler

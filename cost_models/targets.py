@@ -312,6 +312,22 @@ NEMO = replace(
     ),
 )
 
+# without userbuffers: only in backward, inputs are gathered beside the matmul of their gradient, which is scattered
+# beside that of the weights' (module/layernorm_linear.py): two of three exchanges. So with nvfp4 (Megatron-Bridge,
+# scripts/performance/configs/llama: tp_comm_overlap) and on Google's A3 Mega (AI-Hypercomputer/gpu-recipes,
+# src/frameworks/a3mega/nemo-configs: ub_tp_comm_overlap)
+MEGATRON_BRIDGE_NCCL, NEMO_NCCL = (
+    replace(
+        target,
+        name=f"{target.name}-nccl",
+        version_of="megatron-bridge",
+        differs_in=("overlap_tp",),
+        overlap_tp=0.0,
+        overlap_tp_backward=0.67,
+    )
+    for target in (MEGATRON_BRIDGE, NEMO)
+)
+
 # eager torch, launches slow to come: Python between kernels, a coalesced call for every gather and scatter of tensor
 # parallelism; ZeRO 1 scatters and gathers between steps, with nothing beside it
 NANOTRON = replace(
@@ -485,6 +501,8 @@ ASSUMED: dict[str, Framework] = {
         MEGATRON_DEEPSPEED,
         MEGATRON_BRIDGE,
         NEMO,
+        MEGATRON_BRIDGE_NCCL,
+        NEMO_NCCL,
         NANOTRON,
         NANOTRON_2024,
         TORCHTITAN,
