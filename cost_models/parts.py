@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from meshwright.cost_models.blocks import BlockKinds, num_tensors, rank_params
 from meshwright.cost_models.collectives import Groups, groups_of, seconds
-from meshwright.cost_models.compute import block_seconds, host_wait, launches_ahead, slowest
+from meshwright.cost_models.compute import block_seconds
 from meshwright.cost_models.framework import Framework, num_microbatches, reduce_overlap
+from meshwright.cost_models.host import host_wait, launches_ahead, slowest
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ConfigBatch
 from meshwright.cost_models.traffic import PER_MICROBATCH, Collective, block_traffic

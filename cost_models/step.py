@@ -16,7 +16,6 @@ from meshwright import InputError
 from meshwright.cost_models import pipeline
 from meshwright.cost_models.blocks import block_kinds, stage_counts
 from meshwright.cost_models.collectives import groups_of, seconds, send_seconds
-from meshwright.cost_models.compute import launches_ahead
 from meshwright.cost_models.constants import as_calibrated
 from meshwright.cost_models.estimate import BYTES, SECONDS, BatchEstimate, Estimate, FloatArray
 from meshwright.cost_models.framework import (
@@ -26,6 +25,7 @@ from meshwright.cost_models.framework import (
     reduce_overlap,
     supported,
 )
+from meshwright.cost_models.host import launches_ahead
 from meshwright.cost_models.memory import BlockBytes, block_bytes, rank_bytes
 from meshwright.cost_models.parts import BlockParts, block_parts, hide
 from meshwright.cost_models.placement import Placement

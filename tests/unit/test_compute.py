@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from meshwright import InputError
-from meshwright.cost_models.compute import UNALIGNED, attended_pairs, block_seconds, host_wait
+from meshwright.cost_models.attention import attended_pairs
+from meshwright.cost_models.compute import block_seconds
 from meshwright.cost_models.framework import HostCost, PointwiseCost
+from meshwright.cost_models.host import host_wait
+from meshwright.cost_models.operators import UNALIGNED
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
 from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.profiler.layers import AttentionKind, AttentionLayer, MlpLayer, MoeLayer
