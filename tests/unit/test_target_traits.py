@@ -139,6 +139,24 @@ def test_factors_of_a_targets_matmuls(toy: Any, kind: str, recipe: str, factor: 
     assert got.forward == pytest.approx([factor * 3 * 2 * 32 * 64 * 128 / RATE])
 
 
+@pytest.mark.parametrize(("activation", "passes"), [("relu2", 4 + 10), ("gelu", 2)])
+def test_a_squared_relu_may_cost_more_than_another_activation(toy: Any, activation: str, passes: int) -> None:
+    squared = PointwiseCost(forward_kernels=2, forward_passes=4, backward_kernels=4, backward_passes=10)
+    once = replace(toy.framework().pointwise.activation, forward_passes=1, backward_passes=1)
+    device = toy.device(memory_bytes_per_s=1.0)
+    block = decoder(MlpLayer(hidden=64, ffn_size=128, gated=False, activation=activation))
+
+    def spent(**table: Any) -> float:
+        plain = toy.framework()
+        framework = replace(plain, pointwise=replace(plain.pointwise, **table))
+        seconds = block_seconds(block, WORKLOAD, device, framework, batch())
+        return float((seconds.forward + seconds.backward_input)[0])
+
+    free = PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=0)
+    found = spent(activation=once, squared_relu=squared) - spent(activation=free, squared_relu=free)
+    assert found == pytest.approx(passes * 32 * 128 * 2)  # bf16
+
+
 def test_a_step_waits_for_the_slowest_of_its_devices(toy: Any) -> None:
     device = toy.device("gpu", variation=0.02)
     eight, many = (slowest(device, batch(dp=ranks))[0] for ranks in (8, 512))
