@@ -210,6 +210,7 @@ def predict(
                 group.batch,
                 group.placement,
                 group.counts,
+                tells_waits=False,
             )
         except InputError as error:
             for position in group.positions:

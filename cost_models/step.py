@@ -81,11 +81,15 @@ def estimate_batch(
     batch: ConfigBatch,
     placement: Placement = Placement(),  # noqa: B008  (a frozen record)
     counts: FloatArray | None = None,
+    *,
+    tells_waits: bool = True,
 ) -> BatchEstimate:
     """Cost and memory of every config of ``batch``, which must be legal and supported.
 
     ``counts`` ``[pp, vpp, num_kinds]`` says how many blocks of each kind (``blocks.block_kinds``) a chunk holds where
     that is not the target's default; a part of a block, as of a head that stages share, is a fraction.
+    Without ``tells_waits`` what a pipeline waits for transfers counts as bubble: the step is the same, at half the cost
+    of pricing a pipeline, which is played twice to tell them apart.
     Constants that ``meshwright calibrate`` put into the cluster stand in for its own and the target's.
     Raises ``InputError`` when the device has no rate for an operator of the model in the compute dtype.
     """
@@ -109,6 +113,7 @@ def estimate_batch(
             cluster=cluster,
             placement=placement,
             framework=framework,
+            tells_waits=tells_waits,
         )
         taken = [
             BlockParts(**{field.name: getattr(part, field.name)[rows] for field in fields(part)}) for part in parts
@@ -133,6 +138,7 @@ class _Group:
     cluster: ClusterProfile
     placement: Placement
     framework: Framework
+    tells_waits: bool = True
 
     def _by_chunk(self, values: list[FloatArray]) -> FloatArray:
         """Sum of a per-block quantity over the blocks of each chunk: ``[num_configs, pp, vpp]``."""
@@ -172,7 +178,9 @@ class _Group:
             each + wait / 2.0 / self.counts.shape[1] + transfers + held for each in (forward, backward)
         )
         weights = self._by_chunk([part.compute_weights for part in parts])
-        finish, unhindered = (self._finish(forward, backward, weights, hops) for hops in (hop, np.zeros_like(hop)))
+        finish = self._finish(forward, backward, weights, hop)
+        apart = self.tells_waits and hop.any()
+        unhindered = self._finish(forward, backward, weights, np.zeros_like(hop)) if apart else finish
         if self._splits_vocabulary:  # its barriers let one more micro-batch into the pipeline
             finish, unhindered = (
                 each + (forward + backward).sum(axis=2).max(axis=1, keepdims=True) for each in (finish, unhindered)

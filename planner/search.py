@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -100,7 +100,8 @@ def search(
     if not len(space.batch):
         raise InfeasibleError(_nothing_legal(model, num_devices, space))
     scorer = partial(_score, model, workload, cluster, target)
-    ranking = rank(space.batch, scorer, memory_margin=memory_margin)
+    ranking = rank(space.batch, partial(scorer, tells_waits=False), memory_margin=memory_margin)
+    ranking = replace(ranking, scorer=scorer)  # the few that are shown, with everything told
     if not len(ranking.order):
         raise InfeasibleError(_nothing_fits(ranking, memory_margin, constraints or {}))
     return Search(
@@ -200,9 +201,15 @@ def check_length(model: ModelSpec, workload: Workload) -> None:
 
 
 def _score(
-    model: ModelSpec, workload: Workload, cluster: ClusterProfile, framework: Framework, batch: ConfigBatch
+    model: ModelSpec,
+    workload: Workload,
+    cluster: ClusterProfile,
+    framework: Framework,
+    batch: ConfigBatch,
+    *,
+    tells_waits: bool = True,
 ) -> Any:
-    return estimate_batch(model, workload, cluster, framework, batch)
+    return estimate_batch(model, workload, cluster, framework, batch, tells_waits=tells_waits)
 
 
 def _plan(
