@@ -1,7 +1,7 @@
 """Measured steps -> corrected constants: the fit behind ``meshwright calibrate`` and behind the presets.
 
 The error of a run is ``log(predicted / measured)``, so that twice too slow weighs as much as twice too fast. The fit
-minimises the sum of Cauchy's loss ``log(1 + (error / ROBUST)^2)``, under which runs that something else held up hardly
+minimises the sum of Cauchy's loss ``log(1 + (error / robust)^2)``, under which runs that something else held up hardly
 count, and of each constant's squared distance from its prior in units of its ``spread``, with scipy's ``least_squares``
 (trust region, Branch, Coleman and Li 1999, doi:10.1137/S1064827595289108). Constants are fitted as logarithms; shares
 between 0 and 1 as they are.
@@ -51,14 +51,16 @@ def fit(
     spreads: Sequence[float] | None = None,
     uppers: Sequence[float] | None = None,
     start: Sequence[float] | None = None,
+    robust: float = ROBUST,
     predict_each: PredictEach | None = None,
 ) -> Fit:
     """Constants that bring ``predict(values)`` (seconds, shape of ``measured_s``) closest to what was measured.
 
     ``priors`` are the constants to fit with the values they have now; ``spreads`` and ``uppers`` stand in for those of
     their kinds. ``weights`` ``[num_runs]`` scale each run's loss (1 where not given). ``start`` is where to search
-    from, in place of the priors. ``predict_each`` may do better than one call of ``predict`` for each constant. With
-    one run or a few, constants that it does not tell apart stay near their priors.
+    from, in place of the priors; ``robust`` the error from which on a run counts less. ``predict_each`` may do better
+    than one call of ``predict`` for each constant. With one run or a few, constants that it does not tell apart stay
+    near their priors.
     """
     # half a second to import, and only fitting needs it
     from scipy.optimize import least_squares  # type: ignore[import-untyped]
@@ -69,7 +71,7 @@ def fit(
     each = predict_each or _one_by_one(predict)
 
     def runs(seconds: FloatArray) -> FloatArray:
-        error = np.log(seconds / measured) / ROBUST
+        error = np.log(seconds / measured) / robust
         return np.sign(error) * np.sqrt(scale * np.log1p(error**2))  # whose square is the loss
 
     def residuals(point: FloatArray) -> FloatArray:

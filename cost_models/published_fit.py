@@ -66,6 +66,7 @@ _OVERLAPS = ("overlap_dp_reduce", "overlap_dp_gather")
 TARGET: Mapping[str, tuple[str, ...]] = {
     "megatron-deepspeed": (*_ANY, "host.skew_s"),
     "megatron-lm": (*_ANY, "host.hop_s"),
+    "megatron-lm-2021": ("pointwise_factor",),
     "megatron-bridge": (*_ANY, *_OVERLAPS, "overlap_tp"),
     "nanotron": (
         *_ANY,

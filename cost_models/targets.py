@@ -226,6 +226,7 @@ MEGATRON_LM_2022 = replace(
     MEGATRON_LM,
     name="megatron-lm-2022",
     version_of="megatron-lm",
+    differs_in=("pointwise_factor",),  # other kernels
     pointwise=MEGATRON_2021,
     attention=AttentionKernel.WRITTEN_OUT,
     blocking_hops=(Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED),
