@@ -36,6 +36,9 @@ def show_cluster(profile: ClusterProfile, console: Console) -> None:
     if profile.collectives:
         console.print(_collectives(profile.collectives))
     _heatmap(profile, console)
+    for constant in profile.calibrated:
+        what = f"{constant.name} of {constant.owner} {constant.of}: {constant.value:.4g}, {constant.source.reference}"
+        console.print(f"  calibrated: {what}", markup=False)
     _environment(profile, console)
     for note in profile.notes:
         console.print(f"  note: {note}", markup=False)

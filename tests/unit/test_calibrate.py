@@ -214,6 +214,8 @@ def test_the_command_shows_errors_before_and_after_and_writes_the_cluster(
     assert "predicted before" in shown and "median error" in shown and "host.launch_factor" in shown
     assert f"wrote {tmp_path / 'out.json'}" in shown
     assert load_cluster(tmp_path / "out.json").calibrated
+    assert code_of("cluster", "show", tmp_path / "out.json") == 0
+    assert "4 steps of 2 plans: meshwright calibrate" in capsys.readouterr().out
     assert code_of("calibrate", tmp_path / "cluster.json", *files, "--json") == 0
     tree = json.loads(capsys.readouterr().out)
     assert [plan["framework"] for plan in tree["plans"]] == ["meshwright", "meshwright"]
