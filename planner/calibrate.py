@@ -130,6 +130,7 @@ def calibrate(cluster: ClusterProfile, measured: Sequence[MeasuredPlan]) -> Cali
                 weights,
                 spreads=spreads,
                 start=_with_launches(priors, factor),
+                max_evaluations=20,
                 robust=ROBUST,
             )
             for factor in LAUNCHES
