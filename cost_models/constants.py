@@ -54,7 +54,7 @@ CONSTANTS: tuple[Constant, ...] = (
     Constant(
         owner="device",
         name="memory_factor",
-        lower=0.7,
+        lower=0.9,
         upper=2.0,
         spread=1.2,
         meaning="seconds of memory-bound kernels over bytes / memory_bytes_per_s",

@@ -38,7 +38,7 @@ from meshwright.profiler.cluster_presets import calibrated_figures, uncalibrated
 FloatArray = NDArray[np.float64]
 Progress = Callable[[str], None]
 
-CAP, FEW = 60.0, 10.0
+CAP, FEW = 60.0, 4.0
 MIN_TOLD = 0.25  # below it the runs say so little of a constant that it stays as assumed
 
 # devices of one chip; the first one names it
