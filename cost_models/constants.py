@@ -151,7 +151,7 @@ CONSTANTS: tuple[Constant, ...] = (
         owner="target",
         name="host.microbatch_s",
         lower=1e-5,
-        upper=0.2,
+        upper=1.0,
         spread=3.0,
         meaning="host seconds of a micro-batch on a stage, exposed",
     ),
@@ -178,6 +178,14 @@ CONSTANTS: tuple[Constant, ...] = (
         upper=4.0,
         spread=1.5,
         meaning="seconds of the memory-bound rest over what its passes cost",
+    ),
+    Constant(
+        owner="target",
+        name="matmul_factor",
+        lower=0.8,
+        upper=1.4,
+        spread=1.08,
+        meaning="seconds of matmuls over those of the device in steps of other targets",
     ),
     Constant(
         owner="target",

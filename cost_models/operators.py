@@ -136,6 +136,7 @@ class Operators:
         recipe, slower = self.workload.recipe, 1.0
         if self.narrow and (recipe.row_scaled or recipe.block_scaled):
             slower = self.framework.row_scaled_factor if recipe.row_scaled else self.framework.block_scaled_factor
+        slower *= self.framework.matmul_factor
         if self.device.kind.startswith(HOPPER):
             slower *= self.framework.hopper_factor
         return slower * self.roofline("matmul", 2.0 * m * n * k, num_bytes, m, n, k, dtype)

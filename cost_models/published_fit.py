@@ -50,7 +50,7 @@ CHIPS: tuple[tuple[str, ...], ...] = (
     ("V100-SXM3-32GB", "V100-SXM2-32GB", "V100-SXM2-16GB"),
 )
 ALONE = {("H100-SXM5-96GB-500W", "matmul_factor")}  # its power limit is lower than its chip's
-DEVICE = ("matmul_factor", "attention_factor", "memory_factor", "communication_slowdown")
+DEVICE = ("matmul_factor", "attention_factor", "memory_factor", "communication_slowdown", "variation")
 LINK = ("bytes_per_s",)  # steps tell nothing of latency and congestion beside what tables of collectives tell
 
 _ANY = (
@@ -64,20 +64,26 @@ _ANY = (
 )
 _OVERLAPS = ("overlap_dp_reduce", "overlap_dp_gather")
 TARGET: Mapping[str, tuple[str, ...]] = {
-    "megatron-deepspeed": (*_ANY, "host.skew_s"),
-    "megatron-lm": (*_ANY, "host.hop_s"),
+    "megatron-deepspeed": (*_ANY, "host.skew_s", "matmul_factor"),
+    "megatron-lm": (*_ANY, "host.hop_s", "matmul_factor"),
     "megatron-lm-2021": ("pointwise_factor",),
+    "megatron-lm-2022": ("pointwise_factor",),
     "megatron-bridge": (*_ANY, *_OVERLAPS, "overlap_tp"),
-    "nanotron": (
-        *_ANY,
+    "nanotron": (  # its kernels are counted one by one
+        "host.launch_factor",
+        "host.run_ahead",
+        "host.collective_s",
+        "host.step_s",
+        "dp_factor",
         "host.hop_s",
         "host.pipelined_collective_s",
+        "matmul_factor",
         "overlap_tp",
         "overlap_dp_reduce",
         "overlap_dp_scatter",
     ),
     "nanotron-2024": ("host.hop_s", "host.microbatch_s", "dp_factor", "overlap_dp_reduce"),
-    "torchtitan": (*_ANY, *_OVERLAPS, "hopper_factor", "row_scaled_factor"),
+    "torchtitan": (*_ANY, *_OVERLAPS, "row_scaled_factor"),
     "torchtitan-async-tp": ("overlap_tp",),
     "llm-foundry": (*_ANY, *_OVERLAPS, "hopper_factor"),
     "internevo": (*_ANY, *_OVERLAPS),
@@ -116,7 +122,7 @@ def mixed(run: PublishedRun) -> bool:
     return (
         run.framework == "nanotron"
         and config.pp > 1
-        and (run.num_gpus >= 256 or (config.zero_stage == 0 and config.dp > 1))
+        and (256 <= run.num_gpus < 512 or (config.zero_stage == 0 and config.dp > 1 and run.num_gpus < 512))
     )
 
 
