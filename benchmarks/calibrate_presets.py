@@ -31,6 +31,7 @@ from meshwright.cost_models.published_fit import (
     expanded,
     fitted_on,
     joint_fit,
+    polished,
     resolvers,
     uncalibrated_cluster,
 )
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the constants")
     parser.add_argument("--cross-validate", type=int, nargs="?", const=5, default=0, metavar="FOLDS")
     parser.add_argument("--evaluations", type=int, default=12, help="of all runs, at most, in each fit")
+    parser.add_argument("--polish", type=int, default=2, help="rounds in which each owner's constants are fitted alone")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     published, progress = read_published(arguments.file), _progress(time.monotonic())
@@ -86,11 +88,14 @@ def _fitted(
         max_evaluations=arguments.evaluations // (2 if start else 1),
         on_progress=progress,
     )
+    values = found.values
+    for _ in range(arguments.polish):
+        values = polished(problem, values, on_progress=progress)
     if start:
-        return found.values
+        return values
     print(f"\n{'owner':<8} {'of':<22} {'constant':<28} {'before':>10} {'fitted':>10} {'told':>8} {'runs':>5}  families")
     priors = {_key(prior.value): (prior.value.value, place) for place, prior in enumerate(problem.priors)}
-    for value, told in sorted(zip(found.values, found.told, strict=True), key=lambda pair: _key(pair[0])):
+    for value, told in sorted(zip(values, found.told, strict=True), key=lambda pair: _key(pair[0])):
         if told < MIN_TOLD:
             continue
         before, place = priors[_key(value)]
@@ -100,7 +105,7 @@ def _fitted(
             f"{value.owner:<8} {value.of:<22} {value.name:<28} {before:>10.4g} {value.value:>10.4g} {told:>8.1f} "
             f"{len(members):>5}  {families}"
         )
-    return found.values
+    return values
 
 
 def _key(value: Value) -> tuple[str, str, str]:

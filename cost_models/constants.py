@@ -112,7 +112,7 @@ CONSTANTS: tuple[Constant, ...] = (
         name="host.launch_factor",
         lower=0.02,
         upper=30.0,
-        spread=3.0,
+        spread=5.0,
         meaning="host seconds of an operator over the device's launch_s",
     ),
     Constant(
@@ -120,7 +120,7 @@ CONSTANTS: tuple[Constant, ...] = (
         name="host.collective_s",
         lower=1e-6,
         upper=5e-3,
-        spread=3.0,
+        spread=10.0,
         meaning="host seconds of one collective call",
     ),
     Constant(
@@ -128,7 +128,7 @@ CONSTANTS: tuple[Constant, ...] = (
         name="host.pipelined_collective_s",
         lower=1e-7,
         upper=5e-3,
-        spread=3.0,
+        spread=10.0,
         meaning="host seconds of a collective call for each rank of its group, with a pipeline beside it",
     ),
     Constant(
@@ -136,7 +136,7 @@ CONSTANTS: tuple[Constant, ...] = (
         name="host.hop_s",
         lower=1e-6,
         upper=1.0,
-        spread=3.0,
+        spread=10.0,
         meaning="host seconds of one send or receive between stages",
     ),
     Constant(
@@ -152,7 +152,7 @@ CONSTANTS: tuple[Constant, ...] = (
         name="host.microbatch_s",
         lower=1e-5,
         upper=1.0,
-        spread=3.0,
+        spread=10.0,
         meaning="host seconds of a micro-batch on a stage, exposed",
     ),
     Constant(
@@ -160,7 +160,7 @@ CONSTANTS: tuple[Constant, ...] = (
         name="host.step_s",
         lower=1e-4,
         upper=2.0,
-        spread=3.0,
+        spread=10.0,
         meaning="host seconds of a step, exposed",
     ),
     Constant(
@@ -168,7 +168,7 @@ CONSTANTS: tuple[Constant, ...] = (
         name="host.run_ahead",
         lower=1.0,
         upper=16.0,
-        spread=1.5,
+        spread=2.5,
         meaning="how well kernels hide launches: exponent of the sum of both",
     ),
     Constant(
@@ -176,7 +176,7 @@ CONSTANTS: tuple[Constant, ...] = (
         name="pointwise_factor",
         lower=0.3,
         upper=4.0,
-        spread=1.5,
+        spread=2.0,
         meaning="seconds of the memory-bound rest over what its passes cost",
     ),
     Constant(
@@ -184,7 +184,7 @@ CONSTANTS: tuple[Constant, ...] = (
         name="matmul_factor",
         lower=0.8,
         upper=1.4,
-        spread=1.08,
+        spread=1.25,
         meaning="seconds of matmuls over those of the device in steps of other targets",
     ),
     Constant(
@@ -216,7 +216,7 @@ CONSTANTS: tuple[Constant, ...] = (
         name="dp_factor",
         lower=0.2,
         upper=8.0,
-        spread=1.5,
+        spread=2.0,
         meaning="seconds of data-parallel collectives over what their bytes cost",
     ),
     Constant(

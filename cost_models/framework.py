@@ -196,7 +196,7 @@ class Framework:
     float8_gathers: bool = False  # with them, gathers weights and sequence-parallel activations in float8
     row_scaled_factor: float = 1.0  # seconds of float8 matmuls with a scale for each row over those with one for all
     block_scaled_factor: float = 1.0  # the same with a scale for each block of a row and of a column
-    matmul_factor: float = 1.0  # seconds of matmuls over the device's: the target's library, and how it lays operands out
+    matmul_factor: float = 1.0  # seconds of matmuls over the device's: library, layout of operands
     hopper_factor: float = 1.0  # seconds of matmuls on Hopper over those of today's library: fewer kernels at first
     version_of: str = ""  # the target that this is a version of, whose fitted constants it shares
     differs_in: tuple[str, ...] = ()  # but for these (``constants.CONSTANTS``)
