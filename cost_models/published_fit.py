@@ -257,11 +257,16 @@ def _prior(owner: Owner, of: str, name: str, record: Device | LinkTier) -> Prior
 
 
 def polished(
-    problem: Problem, values: Sequence[Value], *, max_evaluations: int = 10, on_progress: Progress = lambda text: None
+    problem: Problem,
+    values: Sequence[Value],
+    *,
+    only: Sequence[str] = (),
+    max_evaluations: int = 10,
+    on_progress: Progress = lambda text: None,
 ) -> tuple[Value, ...]:
     """The same loss, minimised owner by owner from ``values`` on: each target's constants alone, then each device's.
 
-    A search in a hundred directions at once creeps where one in ten does not; priors and weights are the problem's.
+    ``only`` names the owners, where not all. A search in a hundred directions at once creeps where one in ten does not; priors and weights are the problem's.
     """
     now = list(values)
     blocks: dict[tuple[str, str], list[int]] = {}
@@ -272,6 +277,8 @@ def polished(
         if prior.value.owner != "link":
             blocks.setdefault((prior.value.owner, of), []).append(place)
     for (owner, of), places in sorted(blocks.items(), reverse=True):  # targets first
+        if only and of not in only:
+            continue
         groups = tuple({id(group): group for place in places for group in problem.touched[place]}.values())
         rows = np.concatenate([group.positions for group in groups])
 
