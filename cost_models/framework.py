@@ -215,7 +215,7 @@ def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, worklo
     Rules of torch 2.13 that a target built on it inherits (``torch/distributed/pipelining/schedules.py``): 1F1B
     wants ``num_microbatches >= pp``, DualPipeV twice as many; interleaved 1F1B runs ``max(1, num_microbatches // pp)``
     rounds, which must divide ``num_microbatches``. Others interleave multiples of pp only (Megatron-LM,
-    ``megatron/core/pipeline_parallel/schedules.py``). A batch that does not divide is left to ``strategy.legal``, which
+    ``megatron/core/pipeline_parallel/schedules.py``) and want equal stages. A batch that does not divide is left to ``strategy.legal``, which
     has a reason of its own.
     """
     data_ranks = batch.dp * batch.cp
@@ -227,6 +227,8 @@ def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, worklo
         batch.vocab_parallel == ((batch.tp > 1) & framework.vocab_parallel),
         _runs(batch, num_microbatches(batch, workload), framework) | (_remainder(batch, workload) != 0),
     ]
+    if not framework.torch_schedules and framework.partition is Partition.EVEN:
+        rules.append(model.num_layers % batch.num_stages == 0)
     if not framework.tensor_parallel:
         rules.append(batch.tp == 1)
     if not framework.pipeline_parallel:

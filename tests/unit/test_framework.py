@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from meshwright import InputError
-from meshwright.cost_models.framework import microbatches_per_round, num_microbatches, supported
+from meshwright.cost_models.framework import microbatches_per_round, num_microbatches, refuse_dtypes, supported
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Schedule
 from meshwright.cost_models.targets import MESHWRIGHT, framework_named
-from meshwright.cost_models.workload import Workload
+from meshwright.cost_models.workload import Workload, recipe_named
 from meshwright.profiler.layers import MoeLayer
 from meshwright.profiler.model import Block
 
@@ -96,3 +96,25 @@ def test_micro_batches_and_rounds() -> None:
 def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(InputError, match="expected one of meshwright"):
         framework_named("megatorn")
+
+
+def test_megatron_interleaves_multiples_of_pp_and_wants_equal_stages(toy: Any) -> None:
+    megatron = framework_named("megatron-bridge")
+
+    def accepts(num_layers: int, global_batch: int, vpp: int) -> bool:
+        schedule = Schedule.INTERLEAVED if vpp > 1 else Schedule.ONE_F_ONE_B
+        batch = ConfigBatch.from_configs([ParallelConfig(pp=2, vpp=vpp, schedule=schedule)])
+        workload = Workload(seq_len=32, global_batch_size=global_batch)
+        return bool(supported(batch, megatron, toy.model(num_layers=num_layers), workload)[0])
+
+    assert accepts(8, 6, 2) and accepts(8, 3, 1)
+    assert not accepts(8, 7, 2)  # seven micro-batches in rounds of two
+    assert not accepts(9, 6, 1) and not accepts(6, 6, 2)  # layers that do not fill stages evenly
+
+
+def test_dtypes_that_a_target_does_not_train_in() -> None:
+    for recipe, target, said in (("fp16", "meshwright", "loss scaling"), ("fp8", "deepspeed", "float8")):
+        workload = Workload(seq_len=32, global_batch_size=24, recipe=recipe_named(recipe))
+        with pytest.raises(InputError, match=said):
+            refuse_dtypes(framework_named(target), workload)
+        refuse_dtypes(framework_named("megatron-bridge"), workload)
