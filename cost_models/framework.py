@@ -215,8 +215,8 @@ def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, worklo
     Rules of torch 2.13 that a target built on it inherits (``torch/distributed/pipelining/schedules.py``): 1F1B
     wants ``num_microbatches >= pp``, DualPipeV twice as many; interleaved 1F1B runs ``max(1, num_microbatches // pp)``
     rounds, which must divide ``num_microbatches``. Others interleave multiples of pp only (Megatron-LM,
-    ``megatron/core/pipeline_parallel/schedules.py``) and want equal stages. A batch that does not divide is left to ``strategy.legal``, which
-    has a reason of its own.
+    ``megatron/core/pipeline_parallel/schedules.py``) and want equal stages. A batch that does not divide is left to
+    ``strategy.legal``, which has a reason of its own.
     """
     data_ranks = batch.dp * batch.cp
     shard = np.where(batch.zero_stage > 0, data_ranks, 1)

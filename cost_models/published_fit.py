@@ -266,7 +266,8 @@ def polished(
 ) -> tuple[Value, ...]:
     """The same loss, minimised owner by owner from ``values`` on: each target's constants alone, then each device's.
 
-    ``only`` names the owners, where not all. A search in a hundred directions at once creeps where one in ten does not; priors and weights are the problem's.
+    ``only`` names the owners, where not all. A search in a hundred directions at once creeps where one in ten does not;
+    priors and weights are the problem's.
     """
     now = list(values)
     blocks: dict[tuple[str, str], list[int]] = {}
