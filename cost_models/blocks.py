@@ -141,7 +141,7 @@ def _attention_params(layer: AttentionLayer, tp: FloatArray) -> FloatArray:
 def vocab_rows(vocab_size: int, batch: ConfigBatch, multiple: IntArray | int = 1) -> FloatArray:
     """Rows of the token table or head on one rank, a multiple of ``multiple``."""
     ranks = np.where(batch.vocab_parallel, batch.tp, 1)
-    return np.asarray(np.ceil(vocab_size / ranks / multiple) * multiple)
+    return np.asarray(np.ceil(vocab_size / ranks / multiple) * multiple, dtype=np.float64)
 
 
 def num_tensors(block: Block) -> int:
