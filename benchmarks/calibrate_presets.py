@@ -26,6 +26,7 @@ import numpy as np
 from meshwright.cost_models.constants import Value
 from meshwright.cost_models.published import Predictions, Published, PublishedRun, grouped, predict, read_published
 from meshwright.cost_models.published_fit import (
+    MIN_RUNS,
     MIN_TOLD,
     Problem,
     expanded,
@@ -44,7 +45,7 @@ from meshwright.profiler.cluster_presets import uncalibrated_figure
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "benchmarks/calibrate_presets.py"
 FACTOR, POINTS = 1.25, 0.01  # what leaving out may cost, of the median error
-MIN_RUNS, MIN_MODELS = 40, 4  # families that are judged so
+MANY_RUNS, MANY_MODELS = 40, 4  # families that are judged so
 
 
 def main() -> None:
@@ -79,7 +80,7 @@ def _fitted(
     start: tuple[Value, ...] = (),
 ) -> tuple[Value, ...]:
     """Constants fitted on ``runs``; printed where the search does not start from those of another fit."""
-    problem = Problem(runs)
+    problem = Problem(runs, min_runs=MIN_RUNS)
     progress(f"{len(runs)} runs, {len(problem.priors)} constants")
     found = joint_fit(
         problem,
@@ -187,7 +188,7 @@ def _cross_validate(
     print(f"\n{'family':<26} {'rows':>5} {'models':>6} {'fitted':>8} {'left out':>9} {'bound':>8}")
     for family, names in sorted(models.items()):
         members = np.array([run.family == family for run in runs])
-        if members.sum() >= MIN_RUNS and len(names) >= MIN_MODELS:
+        if members.sum() >= MANY_RUNS and len(names) >= MANY_MODELS:
             fitted, out_of = (float(np.median(np.abs(errors[members]))) for errors in (whole, left))
             bound = FACTOR * fitted + POINTS
             verdict = "" if out_of <= bound else "  over"

@@ -39,6 +39,7 @@ FloatArray = NDArray[np.float64]
 Progress = Callable[[str], None]
 
 CAP, FEW = 60.0, 4.0
+MIN_RUNS = 8  # a published table tells nothing of a constant that fewer touch
 MIN_TOLD = 0.25  # below it the runs say so little of a constant that it stays as assumed
 
 # devices of one chip; the first one names it
@@ -146,13 +147,17 @@ def expanded(values: Iterable[Value]) -> tuple[Value, ...]:
 
 
 class Problem:
-    """Runs to fit on, and the constants that they touch."""
+    """Runs to fit on, and the constants that ``min_runs`` of them or more touch."""
 
-    def __init__(self, runs: Sequence[PublishedRun]) -> None:
+    def __init__(self, runs: Sequence[PublishedRun], *, min_runs: int = 1) -> None:
         self.runs = tuple(runs)
         self.groups = grouped(self.runs)
-        self.priors = tuple(self._priors())
-        self.touched = [self._touched(prior.value) for prior in self.priors]
+        every = tuple(self._priors())
+        self.priors = every  # which constants there are decides which runs each touches
+        touched = [self._touched(prior.value) for prior in every]
+        kept = [sum(len(group.positions) for group in groups) >= min_runs for groups in touched]
+        self.priors = tuple(prior for prior, keep in zip(every, kept, strict=True) if keep)
+        self.touched = [groups for groups, keep in zip(touched, kept, strict=True) if keep]
 
     @cached_property
     def measured_s(self) -> FloatArray:

@@ -61,8 +61,8 @@ def split_virtual_name(name: str) -> VirtualName:
 def parse_virtual_device(name: str) -> Device:
     """The device record of a virtual device: the preset's with its rates divided.
 
-    Half sizes, overheads, launch cost and slow-down are 0, because the clock charges none of them; memory is whole.
-    Raises ``InputError`` as ``split_virtual_name`` does, and for an unknown KIND.
+    Half sizes, overheads, launch cost and slow-down are 0 and factors 1, because the clock charges none of them; memory
+    is whole. Raises ``InputError`` as ``split_virtual_name`` does, and for an unknown KIND.
     """
     parts = split_virtual_name(name)
     device = load_cluster(parts.preset).device
@@ -74,6 +74,10 @@ def parse_virtual_device(name: str) -> Device:
         num_multiprocessors=None,
         launch_s=0.0,
         communication_slowdown=0.0,
+        matmul_factor=1.0,
+        attention_factor=1.0,
+        memory_factor=1.0,
+        variation=0.0,
         efficiencies=tuple(_slower(efficiency, parts.flops_divisor) for efficiency in device.efficiencies),
         samples=(),
         source=_scaled(device.source, parts.memory_divisor),
