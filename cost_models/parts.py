@@ -78,6 +78,42 @@ def block_parts(
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Priced:
+    """A block's collectives: seconds by (axis, phase), and calls by phase."""
+
+    spent: dict[tuple[str, str], FloatArray]
+    inside: dict[tuple[str, str], FloatArray]  # what the same bytes would take inside a node
+    copied: dict[tuple[str, str], FloatArray]  # local copies among the kernels
+    calls: dict[str, FloatArray]
+
+
+def _priced(
+    traffic: list[Collective],
+    cluster: ClusterProfile,
+    groups: dict[str, Groups],
+    framework: Framework,
+    batch: ConfigBatch,
+) -> _Priced:
+    zero, found = np.zeros(len(batch)), _Priced({}, {}, {}, {})
+    for entry in traffic:
+        if not entry.calls.any():
+            continue
+        key = (entry.axis, entry.phase)
+        factor = framework.dp_factor if entry.axis == "dp" else 1.0
+        once, copies = _price(entry, cluster, groups, framework, batch)
+        if entry.axis == "dp" and entry.phase != "end" and framework.copies_exposed:
+            after = (entry.axis, entry.phase if entry.phase in PER_MICROBATCH else "end")
+            found.copied[after] = found.copied.get(after, zero) + cluster.device.memory_factor * copies
+        else:
+            once = once + copies
+        waiting = entry.calls * framework.host.skew_s if entry.axis == "tp" else 0.0
+        found.spent[key] = found.spent.get(key, zero) + factor * once + waiting
+        found.inside[key] = found.inside.get(key, zero) + np.minimum(_inside(entry, cluster), factor * once)
+        found.calls[entry.phase] = found.calls.get(entry.phase, zero) + entry.calls
+    return found
+
+
 def _parts(
     kinds: BlockKinds,
     index: int,
@@ -100,25 +136,8 @@ def _parts(
             recompute=kernels.recompute * slower,
         )
     zero = np.zeros(len(batch))
-    spent: dict[tuple[str, str], FloatArray] = {}
-    inside: dict[tuple[str, str], FloatArray] = {}  # what the same bytes would take inside a node
-    copied: dict[tuple[str, str], FloatArray] = {}  # local copies among the kernels
-    calls: dict[str, FloatArray] = {}  # by phase
-    for entry in block_traffic(kinds, index, model, workload, batch, framework):
-        if not entry.calls.any():
-            continue
-        key = (entry.axis, entry.phase)
-        factor = framework.dp_factor if entry.axis == "dp" else 1.0
-        once, copies = _price(entry, cluster, groups, framework, batch)
-        if entry.axis == "dp" and entry.phase != "end" and framework.copies_exposed:
-            after = (entry.axis, entry.phase if entry.phase in PER_MICROBATCH else "end")
-            copied[after] = copied.get(after, zero) + device.memory_factor * copies
-        else:
-            once = once + copies
-        waiting = entry.calls * framework.host.skew_s if entry.axis == "tp" else 0.0
-        spent[key] = spent.get(key, zero) + factor * once + waiting
-        inside[key] = inside.get(key, zero) + np.minimum(_inside(entry, cluster), factor * once)
-        calls[entry.phase] = calls.get(entry.phase, zero) + entry.calls
+    priced = _priced(block_traffic(kinds, index, model, workload, batch, framework), cluster, groups, framework, batch)
+    spent, inside, copied, calls = priced.spent, priced.inside, priced.copied, priced.calls
     on_streams = launches_ahead(device)  # a CPU runs collectives and compute one after the other
     gather, reduce = framework.overlap_dp_gather * on_streams, reduce_overlap(framework, batch) * on_streams
     hidden_tp = framework.overlap_tp * on_streams

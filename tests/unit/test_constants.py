@@ -10,6 +10,7 @@ import pytest
 from meshwright import InputError
 from meshwright.cost_models import published_fit
 from meshwright.cost_models.constants import (
+    BY_HAND,
     BY_NAME,
     CONSTANTS,
     Value,
@@ -19,6 +20,7 @@ from meshwright.cost_models.constants import (
     value_on,
 )
 from meshwright.cost_models.framework import Framework, HostCost
+from meshwright.cost_models.operators import UNALIGNED
 from meshwright.cost_models.targets import ASSUMED, CALIBRATED, FRAMEWORKS, framework_named
 from meshwright.profiler.cluster import CalibratedConstant, Device, LinkTier, Provenance, Source, load_preset
 from meshwright.profiler.cluster_presets import (
@@ -152,3 +154,17 @@ def test_a_calibrated_cluster_changes_itself_and_the_target() -> None:
 def test_an_unknown_constant_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"unknown constant 'speed' of a device: expected one of matmul_factor, "):
         _ = Value(owner="device", of="x", name="speed", value=1.0).constant
+
+
+def test_constants_read_off_by_hand_stand_in_the_code_and_count_among_the_twelve() -> None:
+    assert next(each.value for each in BY_HAND if each.name == "operators.UNALIGNED") == UNALIGNED
+    fitted, machines = fitted_of_targets(), fitted_of_machines()
+    for each in BY_HAND:
+        if each.owner == "target":
+            target = FRAMEWORKS[each.of]
+            assert value_on("target", each.name, target) == each.value
+            own = {*fitted.get(target.version_of, {}), *fitted.get(each.of, {})}
+            own |= {other.name for other in BY_HAND if other.of == each.of}
+            assert len(own) <= MOST, each.of
+    by_device = [len(names) for (owner, _), names in machines.items() if owner == "device"]
+    assert max(by_device) + sum(each.owner == "device" for each in BY_HAND) <= MOST
