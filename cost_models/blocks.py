@@ -107,6 +107,12 @@ def rank_params(block: Block, batch: ConfigBatch) -> FloatArray:
     return np.asarray(sum(_layer_params(layer, batch) for layer in block.layers), dtype=np.float64)
 
 
+def expert_params(block: Block, batch: ConfigBatch) -> FloatArray:
+    """Those of ``rank_params`` that belong to routed experts, which are shared by fewer ranks than the rest."""
+    whole = float(sum(layer.expert_params for layer in block.layers if isinstance(layer, MoeLayer)))
+    return np.asarray(whole / (batch.ep * batch.etp))
+
+
 def _layer_params(layer: LayerSpec, batch: ConfigBatch) -> FloatArray:
     tp = batch.tp.astype(np.float64)
     if isinstance(layer, NormLayer):

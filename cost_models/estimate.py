@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,23 +41,38 @@ class CostBreakdown:
         return float(sum(getattr(self, field.name) for field in fields(self) if field.name != "hidden_s"))
 
 
+class Moment(StrEnum):
+    """When in a step a device holds the most."""
+
+    BACKWARD = "backward"
+
+
+MOMENTS: tuple[Moment, ...] = tuple(Moment)
+# what the tensors of a moment are; ``MemoryBreakdown`` says what belongs to each
+KINDS = ("params", "grads", "optimizer", "activations", "gathered", "working", "communication")
+
+
 @record
 class MemoryBreakdown:
-    """Bytes at the peak of the stage with the largest total; kinds are never maxed apart."""
+    """Bytes of the stage and the moment with the largest total; kinds are never maxed apart."""
 
     stage: int
-    params_bytes: int
+    moment: Moment
+    params_bytes: int  # what the modules' parameters hold; sharded they may be the master weights (FSDP2)
     grads_bytes: int
-    optimizer_bytes: int
-    activations_bytes: int
-    buffers_bytes: int  # gathered weights, logits, communication
+    optimizer_bytes: int  # states, and master weights that are kept apart from the parameters
+    activations_bytes: int  # what forwards have left for backwards, of all micro-batches in flight
+    gathered_bytes: int  # whole weights beside one's own shards
+    working_bytes: int  # what exists for that moment: recomputed activations, the loss, gradients of activations
+    communication_bytes: int  # flat buffers being gathered or reduced, buffers that a pipeline receives into
+    fragmentation_bytes: int  # what the allocator holds on top of all tensors
     reserved_bytes: int  # context and what others hold of the device
     capacity_bytes: int
 
     @property
     def peak_bytes(self) -> int:
-        """Everything the model allocates at its peak, without ``reserved_bytes``."""
-        return self.params_bytes + self.grads_bytes + self.optimizer_bytes + self.activations_bytes + self.buffers_bytes
+        """All tensors at the peak, as ``torch.cuda.max_memory_allocated`` counts them."""
+        return int(sum(getattr(self, f"{name}_bytes") for name in KINDS))
 
     @property
     def headroom_bytes(self) -> int:
@@ -92,11 +109,15 @@ class BatchEstimate:
     overhead_s: FloatArray
     hidden_s: FloatArray
     stage: IntArray
+    moment: IntArray  # positions in MOMENTS
     params_bytes: IntArray
     grads_bytes: IntArray
     optimizer_bytes: IntArray
     activations_bytes: IntArray
-    buffers_bytes: IntArray
+    gathered_bytes: IntArray
+    working_bytes: IntArray
+    communication_bytes: IntArray
+    fragmentation_bytes: IntArray
     reserved_bytes: IntArray
     capacity_bytes: IntArray
 
@@ -111,8 +132,8 @@ class BatchEstimate:
 
     @property
     def peak_bytes(self) -> IntArray:
-        """Everything the model allocates at its peak, without ``reserved_bytes``."""
-        return self.params_bytes + self.grads_bytes + self.optimizer_bytes + self.activations_bytes + self.buffers_bytes
+        """All tensors at the peak, as ``torch.cuda.max_memory_allocated`` counts them."""
+        return np.asarray(sum(getattr(self, f"{name}_bytes") for name in KINDS), dtype=np.int64)
 
     @property
     def fits(self) -> BoolArray:
@@ -122,5 +143,6 @@ class BatchEstimate:
     def estimate(self, index: int, batch: ConfigBatch) -> Estimate:
         """The config at one position of ``batch`` with its breakdowns, as a record."""
         cost = CostBreakdown(**{name: getattr(self, name)[index].item() for name in SECONDS})
-        memory = MemoryBreakdown(**{name: getattr(self, name)[index].item() for name in BYTES})
+        whole: dict[str, Any] = {name: getattr(self, name)[index].item() for name in BYTES}
+        memory = MemoryBreakdown(**whole | {"moment": MOMENTS[whole["moment"]]})
         return Estimate(config=batch.config(index), cost=cost, memory=memory)

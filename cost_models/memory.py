@@ -1,273 +1,146 @@
-"""Bytes on one device at the peak, stage by stage, counted tensor by tensor.
+"""Bytes on one device at the peak: what every moment of a step holds, stage by stage, and the largest of them.
 
-Weights, gradients and optimizer states follow the dtype recipe and what the target's ZeRO keeps resident
-(``executors/data_parallel.py``). Activations are the tensors autograd keeps of each layer for one micro-batch, times
-the micro-batches in flight. They are what Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count, for flash
-attention (no scores are kept, only their log-sum-exp: Dao et al. 2022, arXiv 2205.14135) and without dropout.
-
-Left out: allocator fragmentation, workspaces of matmuls and communicators (the device's ``reserved_bytes`` hold
-context), attention masks and rotary tables: a few percent of a full device.
+A moment's bytes are of kinds: what is resident between micro-batches (``residency``), the activations of the
+micro-batches in flight (``saved`` times ``pipeline.held_microbatches``), and what exists for that moment alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.blocks import BlockKinds, rank_params, vocab_rows
-from meshwright.cost_models.framework import AttentionKernel, Framework, num_microbatches
-from meshwright.cost_models.strategy import ConfigBatch, Recompute
+from meshwright.cost_models import pipeline
+from meshwright.cost_models.blocks import BlockKinds
+from meshwright.cost_models.estimate import KINDS, MOMENTS, Moment
+from meshwright.cost_models.framework import Framework, microbatches_per_round, num_microbatches
+from meshwright.cost_models.residency import Numbers, state_bytes
+from meshwright.cost_models.saved import BlockBytes
+from meshwright.cost_models.strategy import ConfigBatch, Schedule
 from meshwright.cost_models.workload import Workload
-from meshwright.profiler.layers import (
-    AttentionKind,
-    AttentionLayer,
-    HeadLayer,
-    LayerSpec,
-    MlpLayer,
-    MoeLayer,
-    NormKind,
-    NormLayer,
-)
-from meshwright.profiler.model import Block, BlockKind
+from meshwright.profiler.model import BlockKind
 
 FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class BlockBytes:
-    """Bytes of one block on one rank, arrays of shape ``[num_configs]``.
-
-    ``params`` is a count. ``saved`` is kept for backward of one micro-batch; ``working`` is what exists beside it
-    for a moment: a recomputed block's activations, the loss's intermediates.
-    """
-
-    params: FloatArray
-    saved: FloatArray
-    working: FloatArray
-
-
-def block_bytes(block: Block, workload: Workload, framework: Framework, batch: ConfigBatch) -> BlockBytes:
-    """What a block holds of one micro-batch under each config's recompute choice."""
-    few, inverse = batch.distinct(
-        "tp", "cp", "pp", "micro_batch_size", "sequence_parallel", "recompute", "vocab_parallel", "ep", "etp"
-    )
-    saver = _Saved(workload, framework, few)
-    everything = sum((saver.layer(layer) for layer in block.layers), np.zeros(len(few)))
-    if block.kind is BlockKind.DECODER:
-        block_input = saver.stream(block.layers[0].hidden)
-        if framework.selective.rest:
-            kept = block_input + sum((saver.products(layer) for layer in block.layers), np.zeros(len(few)))
-        else:  # attention's core alone is worked out again
-            kept = everything - sum((saver.scores(layer) for layer in block.layers), np.zeros(len(few)))
-        full, selective = few.is_recompute(Recompute.FULL), few.is_recompute(Recompute.SELECTIVE)
-        saved = np.where(full, block_input, np.where(selective, np.minimum(kept, everything), everything))
-        working = np.where(full | selective, everything - saved, 0.0)
-    else:
-        saved = everything
-        working = sum((saver.loss_working(layer) for layer in block.layers), np.zeros(len(few)))
-    arrays = (rank_params(block, few), saved, working)
-    return BlockBytes(*(np.broadcast_to(array, (len(few),))[inverse] for array in arrays))
-
-
-class _Saved:
-    """Bytes autograd keeps of each layer, for one micro-batch."""
-
-    def __init__(self, workload: Workload, framework: Framework, batch: ConfigBatch) -> None:
-        self.framework, self.batch = framework, batch
-        self.size = float(workload.recipe.compute.num_bytes)
-        self.wide = max(self.size, 4.0)  # norms and losses work in float32 at least
-        self.tp = batch.tp.astype(np.float64)
-        self.seq_len = float(workload.seq_len)
-        self.tokens = batch.micro_batch_size * (workload.seq_len / batch.cp)
-        self.cut_tokens = np.where(batch.sequence_parallel, self.tokens / self.tp, self.tokens)
-
-    def stream(self, hidden: int) -> FloatArray:
-        """The residual stream (cut by tp with sequence parallelism)."""
-        return np.asarray(self.cut_tokens * hidden * self.size)
-
-    def layer(self, layer: LayerSpec) -> FloatArray:
-        """Everything kept without recompute."""
-        if isinstance(layer, NormLayer):
-            return self._norm(layer)
-        if isinstance(layer, AttentionLayer):
-            kept = self._projected_input(layer.hidden) + self._attention(layer)
-            return kept + self.scores(layer) + self._mask(layer.hidden)
-        if isinstance(layer, MlpLayer):
-            return (
-                self._projected_input(layer.hidden) + self._ffn(layer.ffn_size, layer.gated) + self._mask(layer.hidden)
-            )
-        if isinstance(layer, MoeLayer):
-            return self._projected_input(layer.hidden) + self._moe(layer)
-        if isinstance(layer, HeadLayer):
-            logits = self.tokens * vocab_rows(layer.vocab_size, self.batch)
-            own = self.batch.vocab_parallel | self.framework.fused_loss
-            kept = np.where(own, self.size, self.wide)  # the logits, or their log-softmax
-            return self._projected_input(layer.hidden) + logits * kept
-        return np.zeros(len(self.batch))  # a lookup keeps the token ids only
-
-    def products(self, layer: LayerSpec) -> FloatArray:
-        """Outputs of projections and fused attention: what selective recompute keeps (``executors/recompute.py``).
-
-        A target may drop a share of the projections' outputs (``Selective.outputs``); one that gathers inputs of
-        sequence parallelism again keeps what it has scattered, a shard.
-        """
-        share, shards = 1.0 - self.framework.selective.outputs, self.framework.selective.gathers
-        out_tokens = self.cut_tokens if shards else self.tokens
-        if isinstance(layer, AttentionLayer):
-            core = self.tokens * layer.num_heads / self.tp * (layer.value_head_dim * self.size + 4.0)
-            out = out_tokens * layer.hidden * self.size
-            return np.asarray(core + share * (self._attention(layer) - core + out) + self._gathered(layer.hidden))
-        if isinstance(layer, MlpLayer):
-            ways_in = 2.0 if layer.gated else 1.0
-            inner = self.tokens * ways_in * layer.ffn_size / self.tp
-            return np.asarray(share * (inner + out_tokens * layer.hidden) * self.size + self._gathered(layer.hidden))
-        if isinstance(layer, MoeLayer):
-            rows = self.tokens * layer.top_k
-            ways_in = 2.0 if layer.gated else 1.0
-            inner = rows * (ways_in * layer.expert_ffn_size + layer.hidden)
-            shared = self.tokens * ways_in * layer.shared_ffn_size / self.tp
-            return (inner + shared + self.tokens * layer.hidden) * self.size
-        return np.zeros(len(self.batch))
-
-    def loss_working(self, layer: LayerSpec) -> FloatArray:
-        """The loss beside what it keeps: two float32 copies of the logits and their gradient in the compute dtype.
-
-        A fused loss has the gradient alone.
-        """
-        if not isinstance(layer, HeadLayer):
-            return np.zeros(len(self.batch))
-        logits = self.tokens * vocab_rows(layer.vocab_size, self.batch)
-        copies = 0.0 if self.framework.fused_loss else 2.0 * self.wide
-        return np.asarray(logits * (copies + self.size))
-
-    def scores(self, layer: LayerSpec) -> FloatArray:
-        """Of attention that is written out: softmax's output, and where it is dropped out of a mask and the rest.
-
-        ``5 a s^2 b`` bytes in half precision (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1).
-        """
-        if not isinstance(layer, AttentionLayer) or self.framework.attention is not AttentionKernel.WRITTEN_OUT:
-            return np.zeros(len(self.batch))
-        pairs = self.tokens * self.seq_len * layer.num_heads / self.tp
-        return np.asarray(pairs * (self.size + self._drops * (self.size + 1.0)))
-
-    @property
-    def _drops(self) -> bool:
-        return self.framework.pointwise.dropout.forward_kernels > 0
-
-    def _mask(self, hidden: int) -> FloatArray:
-        """Where a layer's output is dropped out of: a byte a number."""
-        return np.asarray(self.cut_tokens * hidden * float(self._drops))
-
-    def _norm(self, layer: NormLayer) -> FloatArray:
-        """A fused norm keeps its input; the RMSNorm of Hugging Face a float32 copy and the normalised tensor."""
-        eager = layer.norm_kind is NormKind.RMS and self.framework.eager_rms_norm
-        return np.asarray(self.cut_tokens * layer.hidden * ((self.wide + self.size) if eager else self.size))
-
-    def _projected_input(self, hidden: int) -> FloatArray:
-        """The input of a column split: whole on each rank, unless the target gathers it again in backward."""
-        tokens = self.cut_tokens if self.framework.regathers_sequence else self.tokens
-        return np.asarray(tokens * hidden * self.size)
-
-    def _gathered(self, hidden: int) -> Any:
-        """With sequence parallelism the gathered input, a collective's output, is kept under selective recompute."""
-        again = self.framework.regathers_sequence or self.framework.selective.gathers
-        kept = self.batch.sequence_parallel & (not again)
-        return np.where(kept, self.tokens * hidden * self.size, 0.0)
-
-    def _attention(self, layer: AttentionLayer) -> FloatArray:
-        """Queries, keys, values, the output and its log-sum-exp (float32)."""
-        heads = layer.num_heads / self.tp
-        query_dim, value_dim = layer.head_dim + layer.rope_head_dim, layer.value_head_dim
-        kv_heads, latent = np.maximum(layer.num_kv_heads / self.tp, 1.0), 0.0
-        if layer.attention_kind is AttentionKind.MLA:
-            kv_heads = heads
-            latent = 2.0 * (layer.q_lora_rank + layer.kv_lora_rank)  # before and after their norms
-        width = heads * (query_dim + value_dim) + kv_heads * (query_dim + value_dim) + latent
-        return np.asarray(self.tokens * (width * self.size + heads * 4.0))
-
-    def _ffn(self, ffn_size: int, gated: bool) -> FloatArray:
-        """Gated: gate, up, the activated gate and the product; else the activation's input and output."""
-        return np.asarray(self.tokens * (4.0 if gated else 2.0) * ffn_size / self.tp * self.size)
-
-    def _moe(self, layer: MoeLayer) -> FloatArray:
-        """Every token's row for each expert it takes, permuted, through the expert and back; the router's logits."""
-        rows = self.tokens * layer.top_k
-        inner = rows * ((4.0 if layer.gated else 2.0) * layer.expert_ffn_size + 2.0 * layer.hidden) * self.size
-        routing = self.tokens * layer.num_experts * 4.0
-        shared = self._ffn(layer.shared_ffn_size, layer.gated) if layer.shared_ffn_size else 0.0
-        return np.asarray(inner + routing + shared)
-
-
-@dataclass(frozen=True, slots=True)
-class RankBytes:
-    """Bytes of one pipeline rank, arrays of shape ``[num_configs]``."""
+class KindBytes:
+    """Bytes of one pipeline rank at one moment, by kind: arrays of shape ``[num_configs]``."""
 
     params: FloatArray
     grads: FloatArray
     optimizer: FloatArray
     activations: FloatArray
-    buffers: FloatArray
+    gathered: FloatArray
+    working: FloatArray
+    communication: FloatArray
 
     @property
     def total(self) -> FloatArray:
-        """Their sum: the peak of that rank."""
-        return self.params + self.grads + self.optimizer + self.activations + self.buffers
+        """Their sum."""
+        return np.asarray(sum(getattr(self, field.name) for field in fields(self)))
 
 
-def rank_bytes(
-    kinds: BlockKinds,
-    parts: list[BlockBytes],
-    counts: NDArray[np.int64],
-    in_flight: FloatArray,
-    received_bytes: FloatArray,
-    workload: Workload,
-    batch: ConfigBatch,
-) -> RankBytes:
-    """The peak of the pipeline rank with ``counts[chunk, kind]`` blocks and ``in_flight`` micro-batches.
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Configs of one pipeline shape: ``counts`` ``[pp, vpp, num_kinds]`` blocks of ``kinds`` on each chunk."""
 
-    ``in_flight`` is of shape ``[num_configs, vpp]``. Resident by ZeRO stage, with ``P`` numbers on the rank and ``d``
-    ranks sharing them: weights ``P`` (0), ``P`` gathered and ``P / d`` of one's own (1, 2), ``P / d`` and two gathered
-    units (3: the one in use and the one prefetched; the unit outside the blocks stays whole meanwhile); gradients ``P``
-    (0, and 1 with more than one micro-batch, whose last backward frees a unit's as it reduces them) or ``P / d``, and
-    from 1 on two whole units being reduced; optimizer states and master weights ``P`` (0) or ``P / d``. Where the
-    recipe has master weights, one's own part *is* the master. ``received_bytes`` are the pipeline's receive buffers.
+    kinds: BlockKinds
+    counts: FloatArray
+    schedule: Schedule
+    workload: Workload
+    framework: Framework
+    batch: ConfigBatch
+
+
+def peak(blocks: list[BlockBytes], pipe: Pipeline, hop_bytes: FloatArray) -> dict[str, FloatArray]:
+    """The largest moment of the fullest rank: bytes by kind, its ``stage`` and its ``moment`` (of ``MOMENTS``).
+
+    ``blocks`` are those of ``pipe.kinds``; ``hop_bytes`` is what a stage hands to the next.
     """
-    recipe, zero = workload.recipe, batch.zero_stage
-    shards = np.where(zero > 0, batch.dp_shard, 1).astype(np.float64)
-    blocks = counts.sum(axis=0)
-    numbers, largest, outer = np.zeros(len(batch)), np.zeros(len(batch)), np.zeros(len(batch))
-    saved, working = np.zeros(len(batch)), np.zeros(len(batch))
-    for index, (kind, part) in enumerate(zip(kinds.kinds, parts, strict=True)):
-        if not blocks[index]:
+    size = len(pipe.batch)
+    best = {f"{name}_bytes": np.zeros(size) for name in KINDS}
+    best |= {"stage": np.zeros(size), "moment": np.zeros(size)}
+    largest = np.full(size, -1.0)
+    for rank in range(pipe.counts.shape[0]):
+        for moment, held in _moments(blocks, pipe, rank, hop_bytes).items():
+            total = held.total
+            more = total > largest
+            largest = np.where(more, total, largest)
+            found = {f"{name}_bytes": getattr(held, name) for name in KINDS}
+            found |= {"stage": np.full(size, float(rank)), "moment": np.full(size, float(MOMENTS.index(moment)))}
+            best = {name: np.where(more, found[name], best[name]) for name in best}
+    return best
+
+
+def _numbers(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> Numbers:
+    on_rank = pipe.counts[rank].sum(axis=0)
+    zeros = np.zeros(len(pipe.batch))
+    dense, expert, largest, outer = zeros, zeros, zeros, zeros
+    for number, kind, block in zip(on_rank, pipe.kinds.kinds, blocks, strict=True):
+        if not number:
             continue
-        numbers = numbers + blocks[index] * part.params
-        working = np.maximum(working, part.working)
-        for chunk in np.flatnonzero(counts[:, index]):
-            saved = saved + counts[chunk, index] * in_flight[:, chunk] * part.saved
+        dense = dense + number * (block.params - block.expert_params)
+        expert = expert + number * block.expert_params
         if kind.kind is BlockKind.DECODER:
-            largest = np.maximum(largest, part.params)
+            largest = np.maximum(largest, block.params)
         else:
-            outer = outer + part.params
-    units = outer + np.minimum(2.0 * largest, numbers - outer)
+            outer = outer + block.params
+    return Numbers(dense=dense, expert=expert, block=largest, outer=outer)
+
+
+def _moments(blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: FloatArray) -> dict[Moment, KindBytes]:
+    """What a rank holds at each moment at which it may hold the most.
+
+    ZeRO 3 holds two gathered units (the one in use and the one prefetched) beside the unit outside the blocks; from 1
+    on two whole units are being reduced; a recomputed block's activations, or the loss's intermediates, exist beside.
+    """
+    batch, workload, recipe = pipe.batch, pipe.workload, pipe.workload.recipe
+    numbers, zero = _numbers(blocks, pipe, rank), batch.zero_stage
+    state = state_bytes(numbers, workload, pipe.framework, batch)
+    working = np.zeros(len(batch))
+    for index, block in enumerate(blocks):
+        if pipe.counts[rank, :, index].any():
+            working = np.maximum(working, block.working)
     weight, grad = float(recipe.params.num_bytes), float(recipe.grads.num_bytes)
-    own = numbers / shards * (0.0 if recipe.master else weight)
-    params = np.where(zero == 0, numbers * weight, np.where(zero == 3, own, numbers * weight + own))
-    accumulates = (zero == 0) | ((zero == 1) & (num_microbatches(batch, workload) > 1))
-    grads = np.where(accumulates, numbers, numbers / shards) * grad
-    states = workload.optimizer.num_states * recipe.optimizer.num_bytes
-    master = recipe.master.num_bytes if recipe.master else 0
-    gathered = np.where(zero == 3, units * weight, 0.0)
-    unit = np.maximum(largest, outer)
-    reducing = np.where(zero >= 1, np.minimum(2.0 * unit, numbers) * grad, 0.0)
+    units = numbers.outer + np.minimum(2.0 * numbers.block, numbers.all - numbers.outer)
+    unit = np.maximum(numbers.block, numbers.outer)
+    reducing = np.where(zero >= 1, np.minimum(2.0 * unit, numbers.all) * grad, 0.0)
     flattened = np.where((zero == 0) & (batch.dp * batch.cp > 1), unit * grad, 0.0)
     momentary = np.maximum(working + reducing, flattened)
-    return RankBytes(
-        params=params,
-        grads=grads,
-        optimizer=numbers / shards * (states + master),
-        activations=saved,
-        buffers=gathered + momentary + received_bytes,
-    )
+    return {
+        Moment.BACKWARD: KindBytes(
+            params=state.params,
+            grads=state.grads,
+            optimizer=state.optimizer,
+            activations=_activations(blocks, pipe, rank),
+            gathered=state.gathered + np.where(zero == 3, units * weight, 0.0),
+            working=np.minimum(working, momentary),
+            communication=momentary - np.minimum(working, momentary) + _received(pipe, rank, hop_bytes),
+        )
+    }
+
+
+def _activations(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> FloatArray:
+    """Of all micro-batches in flight on a rank: ``[num_configs]``."""
+    pp, vpp = pipe.counts.shape[:2]
+    count = num_microbatches(pipe.batch, pipe.workload)
+    per_round = microbatches_per_round(pipe.batch, pipe.workload)
+    flying = pipeline.held_microbatches(pipe.schedule, pp, vpp, rank, count, per_round)
+    total = np.zeros(len(pipe.batch))
+    for index, block in enumerate(blocks):
+        for chunk in np.flatnonzero(pipe.counts[rank, :, index]):
+            total = total + pipe.counts[rank, chunk, index] * flying[:, chunk] * block.saved
+    return total
+
+
+def _received(pipe: Pipeline, rank: int, hop_bytes: FloatArray) -> FloatArray:
+    """Receive buffers: one for each direction a chunk receives from, or for each micro-batch too."""
+    pp, vpp = pipe.counts.shape[:2]
+    if pp == 1:
+        return np.zeros(len(pipe.batch))
+    directions = 2 * vpp - (rank == 0) - (rank == pp - 1)
+    count = num_microbatches(pipe.batch, pipe.workload)
+    buffers = count if pipe.framework.receives_ahead else np.ones_like(count)
+    return np.asarray(directions * buffers * hop_bytes)

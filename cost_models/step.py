@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from meshwright import InputError
-from meshwright.cost_models import pipeline
+from meshwright.cost_models import memory, pipeline
 from meshwright.cost_models.blocks import block_kinds, stage_counts
 from meshwright.cost_models.collectives import groups_of, seconds, send_seconds
 from meshwright.cost_models.constants import as_calibrated
@@ -26,9 +26,9 @@ from meshwright.cost_models.framework import (
     supported,
 )
 from meshwright.cost_models.host import launches_ahead
-from meshwright.cost_models.memory import BlockBytes, block_bytes, rank_bytes
 from meshwright.cost_models.parts import BlockParts, block_parts, hide
 from meshwright.cost_models.placement import Placement
+from meshwright.cost_models.saved import BlockBytes, block_bytes
 from meshwright.cost_models.strategy import (
     REASONS,
     SCHEDULES,
@@ -96,7 +96,7 @@ def estimate_batch(
     cluster, framework = as_calibrated(cluster, framework)
     kinds = block_kinds(model)
     parts = block_parts(kinds, model, workload, cluster, framework, batch, placement)
-    memory = [block_bytes(block, workload, framework, batch) for block in kinds.kinds]
+    held = [block_bytes(block, workload, framework, batch) for block in kinds.kinds]
     columns = {name: np.zeros(len(batch)) for name in (*SECONDS, *BYTES)}
     pipelines = np.stack([batch.pp, batch.vpp, batch.schedule])
     for pp, vpp, schedule in np.unique(pipelines, axis=1).T:
@@ -118,8 +118,7 @@ def estimate_batch(
         taken = [
             BlockParts(**{field.name: getattr(part, field.name)[rows] for field in fields(part)}) for part in parts
         ]
-        held = [BlockBytes(part.params[rows], part.saved[rows], part.working[rows]) for part in memory]
-        for name, column in {**group.cost(taken), **group.memory(held)}.items():
+        for name, column in {**group.cost(taken), **group.memory([block.take(rows) for block in held])}.items():
             columns[name][rows] = column
     arrays: dict[str, Any] = {name: columns[name] for name in SECONDS}
     arrays |= {name: np.rint(columns[name]).astype(np.int64) for name in BYTES}
@@ -359,31 +358,20 @@ class _Group:
             self.cluster, "all_reduce", world, LOSS_BYTES
         )
 
-    def memory(self, parts: list[BlockBytes]) -> dict[str, FloatArray]:
+    def memory(self, blocks: list[BlockBytes]) -> dict[str, FloatArray]:
         """The breakdown of the rank with the largest total."""
-        pp, vpp = self.counts.shape[:2]
-        count = num_microbatches(self.batch, self.workload)
-        per_round = microbatches_per_round(self.batch, self.workload)
-        hop = hop_bytes(self.model, self.workload, self.batch)
-        kinds = block_kinds(self.model)
-        names = ("params", "grads", "optimizer", "activations", "buffers")
-        best = {name: np.zeros(len(self.batch)) for name in names}
-        stage, largest = np.zeros(len(self.batch)), np.full(len(self.batch), -1.0)
-        for rank in range(pp):
-            flying = pipeline.held_microbatches(self.schedule, pp, vpp, rank, count, per_round)
-            ends = 2 * vpp - (rank == 0) - (rank == pp - 1)  # directions from which it receives
-            buffers = count if self.framework.receives_ahead else np.ones_like(count)
-            received = np.where(pp > 1, ends * buffers * hop, 0.0)
-            held = rank_bytes(kinds, parts, self.counts[rank], flying, received, self.workload, self.batch)
-            more = held.total > largest
-            largest = np.where(more, held.total, largest)
-            stage = np.where(more, rank, stage)
-            for name in names:
-                best[name] = np.where(more, getattr(held, name), best[name])
+        pipe = memory.Pipeline(
+            kinds=block_kinds(self.model),
+            counts=np.asarray(self.counts, dtype=np.float64),
+            schedule=self.schedule,
+            workload=self.workload,
+            framework=self.framework,
+            batch=self.batch,
+        )
         device = self.cluster.device
-        result = {f"{name}_bytes": value for name, value in best.items()}
-        return result | {
-            "stage": stage,
+        found = memory.peak(blocks, pipe, hop_bytes(self.model, self.workload, self.batch))
+        return found | {
+            "fragmentation_bytes": np.zeros(len(self.batch)),
             "reserved_bytes": np.full(len(self.batch), float(device.reserved_bytes)),
             "capacity_bytes": np.full(len(self.batch), float(device.memory_bytes)),
         }

@@ -35,7 +35,9 @@ MEMORY_WORDS = {
     "grads_bytes": "gradients",
     "optimizer_bytes": "optimizer",
     "activations_bytes": "activations",
-    "buffers_bytes": "buffers",
+    "gathered_bytes": "gathered weights",
+    "working_bytes": "working",
+    "communication_bytes": "communication",
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meshwright.cost_models.memory import block_bytes
+from meshwright.cost_models.saved import block_bytes
 from meshwright.cost_models.step import estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig
 from meshwright.cost_models.targets import MESHWRIGHT

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meshwright.cost_models.blocks import block_kinds, rank_params, stage_counts
-from meshwright.cost_models.memory import block_bytes
+from meshwright.cost_models.saved import block_bytes
 from meshwright.cost_models.step import estimate, estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
 from meshwright.cost_models.targets import MEGATRON_LM_2021
@@ -130,16 +130,15 @@ def test_logits_and_loss(toy: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "params_bytes", "grads", "states"),
+    ("zero_stage", "params_bytes", "grads", "states", "copies"),
     [
-        (0, 2.0, 4.0, 12.0),
-        (1, 2.0, 4.0, 3.0),
-        (2, 2.0, 1.0, 3.0),
-        (3, 0.0, 1.0, 3.0),  # one's own weights are the master copy
+        (0, 4.0, 4.0, 8.0, 2.0),  # parameters are the master weights, copies are computed with
+        (1, 1.0, 4.0, 2.0, 2.0),
+        (2, 1.0, 1.0, 2.0, 2.0),
     ],
 )
 def test_what_each_zero_stage_keeps(
-    toy: Any, zero_stage: int, params_bytes: float, grads: float, states: float
+    toy: Any, zero_stage: int, params_bytes: float, grads: float, states: float, copies: float
 ) -> None:
     config = ParallelConfig(dp=4, zero_stage=zero_stage, dp_shard=4 if zero_stage else 1)
     memory = estimate(toy.model(), WORKLOAD, toy.cluster(), config).memory
@@ -147,6 +146,7 @@ def test_what_each_zero_stage_keeps(
     assert memory.params_bytes == params_bytes * numbers
     assert memory.grads_bytes == grads * numbers
     assert memory.optimizer_bytes == states * numbers
+    assert memory.gathered_bytes == copies * numbers
 
 
 def test_one_micro_batch_accumulates_nothing(toy: Any) -> None:
@@ -160,7 +160,8 @@ def test_without_master_weights_one_keeps_a_shard_beside_the_gathered(toy: Any) 
     workload = replace(WORKLOAD, recipe=RECIPES["fp32"])
     config = ParallelConfig(dp=4, zero_stage=1, dp_shard=4)
     memory = estimate(toy.model(), workload, toy.cluster(), config).memory
-    assert memory.params_bytes == 4 * toy.model().params * 1.25
+    assert memory.params_bytes == 4 * toy.model().params / 4
+    assert memory.gathered_bytes == 4 * toy.model().params
     assert memory.optimizer_bytes == 8 * toy.model().params / 4
 
 
@@ -169,8 +170,10 @@ def test_zero_3_holds_two_gathered_blocks_and_the_outer_unit(toy: Any) -> None:
     config = ParallelConfig(dp=4, zero_stage=3, dp_shard=4)
     memory = estimate(model, WORKLOAD, toy.cluster(), config).memory
     outer = 2 * TABLE + 64
-    gathered, reducing = (outer + 2 * BLOCK) * 2, 2 * BLOCK * 4
-    assert memory.buffers_bytes == gathered + reducing + 32 * 256 * 10  # and the loss beside its logits
+    assert memory.params_bytes == model.params  # a quarter of float32
+    assert memory.gathered_bytes == (outer + 2 * BLOCK) * 2
+    assert memory.communication_bytes == 2 * BLOCK * 4
+    assert memory.working_bytes == 32 * 256 * 10  # the loss beside its logits
 
 
 def test_the_fullest_stage_is_reported_whole(toy: Any) -> None:
@@ -179,10 +182,10 @@ def test_the_fullest_stage_is_reported_whole(toy: Any) -> None:
     config = ParallelConfig(pp=4)
     memory = estimate(model, WORKLOAD, toy.cluster(), config).memory
     assert memory.stage == 0
-    assert memory.params_bytes == 2 * (BLOCK + 8 * 64)
+    assert memory.gathered_bytes == 2 * (BLOCK + 8 * 64)
     per_block = saved(model.blocks[1], toy.framework())
     assert memory.activations_bytes == 4 * per_block
-    assert memory.buffers_bytes == 8 * 32 * 64 * 2  # what comes back from the next stage, for all 8 micro-batches
+    assert memory.communication_bytes == 8 * 32 * 64 * 2  # what comes back from the next stage, for all 8 micro-batches
     heavy_head = estimate(toy.model(vocab_size=4096), WORKLOAD, toy.cluster(), config).memory
     assert heavy_head.stage == 3
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meshwright import InfeasibleError, InputError
-from meshwright.cost_models.estimate import CostBreakdown, Estimate, MemoryBreakdown
+from meshwright.cost_models.estimate import CostBreakdown, Estimate, MemoryBreakdown, Moment
 from meshwright.cost_models.flops import model_flops
 from meshwright.cost_models.step import estimate
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Reason, Recompute, Schedule
@@ -48,7 +48,11 @@ class FakeScores:
                 grads_bytes=0,
                 optimizer_bytes=0,
                 activations_bytes=0,
-                buffers_bytes=0,
+                gathered_bytes=0,
+                working_bytes=0,
+                communication_bytes=0,
+                fragmentation_bytes=0,
+                moment=Moment.BACKWARD,
                 reserved_bytes=int(self.reserved_bytes[index]),
                 capacity_bytes=int(self.capacity_bytes[index]),
             ),

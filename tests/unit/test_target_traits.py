@@ -13,9 +13,9 @@ from meshwright.cost_models.blocks import block_kinds
 from meshwright.cost_models.compute import block_seconds
 from meshwright.cost_models.framework import TRITON_SLOWDOWN, AttentionKernel, PointwiseCost, Selective
 from meshwright.cost_models.host import slowest
-from meshwright.cost_models.memory import block_bytes
 from meshwright.cost_models.parts import block_parts
 from meshwright.cost_models.placement import Placement
+from meshwright.cost_models.saved import block_bytes
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
 from meshwright.cost_models.traffic import block_traffic
 from meshwright.cost_models.workload import RECIPES, Workload

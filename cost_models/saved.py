@@ -1,0 +1,205 @@
+"""What one micro-batch's forward of a block leaves alive for its backward, counted tensor by tensor.
+
+Activations are the tensors autograd keeps of each layer. They are what Korthikanti et al. 2022 (arXiv 2205.05198,
+section 4) count, for flash attention (no scores are kept, only their log-sum-exp: Dao et al. 2022, arXiv 2205.14135)
+and without dropout, but where a target's traits say otherwise.
+
+Left out: attention masks and rotary tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost_models.blocks import expert_params, rank_params, vocab_rows
+from meshwright.cost_models.framework import AttentionKernel, Framework
+from meshwright.cost_models.strategy import ConfigBatch, Recompute
+from meshwright.cost_models.workload import Workload
+from meshwright.profiler.layers import (
+    AttentionKind,
+    AttentionLayer,
+    HeadLayer,
+    LayerSpec,
+    MlpLayer,
+    MoeLayer,
+    NormKind,
+    NormLayer,
+)
+from meshwright.profiler.model import Block, BlockKind
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBytes:
+    """Bytes of one block on one rank, arrays of shape ``[num_configs]``.
+
+    ``params`` and ``expert_params`` (those of them that are experts') are counts. ``saved`` is kept for backward of one
+    micro-batch; ``working`` is what exists beside it for a moment: a recomputed block's activations, the loss's
+    intermediates.
+    """
+
+    params: FloatArray
+    expert_params: FloatArray
+    saved: FloatArray
+    working: FloatArray
+
+    def take(self, rows: NDArray[np.int64]) -> BlockBytes:
+        """The configs at these positions."""
+        return BlockBytes(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def block_bytes(block: Block, workload: Workload, framework: Framework, batch: ConfigBatch) -> BlockBytes:
+    """What a block holds of one micro-batch under each config's recompute choice."""
+    few, inverse = batch.distinct(
+        "tp", "cp", "pp", "micro_batch_size", "sequence_parallel", "recompute", "vocab_parallel", "ep", "etp"
+    )
+    saver = _Saved(workload, framework, few)
+    everything = sum((saver.layer(layer) for layer in block.layers), np.zeros(len(few)))
+    if block.kind is BlockKind.DECODER:
+        block_input = saver.stream(block.layers[0].hidden)
+        if framework.selective.rest:
+            kept = block_input + sum((saver.products(layer) for layer in block.layers), np.zeros(len(few)))
+        else:  # attention's core alone is worked out again
+            kept = everything - sum((saver.scores(layer) for layer in block.layers), np.zeros(len(few)))
+        full, selective = few.is_recompute(Recompute.FULL), few.is_recompute(Recompute.SELECTIVE)
+        saved = np.where(full, block_input, np.where(selective, np.minimum(kept, everything), everything))
+        working = np.where(full | selective, everything - saved, 0.0)
+    else:
+        saved = everything
+        working = sum((saver.loss_working(layer) for layer in block.layers), np.zeros(len(few)))
+    arrays = (rank_params(block, few), expert_params(block, few), saved, working)
+    return BlockBytes(*(np.broadcast_to(array, (len(few),))[inverse] for array in arrays))
+
+
+class _Saved:
+    """Bytes autograd keeps of each layer, for one micro-batch."""
+
+    def __init__(self, workload: Workload, framework: Framework, batch: ConfigBatch) -> None:
+        self.framework, self.batch = framework, batch
+        self.size = float(workload.recipe.compute.num_bytes)
+        self.wide = max(self.size, 4.0)  # norms and losses work in float32 at least
+        self.tp = batch.tp.astype(np.float64)
+        self.seq_len = float(workload.seq_len)
+        self.tokens = batch.micro_batch_size * (workload.seq_len / batch.cp)
+        self.cut_tokens = np.where(batch.sequence_parallel, self.tokens / self.tp, self.tokens)
+
+    def stream(self, hidden: int) -> FloatArray:
+        """The residual stream (cut by tp with sequence parallelism)."""
+        return np.asarray(self.cut_tokens * hidden * self.size)
+
+    def layer(self, layer: LayerSpec) -> FloatArray:
+        """Everything kept without recompute."""
+        if isinstance(layer, NormLayer):
+            return self._norm(layer)
+        if isinstance(layer, AttentionLayer):
+            kept = self._projected_input(layer.hidden) + self._attention(layer)
+            return kept + self.scores(layer) + self._mask(layer.hidden)
+        if isinstance(layer, MlpLayer):
+            return (
+                self._projected_input(layer.hidden) + self._ffn(layer.ffn_size, layer.gated) + self._mask(layer.hidden)
+            )
+        if isinstance(layer, MoeLayer):
+            return self._projected_input(layer.hidden) + self._moe(layer)
+        if isinstance(layer, HeadLayer):
+            logits = self.tokens * vocab_rows(layer.vocab_size, self.batch)
+            own = self.batch.vocab_parallel | self.framework.fused_loss
+            kept = np.where(own, self.size, self.wide)  # the logits, or their log-softmax
+            return self._projected_input(layer.hidden) + logits * kept
+        return np.zeros(len(self.batch))  # a lookup keeps the token ids only
+
+    def products(self, layer: LayerSpec) -> FloatArray:
+        """Outputs of projections and fused attention: what selective recompute keeps (``executors/recompute.py``).
+
+        A target may drop a share of the projections' outputs (``Selective.outputs``); one that gathers inputs of
+        sequence parallelism again keeps what it has scattered, a shard.
+        """
+        share, shards = 1.0 - self.framework.selective.outputs, self.framework.selective.gathers
+        out_tokens = self.cut_tokens if shards else self.tokens
+        if isinstance(layer, AttentionLayer):
+            core = self.tokens * layer.num_heads / self.tp * (layer.value_head_dim * self.size + 4.0)
+            out = out_tokens * layer.hidden * self.size
+            return np.asarray(core + share * (self._attention(layer) - core + out) + self._gathered(layer.hidden))
+        if isinstance(layer, MlpLayer):
+            ways_in = 2.0 if layer.gated else 1.0
+            inner = self.tokens * ways_in * layer.ffn_size / self.tp
+            return np.asarray(share * (inner + out_tokens * layer.hidden) * self.size + self._gathered(layer.hidden))
+        if isinstance(layer, MoeLayer):
+            rows = self.tokens * layer.top_k
+            ways_in = 2.0 if layer.gated else 1.0
+            inner = rows * (ways_in * layer.expert_ffn_size + layer.hidden)
+            shared = self.tokens * ways_in * layer.shared_ffn_size / self.tp
+            return (inner + shared + self.tokens * layer.hidden) * self.size
+        return np.zeros(len(self.batch))
+
+    def loss_working(self, layer: LayerSpec) -> FloatArray:
+        """The loss beside what it keeps: two float32 copies of the logits and their gradient in the compute dtype.
+
+        A fused loss has the gradient alone.
+        """
+        if not isinstance(layer, HeadLayer):
+            return np.zeros(len(self.batch))
+        logits = self.tokens * vocab_rows(layer.vocab_size, self.batch)
+        copies = 0.0 if self.framework.fused_loss else 2.0 * self.wide
+        return np.asarray(logits * (copies + self.size))
+
+    def scores(self, layer: LayerSpec) -> FloatArray:
+        """Of attention that is written out: softmax's output, and where it is dropped out of a mask and the rest.
+
+        ``5 a s^2 b`` bytes in half precision (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1).
+        """
+        if not isinstance(layer, AttentionLayer) or self.framework.attention is not AttentionKernel.WRITTEN_OUT:
+            return np.zeros(len(self.batch))
+        pairs = self.tokens * self.seq_len * layer.num_heads / self.tp
+        return np.asarray(pairs * (self.size + self._drops * (self.size + 1.0)))
+
+    @property
+    def _drops(self) -> bool:
+        return self.framework.pointwise.dropout.forward_kernels > 0
+
+    def _mask(self, hidden: int) -> FloatArray:
+        """Where a layer's output is dropped out of: a byte a number."""
+        return np.asarray(self.cut_tokens * hidden * float(self._drops))
+
+    def _norm(self, layer: NormLayer) -> FloatArray:
+        """A fused norm keeps its input; the RMSNorm of Hugging Face a float32 copy and the normalised tensor."""
+        eager = layer.norm_kind is NormKind.RMS and self.framework.eager_rms_norm
+        return np.asarray(self.cut_tokens * layer.hidden * ((self.wide + self.size) if eager else self.size))
+
+    def _projected_input(self, hidden: int) -> FloatArray:
+        """The input of a column split: whole on each rank, unless the target gathers it again in backward."""
+        tokens = self.cut_tokens if self.framework.regathers_sequence else self.tokens
+        return np.asarray(tokens * hidden * self.size)
+
+    def _gathered(self, hidden: int) -> Any:
+        """With sequence parallelism the gathered input, a collective's output, is kept under selective recompute."""
+        again = self.framework.regathers_sequence or self.framework.selective.gathers
+        kept = self.batch.sequence_parallel & (not again)
+        return np.where(kept, self.tokens * hidden * self.size, 0.0)
+
+    def _attention(self, layer: AttentionLayer) -> FloatArray:
+        """Queries, keys, values, the output and its log-sum-exp (float32)."""
+        heads = layer.num_heads / self.tp
+        query_dim, value_dim = layer.head_dim + layer.rope_head_dim, layer.value_head_dim
+        kv_heads, latent = np.maximum(layer.num_kv_heads / self.tp, 1.0), 0.0
+        if layer.attention_kind is AttentionKind.MLA:
+            kv_heads = heads
+            latent = 2.0 * (layer.q_lora_rank + layer.kv_lora_rank)  # before and after their norms
+        width = heads * (query_dim + value_dim) + kv_heads * (query_dim + value_dim) + latent
+        return np.asarray(self.tokens * (width * self.size + heads * 4.0))
+
+    def _ffn(self, ffn_size: int, gated: bool) -> FloatArray:
+        """Gated: gate, up, the activated gate and the product; else the activation's input and output."""
+        return np.asarray(self.tokens * (4.0 if gated else 2.0) * ffn_size / self.tp * self.size)
+
+    def _moe(self, layer: MoeLayer) -> FloatArray:
+        """Every token's row for each expert it takes, permuted, through the expert and back; the router's logits."""
+        rows = self.tokens * layer.top_k
+        inner = rows * ((4.0 if layer.gated else 2.0) * layer.expert_ffn_size + 2.0 * layer.hidden) * self.size
+        routing = self.tokens * layer.num_experts * 4.0
+        shared = self._ffn(layer.shared_ffn_size, layer.gated) if layer.shared_ffn_size else 0.0
+        return np.asarray(inner + routing + shared)
