@@ -17,7 +17,7 @@ from meshwright.cost_models import memory, pipeline
 from meshwright.cost_models.blocks import block_kinds, stage_counts
 from meshwright.cost_models.collectives import groups_of, seconds, send_seconds
 from meshwright.cost_models.constants import as_calibrated
-from meshwright.cost_models.estimate import BYTES, SECONDS, BatchEstimate, Estimate, FloatArray
+from meshwright.cost_models.estimate import BYTES, KINDS, SECONDS, BatchEstimate, Estimate, FloatArray
 from meshwright.cost_models.framework import (
     Framework,
     microbatches_per_round,
@@ -370,8 +370,9 @@ class _Group:
         )
         device = self.cluster.device
         found = memory.peak(blocks, pipe, hop_bytes(self.model, self.workload, self.batch))
+        tensors = sum(found[f"{name}_bytes"] for name in KINDS)
         return found | {
-            "fragmentation_bytes": np.zeros(len(self.batch)),
+            "fragmentation_bytes": tensors * self.framework.memory.fragmentation,
             "reserved_bytes": np.full(len(self.batch), float(device.reserved_bytes)),
             "capacity_bytes": np.full(len(self.batch), float(device.memory_bytes)),
         }
