@@ -370,7 +370,7 @@ class _Group:
         )
         device = self.cluster.device
         found = memory.peak(blocks, pipe, hop_bytes(self.model, self.workload, self.batch))
-        tensors = sum(found[f"{name}_bytes"] for name in KINDS)
+        tensors = np.asarray(sum(found[f"{name}_bytes"] for name in KINDS))
         return found | {
             "fragmentation_bytes": tensors * self.framework.memory.fragmentation,
             "reserved_bytes": np.full(len(self.batch), float(device.reserved_bytes)),
