@@ -64,6 +64,7 @@ RECOMPUTES: tuple[Recompute, ...] = tuple(Recompute)
 
 LOOPED = (Schedule.INTERLEAVED,)
 V_SHAPED = (Schedule.ZBV, Schedule.DUALPIPEV)
+SPLIT_BACKWARD = (Schedule.ZB_H1, *V_SHAPED)  # gradients of inputs first, of weights later
 
 
 class Reason(StrEnum):

@@ -148,7 +148,7 @@ class ParallelModel:
             chunk.data_parallel.finish()
             chunk.tensor_parallel.finish_gradients()
         if self._tied:
-            self._sum_tied_grads(*self._tied)
+            self._sum_tied_grads(self._tied)
         return self._mean_loss(count)
 
     def _accumulate(self, chunk: Chunk, tokens: Tensor, targets: Tensor) -> None:
@@ -175,19 +175,26 @@ class ParallelModel:
             )
         return self._pipelines[sequence]
 
-    def _sum_tied_grads(self, weight: nn.Parameter, peer: int) -> None:
-        """Add the other stage's gradient of the tied embedding; both stages then hold the sum."""
-        assert weight.grad is not None
-        ours = local(weight.grad).contiguous()
-        theirs = torch.empty_like(ours)
+    def _sum_tied_grads(self, copies: list[nn.Parameter]) -> None:
+        """Add the gradients of a tied embedding's two copies; both then hold the sum."""
+        ours = [local(copy.grad) for copy in copies if copy.grad is not None]
+        if len(copies) == 2:
+            ours[0].add_(ours[1])
+            ours[1].copy_(ours[0])
+            return
+        (grad,) = ours
+        sent = grad.contiguous()
+        received = torch.empty_like(sent)
+        first, last = self.plan.stages[0].pp_rank, self.plan.stages[-1].pp_rank
+        peer = last if self._mesh.index("pp") == first else first
         group = self._mesh.axis("pp").get_group()
         ends = [
-            dist.P2POp(dist.isend, ours, group=group, group_peer=peer),
-            dist.P2POp(dist.irecv, theirs, group=group, group_peer=peer),
+            dist.P2POp(dist.isend, sent, group=group, group_peer=peer),
+            dist.P2POp(dist.irecv, received, group=group, group_peer=peer),
         ]
         for work in dist.batch_isend_irecv(ends):
             work.wait()
-        local(weight.grad).add_(theirs)
+        grad.add_(received)
 
     def _mean_loss(self, count: Tensor) -> Tensor:
         last = self._chunks[-1].module
@@ -283,21 +290,20 @@ class ParallelModel:
             (weight, replicas * chunk.tensor_parallel.copies(name))
             for chunk in self._chunks
             for name, weight in chunk.module.model.named_parameters()
-            if not (self._tied and weight is self._tied[0] and chunk.index > 0)
+            if chunk.index == 0 or not any(weight is copy for copy in self._tied)
         ]
         norm = global_grad_norm(counted, self._mesh.device)
         scale_grads(self.parameters(), max_norm, norm)
         return norm
 
 
-def _tied_across_stages(plan: Plan, anatomy: Anatomy, chunks: list[Chunk]) -> tuple[nn.Parameter, int] | None:
-    """This rank's copy of an embedding tied over two stages, and the pp rank of the other copy."""
-    first, last = plan.stages[0].pp_rank, plan.stages[-1].pp_rank
-    if not anatomy.tied or first == last:
-        return None
-    for chunk in chunks:
-        for index, name, peer in ((0, anatomy.token_embedding, last), (len(plan.stages) - 1, anatomy.head, first)):
-            if chunk.index == index:
-                weight = dict(chunk.module.model.named_parameters())[f"{name}.weight"]
-                return weight, peer
-    return None
+def _tied_across_stages(plan: Plan, anatomy: Anatomy, chunks: list[Chunk]) -> list[nn.Parameter]:
+    """This rank's copies of an embedding tied over two stages: none, one, or in a V both."""
+    if not anatomy.tied or len(plan.stages) == 1:
+        return []
+    holders = {0: anatomy.token_embedding, len(plan.stages) - 1: anatomy.head}
+    return [
+        dict(chunk.module.model.named_parameters())[f"{holders[chunk.index]}.weight"]
+        for chunk in chunks
+        if chunk.index in holders
+    ]

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 from meshwright import InputError
-from meshwright.cost_models.strategy import ParallelConfig, Schedule
+from meshwright.cost_models.schedules import stage_indices
+from meshwright.cost_models.strategy import SPLIT_BACKWARD, ParallelConfig, Recompute, Schedule
 from meshwright.executors.data_parallel import torch_dtype
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy
@@ -38,11 +39,7 @@ def check_plan(plan: Plan) -> None:
         raise InputError(
             f"dp_shard={config.dp_shard}: this version shards over all dp*cp={config.dp * config.cp} ranks"
         )
-    if any(stage.pp_rank != index % config.pp for index, stage in enumerate(plan.stages)):
-        places = ", ".join(str(stage.pp_rank) for stage in plan.stages)
-        raise InputError(
-            f"stage s must be on pipeline rank s % {config.pp} for {config.schedule.value}, found {places}"
-        )
+    _check_stages(plan)
     shares = set(plan.micro_batches_per_data_rank)
     if min(shares) < 1:
         raise InputError(f"each data rank needs a micro-batch, found {plan.micro_batches_per_data_rank}")
@@ -55,16 +52,43 @@ def check_plan(plan: Plan) -> None:
         )
 
 
+def _check_stages(plan: Plan) -> None:
+    """Each stage is on the rank on which torch's schedule looks for it, and runs as it can there."""
+    config = plan.config
+    stages: list[list[int]] = stage_indices(config.schedule, config.pp, config.vpp).tolist()
+    rank_of = {stage: rank for rank, own in enumerate(stages) for stage in own}
+    places, wanted = [stage.pp_rank for stage in plan.stages], [rank_of[index] for index in range(len(plan.stages))]
+    if places != wanted:
+        found, expected = (", ".join(map(str, ranks)) for ranks in (places, wanted))
+        raise InputError(f"{config.schedule.value} has its stages on the pipeline ranks {expected}; found {found}")
+    if config.schedule not in SPLIT_BACKWARD:
+        return
+    if config.zero_stage >= 2:
+        raise InputError(
+            f"{config.schedule.value} works out gradients of weights for a whole stage at a time, so that zero_stage="
+            f"{config.zero_stage} saves nothing: use zero_stage 0 or 1, or another schedule"
+        )
+    if any(choice is not Recompute.NONE for stage in plan.stages for choice in stage.recompute):
+        raise InputError(
+            f"{config.schedule.value} splits backward, in which torch would recompute a block once for each of its "
+            f"weights: use recompute none, or another schedule"
+        )
+
+
 def _check_schedule(config: ParallelConfig, num_microbatches: int) -> None:
     """The rules of torch's schedules on the number of micro-batches (``torch/distributed/pipelining/schedules.py``)."""
     if config.pp == 1:
         return
     if config.schedule is Schedule.ONE_F_ONE_B and num_microbatches < config.pp:
         raise InputError(f"1f1b with pp={config.pp} needs at least {config.pp} micro-batches, found {num_microbatches}")
-    rounds = max(1, num_microbatches // config.pp)
-    if config.schedule is Schedule.INTERLEAVED and num_microbatches % rounds:
+    if config.schedule is Schedule.DUALPIPEV and num_microbatches < 2 * config.pp:
         raise InputError(
-            f"interleaved with pp={config.pp} runs {num_microbatches} micro-batches in {rounds} rounds, "
+            f"dualpipev with pp={config.pp} needs at least {2 * config.pp} micro-batches, found {num_microbatches}"
+        )
+    rounds = max(1, num_microbatches // config.pp)
+    if config.schedule in (Schedule.INTERLEAVED, Schedule.ZB_H1) and num_microbatches % rounds:
+        raise InputError(
+            f"{config.schedule.value} with pp={config.pp} runs {num_microbatches} micro-batches in {rounds} rounds, "
             f"which must divide them"
         )
 

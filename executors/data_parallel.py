@@ -90,6 +90,17 @@ class DataParallel:
             self._module.set_requires_gradient_sync(last or self.zero_stage >= 2)
             self._module.set_reshard_after_backward(last or self.zero_stage == 3)
 
+    def after_weight_gradients(self, *, last: bool) -> None:
+        """Take up gradients of weights that were worked out on their own: FSDP2's hooks do not run then.
+
+        Beforehand call ``before_backward(last=False)``, so that no hook takes them up halfway. What FSDP2 does at the
+        end of a backward is done here (as torch's pipeline does, ``pipelining/stage.py: perform_reduce_grad``):
+        gradients are added up in the recipe's dtype, and after the ``last`` ones every unit is reduced and resharded.
+        """
+        if isinstance(self._module, FSDPModule):
+            self.before_backward(last=last)
+            fully_shard.state(self._module)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
     def finish(self) -> None:
         """After the last backward: sum replicated gradients; sharded ones were summed by FSDP2 on the way."""
         if isinstance(self._module, FSDPModule) or self._mesh.size() == 1:

@@ -4,6 +4,10 @@ Stages exchange hidden states ``[micro_batch_size, sequence, hidden]`` (with seq
 the sequence) and their gradients point to point; shapes are given to torch beforehand, so it runs no trial forward.
 Tokens and targets are not sent: pipeline peers are given the same batch. The runtime accumulates gradients and leaves
 them unscaled.
+
+``zb-h1``, ``zbv`` and ``dualpipev`` split some backwards: gradients of a stage's input first, those of its weights
+later (``torch/distributed/pipelining/_backward.py``). The first stage, whose input has no gradient, runs its whole
+backward in the place of the latter; the other stages work out gradients of weights where FSDP's hooks do not see them.
 """
 
 from __future__ import annotations
@@ -13,7 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 
 from meshwright.cost_models.strategy import Schedule
 from meshwright.executors.data_parallel import DataParallel
@@ -45,6 +57,15 @@ class _Unsharded(nn.Module):
         return self.module(*hidden, tokens=tokens, targets=targets)
 
 
+_ONE_STAGE_A_RANK: dict[Schedule, Any] = {Schedule.GPIPE: ScheduleGPipe, Schedule.ONE_F_ONE_B: Schedule1F1B}
+_STAGES_OF_A_RANK: dict[Schedule, Any] = {
+    Schedule.INTERLEAVED: ScheduleInterleaved1F1B,
+    Schedule.ZB_H1: ScheduleInterleavedZeroBubble,
+    Schedule.ZBV: ScheduleZBVZeroBubble,
+    Schedule.DUALPIPEV: ScheduleDualPipeV,
+}
+
+
 class _Stage(PipelineStage):
     def __init__(self, chunk: Chunk, *args: Any, **kwargs: Any) -> None:
         super().__init__(_Unsharded(chunk.module), chunk.index, *args, **kwargs)
@@ -55,6 +76,13 @@ class _Stage(PipelineStage):
     ) -> None:
         self._chunk.data_parallel.before_backward(last=last_backward)
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        sharded = self._chunk.data_parallel
+        sharded.before_backward(last=last_backward and self.is_first)
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        if not self.is_first:
+            sharded.after_weight_gradients(last=last_backward)
 
 
 class Pipeline:
@@ -83,11 +111,10 @@ class Pipeline:
             for chunk in chunks
         ]
         options: dict[str, Any] = {"loss_fn": lambda output, target: output, "scale_grads": False}
-        if schedule is Schedule.INTERLEAVED:
-            self._schedule: Any = ScheduleInterleaved1F1B(stages, num_microbatches, **options)  # type: ignore[arg-type]
+        if schedule in _ONE_STAGE_A_RANK:
+            self._schedule = _ONE_STAGE_A_RANK[schedule](stages[0], num_microbatches, **options)
         else:
-            kind = ScheduleGPipe if schedule is Schedule.GPIPE else Schedule1F1B
-            self._schedule = kind(stages[0], num_microbatches, **options)
+            self._schedule = _STAGES_OF_A_RANK[schedule](stages, num_microbatches, **options)
 
     def run(self, tokens: Tensor, targets: Tensor) -> None:
         """Forward and backward of all micro-batches, cut from ``[share, sequence]``."""

@@ -138,7 +138,8 @@ def cut_stage(
 ) -> StageModule:
     """The piece of ``model`` that ``stage`` names, sharing its parameters with ``model``, which is left as it was.
 
-    ``dtype`` is that of the hidden states between stages.
+    A head that is tied to an embedding on another stage becomes a copy: in a V one rank holds both, which are split and
+    sharded each by itself. ``dtype`` is that of the hidden states between stages.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     skeleton: nn.Module = copy.deepcopy(model, shared)
@@ -163,6 +164,10 @@ def cut_stage(
             skeleton.set_submodule(name, PassThrough())
         piece.sink = Takeover()
         blocks[stage.last_layer] = piece.sink
+    elif anatomy.tied and not is_first:
+        head = skeleton.get_submodule(anatomy.head)
+        assert isinstance(head.weight, Tensor)
+        head.register_parameter("weight", nn.Parameter(head.weight.detach().clone()))
     piece.blocks = {index: blocks[index] for index in range(stage.first_layer, stage.last_layer)}
     return piece
 

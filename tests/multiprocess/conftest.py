@@ -75,7 +75,7 @@ def parse(line: str) -> Case:
         name = word.rstrip("0123456789")
         if word in [schedule.value for schedule in Schedule]:
             axes["schedule"] = Schedule(word)
-            axes.setdefault("vpp", 2 if word == "interleaved" else 1)
+            axes.setdefault("vpp", 2 if word in ("interleaved", "zbv", "dualpipev") else 1)
         elif word in ("selective", "full"):
             axes["recompute"] = Recompute(word)
         elif word == "sp":
