@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 
 from meshwright import InputError
 from meshwright.cost_models.flops import model_flops
@@ -14,6 +15,14 @@ from meshwright.profiler.layers import AttentionLayer, HeadLayer
 from meshwright.profiler.model import ModelSpec
 from meshwright.profiler.record import record
 from meshwright.profiler.units import GIB
+
+
+class PeakKind(StrEnum):
+    """What a published peak counts: tensors, or the blocks that torch's caching allocator holds for them too."""
+
+    ALLOCATED = "allocated"
+    RESERVED = "reserved"
+    UNSPECIFIED = "unspecified"
 
 
 @record
@@ -29,6 +38,7 @@ class Measured:
     utilisation_step_s: float | None = None
     mfu: float | None = None
     peak_bytes: float | None = None
+    peak_kind: PeakKind = PeakKind.UNSPECIFIED
 
 
 def measured_of(row: Row, model: ModelSpec, workload: Workload, config: ParallelConfig, cluster: str) -> Measured:
@@ -45,7 +55,18 @@ def measured_of(row: Row, model: ModelSpec, workload: Workload, config: Parallel
         utilisation_step_s=(step or _utilisation_step(row, model, workload, config, cluster)) if utilisation else None,
         mfu=mfu / 100 if mfu else None,
         peak_bytes=peak * GIB if peak else None,
+        peak_kind=_peak_kind(row) if peak else PeakKind.UNSPECIFIED,
     )
+
+
+def _peak_kind(row: Row) -> PeakKind:
+    """As the column says: sums of tensors (parameters, optimizer, activations) are allocated."""
+    said = row.text("mem_kind").lower()
+    if said.startswith("unspecified"):
+        return PeakKind.UNSPECIFIED
+    if re.search(r"allocated|params\+optimizer", said):
+        return PeakKind.ALLOCATED
+    return PeakKind.RESERVED if "reserved" in said else PeakKind.UNSPECIFIED
 
 
 def _utilisation_step(
