@@ -10,11 +10,14 @@ import pytest
 
 from meshwright import InputError
 from meshwright.cost_models.estimate import SECONDS, CostBreakdown
+from meshwright.cost_models.exchanges import hops
 from meshwright.cost_models.framework import PointwiseCost
 from meshwright.cost_models.parts import BlockParts
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.player import play
-from meshwright.cost_models.step import _Group, assumptions, estimate, estimate_batch
+from meshwright.cost_models.stage_seconds import edges
+from meshwright.cost_models.stages import Stages
+from meshwright.cost_models.step import assumptions, estimate, estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
 from meshwright.cost_models.targets import MESHWRIGHT
 from meshwright.cost_models.workload import RECIPES, Optimizer, Workload
@@ -69,7 +72,7 @@ def test_sums_wait_for_the_last_of_their_ranks(toy: Any) -> None:
 @pytest.mark.parametrize(("splits", "sp"), [(False, False), (True, False), (True, True)])
 def test_peers_send_a_share_each_between_stages_and_gather_it(toy: Any, splits: bool, sp: bool) -> None:
     config = ParallelConfig(tp=2, pp=2, vocab_parallel=True, sequence_parallel=sp)
-    group = _Group(
+    stages = Stages(
         batch=ConfigBatch.from_configs([config]),
         counts=np.ones((2, 1, 3)),
         schedule=config.schedule,
@@ -82,7 +85,7 @@ def test_peers_send_a_share_each_between_stages_and_gather_it(toy: Any, splits: 
     message = 32 * 64 * 2
     share = 1e-6 + message / 2 / 1e10  # one latency, and half of the message
     expected = 2 * share if splits and not sp else share if sp else 1e-6 + message / 1e10
-    assert group._hops() == pytest.approx(np.array([[expected]]))
+    assert hops(stages) == pytest.approx(np.array([[expected]]))
 
 
 def test_a_pipeline_of_equal_stages_has_the_textbook_bubble(toy: Any) -> None:
@@ -143,7 +146,7 @@ def test_a_gpu_hides_reductions_behind_compute_and_a_cpu_does_not(toy: Any) -> N
 )
 def test_reductions_of_a_chunk_hide_behind_the_chunks_after_it(toy: Any, each_s: float, exposed_s: float) -> None:
     config = ParallelConfig(pp=2, vpp=2, dp=2, schedule=Schedule.INTERLEAVED)  # 4 micro-batches in rounds of 2
-    group = _Group(
+    stages = Stages(
         batch=ConfigBatch.from_configs([config]),
         counts=np.ones((2, 2, 1)),
         schedule=config.schedule,
@@ -155,7 +158,7 @@ def test_reductions_of_a_chunk_hide_behind_the_chunks_after_it(toy: Any, each_s:
     )
     seconds = {"compute_backward": 1.0, "dp_last": each_s}
     part = BlockParts(**{field.name: np.array([seconds.get(field.name, 0.0)]) for field in fields(BlockParts)})
-    _, _, exposed, hidden, _ = group._edges([part])
+    _, _, exposed, hidden, _ = edges(stages, [part])
     assert exposed[0] == pytest.approx([exposed_s] * 2)
     assert hidden[0] == pytest.approx([2 * each_s - exposed_s] * 2)
 
