@@ -81,6 +81,7 @@ class Reason(StrEnum):
     SCHEDULE = "SCHEDULE"  # the schedule does not run with these chunks or this number of micro-batches
     BATCH = "BATCH"  # dp * micro_batch_size does not divide the global batch
     OUT_OF_MEMORY = "OUT_OF_MEMORY"  # predicted peak above what a device offers
+    MEMORY_MARGIN = "MEMORY_MARGIN"  # predicted peak fits, but not with the margin of what predictions miss
 
 
 REASONS: tuple[Reason, ...] = tuple(Reason)

@@ -28,6 +28,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.SCHEDULE: "the schedule does not run with these chunks",
     Reason.BATCH: "the global batch does not divide over dp",
     Reason.OUT_OF_MEMORY: "predicted memory is above what a device offers",
+    Reason.MEMORY_MARGIN: "predicted memory fits, but not with the margin",
 }
 
 
