@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from meshwright.cost_models.attention import add_attention
 from meshwright.cost_models.blocks import vocab_rows
-from meshwright.cost_models.framework import Framework
+from meshwright.cost_models.framework import Framework, forward_calls
 from meshwright.cost_models.operators import Operators, vocab_multiple
 from meshwright.cost_models.strategy import ConfigBatch, Recompute
 from meshwright.cost_models.workload import Workload
@@ -135,15 +135,16 @@ def _total(ops: Operators, inverse: NDArray[np.int64], *, recomputes: bool) -> B
     projection and the residual addition behind it are not repeated (torch/utils/checkpoint.py, early stop;
     ``executors/recompute.py``).
     """
-    full, selective = (ops.batch.is_recompute(choice) & recomputes for choice in (Recompute.FULL, Recompute.SELECTIVE))
+    times = recomputes * (forward_calls(ops.batch) - 1)
+    full = ops.batch.is_recompute(Recompute.FULL)
     choice, early = ops.framework.selective, ops.framework.recompute_stops_early
     again = ops.forward - early * (ops.last + ops.last_rest)
     part = choice.rest * (ops.rest - ops.last_rest) + choice.core * ops.core
     part = part + choice.projections * ops.projections
     part_calls = choice.rest * ops.rest_calls + choice.core * ops.core_calls
     part_calls = part_calls + choice.projections * (ops.forward_calls - ops.rest_calls - ops.core_calls)
-    recompute = np.where(full, again, np.where(selective, part, 0.0))
-    recompute_calls = np.where(full, ops.forward_calls, np.where(selective, part_calls, 0.0))
+    recompute = times * np.where(full, again, part)
+    recompute_calls = times * np.where(full, ops.forward_calls, part_calls)
     launch_s = ops.device.launch_s * ops.framework.host.launch_factor
     arrays = (
         ops.forward,

@@ -17,6 +17,7 @@ from meshwright.cost_models.memory_traits import MemoryTraits
 from meshwright.cost_models.strategy import (
     RECOMPUTES,
     SCHEDULES,
+    SPLIT_BACKWARD,
     BoolArray,
     ConfigBatch,
     IntArray,
@@ -216,8 +217,9 @@ def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, worklo
     """Whether the target executes each config; shape ``[num_configs]``.
 
     Rules of torch 2.13 that a target built on it inherits (``torch/distributed/pipelining/schedules.py``): 1F1B
-    wants ``num_microbatches >= pp``, DualPipeV twice as many; interleaved 1F1B runs ``max(1, num_microbatches // pp)``
-    rounds, which must divide ``num_microbatches``. Others interleave multiples of pp only (Megatron-LM,
+    wants ``num_microbatches >= pp``, DualPipeV twice as many; interleaved 1F1B and ZB-H1 run
+    ``max(1, num_microbatches // pp)`` rounds, which must divide ``num_microbatches``. What a split backward allows says
+    ``splits_backward``. Others interleave multiples of pp only (Megatron-LM,
     ``megatron/core/pipeline_parallel/schedules.py``) and want equal stages. A batch that does not divide is left to
     ``strategy.legal``, which has a reason of its own.
     """
@@ -230,7 +232,9 @@ def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, worklo
         batch.vocab_parallel == ((batch.tp > 1) & framework.vocab_parallel),
         _runs(batch, num_microbatches(batch, workload), framework) | (_remainder(batch, workload) != 0),
     ]
-    if not framework.torch_schedules and framework.partition is Partition.EVEN:
+    if framework.torch_schedules:
+        rules.append(~splits_backward(batch) | (batch.is_recompute(Recompute.NONE) & (batch.zero_stage < 2)))
+    elif framework.partition is Partition.EVEN:
         rules.append(model.num_layers % batch.num_stages == 0)
     if not framework.tensor_parallel:
         rules.append(batch.tp == 1)
@@ -269,9 +273,32 @@ def _runs(batch: ConfigBatch, count: IntArray, framework: Framework) -> BoolArra
     rules = (
         ~batch.is_schedule(Schedule.ONE_F_ONE_B) | (batch.pp == 1) | (count >= batch.pp),
         ~batch.is_schedule(Schedule.DUALPIPEV) | (count >= 2 * batch.pp),
-        ~interleaved | (count % np.maximum(count // batch.pp, 1) == 0),
+        ~(interleaved | batch.is_schedule(Schedule.ZB_H1)) | (count % np.maximum(count // batch.pp, 1) == 0),
     )
     return np.asarray(np.logical_and.reduce(rules), dtype=np.bool_)
+
+
+def splits_backward(batch: ConfigBatch) -> BoolArray:
+    """Whether some backwards are split, into gradients of inputs and of weights; shape ``[num_configs]``.
+
+    On a target whose pipelines are torch's, these run without recompute and with ZeRO 0 or 1 only
+    (``torch/distributed/pipelining/_backward.py``):
+
+    * torch walks the graph of a stage once for its input and once more for each group of weights that meet it in one
+      place, and each walk recomputes the block: counted on real ranks, a Llama block runs 11 forwards (one, one for its
+      input, nine for its weights) under full recompute; selective recompute refuses a second walk;
+    * gradients of weights come for the whole stage at a time, so that sharding them, or the weights, saves nothing.
+    """
+    return batch.is_schedule(*SPLIT_BACKWARD)
+
+
+def forward_calls(batch: ConfigBatch) -> IntArray:
+    """How often a decoder block's forward runs for one micro-batch, whole or in part; shape ``[num_configs]``.
+
+    What the models of time and memory assume: once, and with recompute once more, ahead of the block's backward. A test
+    counts the calls of real steps for every schedule.
+    """
+    return np.asarray(2 - batch.is_recompute(Recompute.NONE), dtype=np.int64)
 
 
 def refuse_dtypes(framework: Framework, workload: Workload) -> None:

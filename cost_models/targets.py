@@ -32,7 +32,7 @@ from meshwright.cost_models.strategy import Partition, Recompute, Schedule
 
 MESHWRIGHT = Framework(
     name="meshwright",
-    schedules=(Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED),
+    schedules=tuple(Schedule),
     zero_stages=(0, 1, 2, 3),
     recomputes=(Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL),
     context_parallel=False,
@@ -239,7 +239,6 @@ NANOTRON_2024 = replace(
 TORCHTITAN = replace(
     MESHWRIGHT,
     name="torchtitan",
-    schedules=tuple(Schedule),
     context_parallel=True,
     partial_sharding=True,
     pointwise=COMPILED,
@@ -384,6 +383,7 @@ ASSUMED: dict[str, Framework] = {
     )
 }
 CALIBRATED = Path(__file__).parent / "calibrated.json"  # written by benchmarks/calibrate_presets.py
+MARGINS = Path(__file__).parent / "memory_margins.json"  # written by benchmarks/memory_margin.py
 
 
 def _calibrated(targets: Mapping[str, Framework]) -> dict[str, Framework]:
@@ -401,7 +401,21 @@ def _calibrated(targets: Mapping[str, Framework]) -> dict[str, Framework]:
     return found
 
 
-FRAMEWORKS: dict[str, Framework] = _calibrated(ASSUMED)
+def _with_margins(targets: Mapping[str, Framework]) -> dict[str, Framework]:
+    """The targets with what their predictions of memory have been seen to miss."""
+    margins = json.loads(MARGINS.read_text(encoding="utf-8")) if MARGINS.is_file() else {}
+    return {
+        name: replace(
+            target,
+            memory=replace(target.memory, margin=margins[name]["margin"], margin_source=margins[name]["source"]),
+        )
+        if name in margins
+        else target
+        for name, target in targets.items()
+    }
+
+
+FRAMEWORKS: dict[str, Framework] = _with_margins(_calibrated(ASSUMED))
 
 
 def framework_named(name: str) -> Framework:

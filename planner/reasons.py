@@ -6,10 +6,12 @@ from meshwright.cost_models.framework import Framework, supported
 from meshwright.cost_models.strategy import (
     LOOPED,
     REASONS,
+    SPLIT_BACKWARD,
     V_SHAPED,
     ConfigBatch,
     ParallelConfig,
     Reason,
+    Recompute,
     Schedule,
     legal,
 )
@@ -137,10 +139,29 @@ def _unsupported(config: ParallelConfig, model: ModelSpec, workload: Workload, f
         return f"with tp={config.tp}, {name} runs vocab_parallel {'on' if framework.vocab_parallel else 'off'} only"
     if config.tp > 1 and model.moe is not None and not framework.tensor_parallel_moe:
         return f"{name} does not cut a model with experts by tp, found tp={config.tp}"
-    number = config.num_microbatches(workload.global_batch_size)
-    if config.schedule is Schedule.ONE_F_ONE_B and number < config.pp:
+    return _unsupported_schedule(config, config.num_microbatches(workload.global_batch_size), name)
+
+
+def _unsupported_schedule(config: ParallelConfig, number: int, name: str) -> str:
+    schedule = config.schedule
+    if schedule in SPLIT_BACKWARD and config.recompute is not Recompute.NONE:
+        return (
+            f"{schedule.value} splits backward, in which torch would recompute a block once for each of its weights: "
+            f"it runs recompute=none only, found {config.recompute.value}"
+        )
+    if schedule in SPLIT_BACKWARD and config.zero_stage >= 2:
+        return (
+            f"{schedule.value} works out gradients of weights for a whole stage at a time: it runs zero_stage 0 and 1, "
+            f"found {config.zero_stage}"
+        )
+    if schedule is Schedule.DUALPIPEV and number < 2 * config.pp:
+        return (
+            f"dualpipev with pp={config.pp} needs at least {2 * config.pp} micro-batches on each data rank, "
+            f"found {number}"
+        )
+    if schedule is Schedule.ONE_F_ONE_B and number < config.pp:
         return f"1f1b with pp={config.pp} needs at least {config.pp} micro-batches on each data rank, found {number}"
-    if config.schedule is Schedule.INTERLEAVED:
+    if schedule in (Schedule.INTERLEAVED, Schedule.ZB_H1):
         rounds = max(1, number // config.pp)
-        return f"interleaved over pp={config.pp} runs {rounds} rounds, which must divide {number} micro-batches"
+        return f"{schedule.value} over pp={config.pp} runs {rounds} rounds, which must divide {number} micro-batches"
     return f"{name} does not run {config.describe()} with {number} micro-batches"

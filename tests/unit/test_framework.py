@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 
 from meshwright import InputError
-from meshwright.cost_models.framework import microbatches_per_round, num_microbatches, refuse_dtypes, supported
-from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Schedule
+from meshwright.cost_models.framework import (
+    forward_calls,
+    microbatches_per_round,
+    num_microbatches,
+    refuse_dtypes,
+    supported,
+)
+from meshwright.cost_models.strategy import V_SHAPED, ConfigBatch, ParallelConfig, Recompute, Schedule
 from meshwright.cost_models.targets import MESHWRIGHT, framework_named
 from meshwright.cost_models.workload import Workload, recipe_named
 from meshwright.profiler.layers import MoeLayer
@@ -45,9 +51,24 @@ def test_zero_shards_over_all_data_ranks(toy: Any) -> None:
     assert not runs(toy.model(), dp=4, zero_stage=0, dp_shard=4)
 
 
+@pytest.mark.parametrize("framework", ["meshwright", "torchtitan"])
 @pytest.mark.parametrize("schedule", [Schedule.ZB_H1, Schedule.ZBV, Schedule.DUALPIPEV])
-def test_zero_bubble_schedules_are_not_there_yet(toy: Any, schedule: Schedule) -> None:
-    assert not runs(toy.model(), pp=2, vpp=1 if schedule is Schedule.ZB_H1 else 2, schedule=schedule)
+def test_a_split_backward_runs_without_recompute_and_with_whole_gradients(
+    toy: Any, schedule: Schedule, framework: str
+) -> None:
+    def accepts(**changes: Any) -> bool:
+        config = ParallelConfig(pp=2, vpp=1 if schedule is Schedule.ZB_H1 else 2, dp=2, schedule=schedule, **changes)
+        batch = ConfigBatch.from_configs([config])
+        return bool(supported(batch, framework_named(framework), toy.model(num_layers=4), WORKLOAD)[0])
+
+    assert accepts() and accepts(zero_stage=1, dp_shard=2)
+    assert not accepts(zero_stage=2, dp_shard=2) and not accepts(zero_stage=3, dp_shard=2)
+    assert not accepts(recompute=Recompute.SELECTIVE) and not accepts(recompute=Recompute.FULL)
+
+
+def test_forward_calls() -> None:
+    batch = ConfigBatch.from_configs([ParallelConfig(recompute=recompute) for recompute in Recompute])
+    assert forward_calls(batch).tolist() == [1, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -60,13 +81,18 @@ def test_zero_bubble_schedules_are_not_there_yet(toy: Any, schedule: Schedule) -
         (Schedule.INTERLEAVED, 4, 10, True),  # two rounds of five
         (Schedule.INTERLEAVED, 4, 9, False),  # two rounds do not divide nine
         (Schedule.INTERLEAVED, 4, 13, False),  # nor three thirteen
+        (Schedule.ZB_H1, 4, 3, True),
+        (Schedule.ZB_H1, 4, 9, False),  # in rounds too, of which there are two
+        (Schedule.ZBV, 4, 1, True),
+        (Schedule.DUALPIPEV, 4, 8, True),
+        (Schedule.DUALPIPEV, 4, 7, False),  # one for each stage
     ],
 )
 def test_micro_batches_that_torch_takes(
     toy: Any, schedule: Schedule, pp: int, global_batch: int, expected: bool
 ) -> None:
     workload = replace(WORKLOAD, global_batch_size=global_batch)
-    vpp = 2 if schedule is Schedule.INTERLEAVED else 1
+    vpp = 2 if schedule in (Schedule.INTERLEAVED, *V_SHAPED) else 1
     assert runs(toy.model(num_layers=8), workload, pp=pp, vpp=vpp, schedule=schedule) is expected
 
 

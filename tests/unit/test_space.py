@@ -146,7 +146,7 @@ def schedules(p: Problem, pp: int, runs: tuple[str, ...]) -> Iterator[tuple[str,
 def enumerate_legal(p: Problem, *, everything: bool) -> set[tuple[object, ...]]:
     """Nested loops over the rules as the design states them; nothing of ``strategy`` or ``space`` is used."""
     found: set[tuple[object, ...]] = set()
-    runs = ("gpipe", "1f1b", "interleaved") + (("zb-h1", "zbv", "dualpipev") if everything else ())
+    runs = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")
     for d in degrees(p, cp_runs=everything, ep_runs=everything, tp_with_experts=everything):
         tp, cp, pp, dp, etp = (int(str(d[name])) for name in ("tp", "cp", "pp", "dp", "etp"))
         for sp in (False, True):
@@ -161,8 +161,12 @@ def enumerate_legal(p: Problem, *, everything: bool) -> set[tuple[object, ...]]:
                     micro_batches = p.batch // (dp * size)
                     if not everything and pp > 1 and schedule == "1f1b" and micro_batches < pp:
                         continue  # torch refuses
-                    if not everything and schedule == "interleaved" and micro_batches % max(1, micro_batches // pp):
+                    rounds = max(1, micro_batches // pp)
+                    if not everything and schedule in ("interleaved", "zb-h1") and micro_batches % rounds:
                         continue  # torch wants whole rounds
+                    if not everything and schedule == "dualpipev" and micro_batches < 2 * pp:
+                        continue
+                    whole = everything or schedule in ("gpipe", "1f1b", "interleaved")  # backwards, none split
                     for stage in (0, 1, 2, 3):
                         for shard in up_to(dp * cp):
                             sharded = stage > 0 and shard > 1 and dp * cp % shard == 0
@@ -170,7 +174,9 @@ def enumerate_legal(p: Problem, *, everything: bool) -> set[tuple[object, ...]]:
                                 continue
                             if sharded and not everything and shard != dp * cp:
                                 continue
-                            for recompute in ("none", "selective", "full"):
+                            if stage >= 2 and not whole:
+                                continue
+                            for recompute in ("none", "selective", "full") if whole else ("none",):
                                 found.add(
                                     (
                                         tp,
@@ -269,8 +275,8 @@ def test_candidates_of_a_small_problem_by_hand() -> None:
 def test_rejections_are_counted_by_hand() -> None:
     # heads 2: tp=4 is out; with cp=1, vocab on and what torch runs: sp on/off, 2 sizes, 3 recomputes = 12
     assert count(Reason.HEADS, tp=4) == 12
-    # 3 layers on 4 stages: gpipe, 1f1b and interleaved, 2 sizes, 3 recomputes
-    assert count(Reason.LAYERS, pp=4) == 18
+    # 3 layers on 4 stages: 6 schedules, 2 sizes, 3 recomputes
+    assert count(Reason.LAYERS, pp=4) == 36
     # dp=4 and a batch of 2: zero 0 to 3, 3 recomputes
     assert count(Reason.BATCH, dp=4) == 12
     assert (

@@ -15,7 +15,7 @@ from meshwright.cost_models.strategy import (
     even_stages,
     legal,
 )
-from meshwright.cost_models.targets import MESHWRIGHT
+from meshwright.cost_models.targets import MESHWRIGHT, framework_named
 from meshwright.cost_models.workload import Workload
 from meshwright.planner.reasons import SENTENCES, why_illegal
 from meshwright.profiler.model import load_model
@@ -188,7 +188,19 @@ def test_what_has_no_effect_is_said(config: ParallelConfig, sentence: str) -> No
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        (ParallelConfig(pp=2, vpp=2, schedule=Schedule.ZBV), "meshwright does not run schedule=zbv: it runs gpipe"),
+        (ParallelConfig(pp=2, vpp=2, schedule=Schedule.ZBV), None),
+        (
+            ParallelConfig(pp=2, vpp=2, schedule=Schedule.ZBV, recompute=Recompute.FULL),
+            "zbv splits backward, in which torch would recompute a block once for each of its weights",
+        ),
+        (
+            ParallelConfig(pp=2, dp=2, schedule=Schedule.ZB_H1, zero_stage=3, dp_shard=2),
+            "zb-h1 works out gradients of weights for a whole stage at a time: it runs zero_stage 0 and 1, found 3",
+        ),
+        (
+            ParallelConfig(pp=8, dp=8, vpp=2, schedule=Schedule.DUALPIPEV),
+            "dualpipev with pp=8 needs at least 16 micro-batches on each data rank, found 8",
+        ),
         (ParallelConfig(cp=2, cp_ring=2), "does not run context parallelism, found cp=2"),
         (ParallelConfig(dp=4, dp_shard=2, zero_stage=3), "shards over all of dp*cp=4, found dp_shard=2"),
         (ParallelConfig(tp=2), "with tp=2, meshwright runs vocab_parallel on only"),
@@ -205,11 +217,21 @@ def test_what_has_no_effect_is_said(config: ParallelConfig, sentence: str) -> No
             ParallelConfig(pp=5, dp=4, vpp=2, schedule=Schedule.INTERLEAVED, micro_batch_size=1),
             "interleaved over pp=5 runs 3 rounds, which must divide 16 micro-batches",
         ),
+        (
+            ParallelConfig(pp=5, dp=4, schedule=Schedule.ZB_H1, micro_batch_size=1),
+            "zb-h1 over pp=5 runs 3 rounds, which must divide 16 micro-batches",
+        ),
     ],
 )
 def test_what_the_target_does_not_run_is_said(config: ParallelConfig, sentence: str | None) -> None:
     found = why_illegal(config, LLAMA, WORKLOAD, MESHWRIGHT)
     assert found is None if sentence is None else sentence in (found or "")
+
+
+def test_a_schedule_that_the_target_lacks_is_said() -> None:
+    config = ParallelConfig(pp=2, vpp=2, schedule=Schedule.ZBV)
+    found = why_illegal(config, LLAMA, WORKLOAD, framework_named("megatron-bridge"))
+    assert found == "megatron-bridge does not run schedule=zbv: it runs 1f1b, interleaved"
 
 
 def test_every_reason_has_a_sentence() -> None:
