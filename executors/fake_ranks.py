@@ -1,0 +1,64 @@
+"""One rank of many without the others: a fake process group, fake tensors, and a plan applied to a model without memory.
+
+torch's fake process group answers every collective at once with nothing; fake tensors have shapes and no values. Three
+things of torch and transformers ask for values and are answered here: the vote that starts a pipeline (its outcome is
+known: shapes are given beforehand), the check that a gathered group is complete, and Hugging Face's look for packed
+sequences in positions (there are none).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining.schedules import _PipelineSchedule
+from torch.distributed.pipelining.stage import InferenceMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from meshwright import InputError
+
+
+@contextmanager
+def fake_world(world_size: int, rank: int) -> Iterator[None]:
+    """A default process group of ``world_size`` ranks of which this process is ``rank``; nothing is ever sent.
+
+    Raises ``InputError`` where there is a process group already, or the rank is not one of them.
+    """
+    if not 0 <= rank < world_size:
+        raise InputError(f"rank must be 0 to {world_size - 1}, found {rank}")
+    if dist.is_initialized():
+        raise InputError("a dry run makes its own process group: call it before init_process_group, not after")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """All tensors made inside are fake and on the CPU; so are those on the meta device once ``to_empty`` moved them."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(_PipelineSchedule, "_warmup_p2p", _know_shapes))
+        masking = sys.modules.get("transformers.masking_utils")
+        if masking is not None:
+            stack.enter_context(patch.object(masking, "find_packed_sequence_indices", lambda position_ids: None))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+def _know_shapes(schedule: Any, stages: list[Any], has_backward: bool, p2p_done: bool) -> None:
+    for stage in stages:
+        stage._inference_mode = InferenceMode.STATIC
+
+
+def make_fake(modules: list[torch.nn.Module]) -> None:
+    """Give modules on the meta device fake memory; call inside ``fake_tensors``."""
+    for module in modules:
+        module.to_empty(device="cpu")
