@@ -1,4 +1,4 @@
-"""Which blocks each pipeline stage holds, and how many of a layer's parameters one rank has."""
+"""Which blocks each pipeline stage holds, and how many of a block's parameters one rank has."""
 
 from __future__ import annotations
 
@@ -9,17 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models.strategy import ConfigBatch, IntArray, Partition, even_stages
-from meshwright.profiler.layers import (
-    AttentionKind,
-    AttentionLayer,
-    EmbeddingLayer,
-    HeadLayer,
-    LayerSpec,
-    MlpLayer,
-    MoeLayer,
-    NormKind,
-    NormLayer,
-)
+from meshwright.cost_models.weights import Weight, layer_weights, local_shape
+from meshwright.profiler.layers import AttentionLayer, HeadLayer, LayerSpec, MlpLayer, MoeLayer
 from meshwright.profiler.model import Block, ModelSpec
 
 FloatArray = NDArray[np.float64]
@@ -96,76 +87,26 @@ def _stage_counts(
     return counts
 
 
+def block_weights(block: Block) -> tuple[Weight, ...]:
+    """Every weight tensor of a block, layer by layer."""
+    return tuple(weight for layer in block.layers for weight in layer_weights(layer))
+
+
 def rank_params(block: Block, batch: ConfigBatch) -> FloatArray:
     """Parameters of a block that one tensor-parallel rank holds, before ZeRO; shape ``[num_configs]``.
 
     tp cuts whole heads (with more ranks than key/value heads each rank keeps a copy of one), feed-forward widths
-    and, with ``vocab_parallel``, the vocabulary, padded up to a multiple of tp. Norms, biases of what is summed over
-    ranks, and the latent projections of MLA are held whole. A tied head has its own copy only where a pipeline
-    parts it from the embedding.
+    and, with ``vocab_parallel``, the vocabulary, padded up to a multiple of tp; ep and etp cut routed experts. Norms,
+    biases of what is summed over ranks, routers, and the latent projections of MLA with their biases are held whole. A
+    tied head has its own copy only where a pipeline parts it from the embedding.
     """
-    return np.asarray(sum(_layer_params(layer, batch) for layer in block.layers), dtype=np.float64)
-
-
-def expert_params(block: Block, batch: ConfigBatch) -> FloatArray:
-    """Those of ``rank_params`` that belong to routed experts, which are shared by fewer ranks than the rest."""
-    whole = float(sum(layer.expert_params for layer in block.layers if isinstance(layer, MoeLayer)))
-    return np.asarray(whole / (batch.ep * batch.etp))
-
-
-def _layer_params(layer: LayerSpec, batch: ConfigBatch) -> FloatArray:
-    tp = batch.tp.astype(np.float64)
-    if isinstance(layer, NormLayer):
-        return np.full(len(batch), float(layer.params))
-    if isinstance(layer, EmbeddingLayer):
-        return (vocab_rows(layer.vocab_size, batch) + layer.num_positions) * layer.hidden
-    if isinstance(layer, HeadLayer):
-        rows = vocab_rows(layer.vocab_size, batch)
-        own = np.where(layer.tied & (batch.pp == 1), 0.0, 1.0)
-        return np.asarray(rows * (layer.hidden * own + layer.bias))
-    if isinstance(layer, MlpLayer):
-        whole = float(layer.hidden if layer.bias else 0)
-        return (layer.params - whole) / tp + whole
-    if isinstance(layer, MoeLayer):
-        shared = (3 if layer.gated else 2) * layer.hidden * layer.shared_ffn_size
-        rest = layer.params - layer.expert_params - shared
-        return np.asarray(layer.expert_params / (batch.ep * batch.etp) + shared / tp + rest)
-    return _attention_params(layer, tp)
-
-
-def _attention_params(layer: AttentionLayer, tp: FloatArray) -> FloatArray:
-    whole = (layer.hidden if layer.out_bias else 0) + layer.qk_norm_params + layer.extra_params
-    if layer.attention_kind is AttentionKind.MLA:
-        latent = layer.hidden * (layer.kv_lora_rank + layer.rope_head_dim + layer.q_lora_rank)
-        return np.asarray((layer.params - whole - latent) / tp + latent + whole)
-    kv_heads = np.maximum(layer.num_kv_heads / tp, 1.0)
-    width = layer.num_heads / tp * layer.head_dim + kv_heads * (layer.head_dim + layer.value_head_dim)
-    out = layer.num_heads / tp * layer.value_head_dim * layer.hidden
-    return np.asarray(width * (layer.hidden + layer.qkv_bias) + out + whole)
-
-
-def vocab_rows(vocab_size: int, batch: ConfigBatch, multiple: IntArray | int = 1) -> FloatArray:
-    """Rows of the token table or head on one rank, a multiple of ``multiple``."""
-    ranks = np.where(batch.vocab_parallel, batch.tp, 1)
-    return np.asarray(np.ceil(vocab_size / ranks / multiple) * multiple, dtype=np.float64)
+    total = np.zeros(len(batch))
+    for weight in block_weights(block):
+        experts, rows, columns = local_shape(weight, batch)
+        total = total + weight.copies * experts * rows * columns
+    return total
 
 
 def num_tensors(block: Block) -> int:
     """Parameter tensors of a block (projections apart, as modules hold them): what an eager optimizer loops over."""
-    count = 0
-    for layer in block.layers:
-        if isinstance(layer, NormLayer):
-            count += (1 if layer.norm_kind is NormKind.RMS else 2) * layer.affine
-        elif isinstance(layer, AttentionLayer):
-            mla = layer.attention_kind is AttentionKind.MLA
-            count += (len(layer.matmuls) if mla else 4) + 3 * layer.qkv_bias + layer.out_bias
-            count += 2 * (layer.qk_norm_params > 0)
-        elif isinstance(layer, MlpLayer):
-            count += (2 + layer.gated) * (1 + layer.bias)
-        elif isinstance(layer, MoeLayer):
-            count += 3 + (3 if layer.shared_ffn_size else 0)
-        elif isinstance(layer, EmbeddingLayer):
-            count += 1 + (layer.num_positions > 0)
-        else:
-            count += 1 + layer.bias
-    return count
+    return sum(weight.copies for weight in block_weights(block))

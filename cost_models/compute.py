@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models.attention import add_attention
-from meshwright.cost_models.blocks import vocab_rows
 from meshwright.cost_models.framework import Framework, forward_calls
 from meshwright.cost_models.operators import Operators, vocab_multiple
 from meshwright.cost_models.strategy import ConfigBatch, Recompute
+from meshwright.cost_models.weights import vocab_rows
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.cluster import Device
 from meshwright.profiler.layers import (

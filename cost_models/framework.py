@@ -163,6 +163,7 @@ class Framework:
     fused_projections: bool  # queries, keys and values are one matmul, gate and up another
     windowed_attention: bool  # attention kernels skip what a sliding window masks
     masters_are_parameters: bool  # FSDP2: shards are the master weights, computed with are copies that it gathers
+    shards_rows: bool  # FSDP2: ZeRO cuts each tensor along its first dimension and pads shards to equal size
     eager_rms_norm: bool  # RMSNorm written out in float32, which keeps more for backward than a fused one
     regathers_sequence: bool  # with sp, saves the sharded input of a matmul and gathers it again in backward
     overlap_dp_reduce: float  # gradients summed over replicas during backward

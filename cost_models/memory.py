@@ -74,20 +74,19 @@ def peak(blocks: list[BlockBytes], pipe: Pipeline, hop_bytes: FloatArray) -> dic
     return best
 
 
-def _numbers(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> Numbers:
+def _numbers(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> tuple[Numbers, Numbers, Numbers]:
+    """Parameters of a pipeline rank: all, those of its largest decoder block, those outside blocks."""
     on_rank = pipe.counts[rank].sum(axis=0)
-    zeros = np.zeros(len(pipe.batch))
-    dense, expert, largest, outer = zeros, zeros, zeros, zeros
+    everything = largest = outer = Numbers.zeros(len(pipe.batch))
     for number, kind, block in zip(on_rank, pipe.kinds.kinds, blocks, strict=True):
         if not number:
             continue
-        dense = dense + number * (block.params - block.expert_params)
-        expert = expert + number * block.expert_params
+        everything = everything + block.params * float(number)
         if kind.kind is BlockKind.DECODER:
-            largest = np.maximum(largest, block.params)
+            largest = largest.larger(block.params)
         else:
             outer = outer + block.params
-    return Numbers(dense=dense, expert=expert, block=largest, outer=outer)
+    return everything, largest, outer
 
 
 def _moments(blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: FloatArray) -> dict[Moment, KindBytes]:
@@ -97,16 +96,17 @@ def _moments(blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: Flo
     on two whole units are being reduced; a recomputed block's activations, or the loss's intermediates, exist beside.
     """
     batch, workload, recipe = pipe.batch, pipe.workload, pipe.workload.recipe
-    numbers, zero = _numbers(blocks, pipe, rank), batch.zero_stage
+    numbers, largest, outer = _numbers(blocks, pipe, rank)
+    zero = batch.zero_stage
     state = state_bytes(numbers, workload, pipe.framework, batch)
     working = np.zeros(len(batch))
     for index, block in enumerate(blocks):
         if pipe.counts[rank, :, index].any():
             working = np.maximum(working, block.working)
     weight, grad = float(recipe.params.num_bytes), float(recipe.grads.num_bytes)
-    units = numbers.outer + np.minimum(2.0 * numbers.block, numbers.all - numbers.outer)
-    unit = np.maximum(numbers.block, numbers.outer)
-    reducing = np.where(zero >= 1, np.minimum(2.0 * unit, numbers.all) * grad, 0.0)
+    units = outer.gathered + np.minimum(2.0 * largest.gathered, numbers.gathered - outer.gathered)
+    unit = np.maximum(largest.gathered, outer.gathered)
+    reducing = np.where(zero >= 1, np.minimum(2.0 * unit, numbers.gathered) * grad, 0.0)
     flattened = np.where((zero == 0) & (batch.dp * batch.cp > 1), unit * grad, 0.0)
     momentary = np.maximum(working + reducing, flattened)
     return {

@@ -9,15 +9,16 @@ Left out: attention masks and rotary tables.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.blocks import expert_params, rank_params, vocab_rows
 from meshwright.cost_models.framework import AttentionKernel, Framework
+from meshwright.cost_models.residency import Numbers, block_numbers
 from meshwright.cost_models.strategy import ConfigBatch, Recompute
+from meshwright.cost_models.weights import vocab_rows
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.layers import (
     AttentionKind,
@@ -38,19 +39,17 @@ FloatArray = NDArray[np.float64]
 class BlockBytes:
     """Bytes of one block on one rank, arrays of shape ``[num_configs]``.
 
-    ``params`` and ``expert_params`` (those of them that are experts') are counts. ``saved`` is kept for backward of one
-    micro-batch; ``working`` is what exists beside it for a moment: a recomputed block's activations, the loss's
-    intermediates.
+    ``params`` are counts, not bytes. ``saved`` is kept for backward of one micro-batch; ``working`` is what exists
+    beside it for a moment: a recomputed block's activations, the loss's intermediates.
     """
 
-    params: FloatArray
-    expert_params: FloatArray
+    params: Numbers
     saved: FloatArray
     working: FloatArray
 
     def take(self, rows: NDArray[np.int64]) -> BlockBytes:
         """The configs at these positions."""
-        return BlockBytes(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return BlockBytes(self.params.take(rows), self.saved[rows], self.working[rows])
 
 
 def block_bytes(block: Block, workload: Workload, framework: Framework, batch: ConfigBatch) -> BlockBytes:
@@ -72,8 +71,8 @@ def block_bytes(block: Block, workload: Workload, framework: Framework, batch: C
     else:
         saved = everything
         working = sum((saver.loss_working(layer) for layer in block.layers), np.zeros(len(few)))
-    arrays = (rank_params(block, few), expert_params(block, few), saved, working)
-    return BlockBytes(*(np.broadcast_to(array, (len(few),))[inverse] for array in arrays))
+    held = (np.broadcast_to(array, (len(few),))[inverse] for array in (saved, working))
+    return BlockBytes(block_numbers(block, framework, batch), *held)
 
 
 class _Saved:

@@ -17,10 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.blocks import BlockKinds, block_kinds, num_tensors, rank_params, stage_counts, vocab_rows
+from meshwright.cost_models.blocks import BlockKinds, block_kinds, num_tensors, rank_params, stage_counts
 from meshwright.cost_models.framework import Framework, num_microbatches
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
 from meshwright.cost_models.targets import MESHWRIGHT
+from meshwright.cost_models.weights import vocab_rows
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.layers import AttentionLayer, MlpLayer, MoeLayer, NormLayer
 from meshwright.profiler.model import Block, BlockKind, ModelSpec
