@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from meshwright import InputError
 from meshwright.cost_models.framework import Framework
+from meshwright.cost_models.margin import margin_of, needed_bytes
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.published_config import Counts, config_of, counts_of
 from meshwright.cost_models.published_hardware import cluster_named, cluster_of, target_of
@@ -180,11 +181,16 @@ def grouped(runs: Iterable[PublishedRun]) -> tuple[Group, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """One entry a run, in the order of the runs: NaN, 0 and a reason where the model has no answer."""
+    """One entry a run, in the order of the runs: NaN, 0 and a reason where the model has no answer.
+
+    ``recommended`` is with the margin of the run's target.
+    """
 
     step_s: NDArray[np.float64]
     peak_bytes: NDArray[np.int64]
+    fragmentation_bytes: NDArray[np.int64]
     fits: NDArray[np.bool_]
+    recommended: NDArray[np.bool_]
     reasons: tuple[str | None, ...]
 
 
@@ -197,16 +203,17 @@ def predict(
     """Price every run of ``groups``; names are resolved now, and no config is refused that a published run had."""
     groups = tuple(groups)
     size = sum(len(group.positions) for group in groups)
-    step, peak = np.full(size, np.nan), np.zeros(size, dtype=np.int64)
-    fits = np.zeros(size, dtype=np.bool_)
+    step, peak, on_top = np.full(size, np.nan), np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+    fits, recommended = np.zeros(size, dtype=np.bool_), np.zeros(size, dtype=np.bool_)
     reasons: list[str | None] = [None] * size
     for group in groups:
         try:
+            framework = frameworks(group.framework)
             found = estimate_batch(
                 group.model,
                 group.workload,
                 clusters(group.cluster),
-                frameworks(group.framework),
+                framework,
                 group.batch,
                 group.placement,
                 group.counts,
@@ -217,7 +224,9 @@ def predict(
                 reasons[position] = str(error)
         else:
             step[group.positions], peak[group.positions] = found.step_s, found.peak_bytes
-            fits[group.positions] = found.fits
+            on_top[group.positions], fits[group.positions] = found.fragmentation_bytes, found.fits
+            needed = needed_bytes(found.peak_bytes, found.fragmentation_bytes, margin_of(framework))
+            recommended[group.positions] = needed <= found.capacity_bytes - found.reserved_bytes
         if on_group:
             on_group(group)
-    return Predictions(step, peak, fits, tuple(reasons))
+    return Predictions(step, peak, on_top, fits, recommended, tuple(reasons))

@@ -8,13 +8,14 @@ each, rows that publish only a utilisation another. Some families have extra par
 * **cells** compare plans: runs that agree in the columns of ``published.CELL``. A plan's measured time is the median of
   its repeats (the same configuration, measured again). Cells of ``MIN_PLANS`` plans or more count. Plans that are
   predicted equal rank with the slowest measured first, so that the order of the table never helps.
-* **memory**: error of the peak; runs that succeeded but are predicted not to fit; failures predicted not to fit.
+* **memory** and **picks** among failures: see ``scorecard_memory``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,15 @@ from meshwright.cost_models.published import (
     read_published,
 )
 from meshwright.cost_models.scorecard_cells import Cell, CellScore, score_cells
+from meshwright.cost_models.scorecard_memory import (
+    MemoryScore,
+    Pick,
+    PickScore,
+    compared_peak,
+    score_memory,
+    score_picks,
+)
+from meshwright.cost_models.scorecard_rows import ErrorScore, RowScore, error_score
 from meshwright.profiler.record import record
 
 # parts beside those of scope, by family: a name and which runs
@@ -46,44 +56,6 @@ EXTRA: dict[str, tuple[tuple[str, Callable[[PublishedRun], bool]], ...]] = {
     ),
 }
 SCOPES = {"dense": "dense", "cp": "cp > 1", "moe": "MoE"}
-OUT_OF_MEMORY = ("oom", "failed_unspecified")
-
-
-@record
-class RowScore:
-    """One row of the table: what was predicted, what was measured, or why it was skipped."""
-
-    row_id: str
-    family: str
-    predicted_step_s: float | None = None
-    predicted_peak_bytes: int | None = None
-    fits: bool | None = None
-    skipped_reason: str | None = None
-    measured_step_s: float | None = None
-    measured_peak_bytes: float | None = None
-    error: float | None = None
-    notes: tuple[str, ...] = ()
-
-
-@record
-class ErrorScore:
-    """Over the rows with a prediction and a measurement; ``bias`` is the median signed error."""
-
-    rows: int
-    median: float
-    mean: float
-    bias: float
-
-
-@record
-class MemoryScore:
-    """``peak``: over rows with a measured peak. Counts are rows."""
-
-    peak: ErrorScore | None
-    succeeded: int
-    succeeded_called_out: int
-    failed: int
-    failed_called_out: int
 
 
 @record
@@ -97,6 +69,7 @@ class Part:
     errors: ErrorScore | None
     cells: CellScore | None
     memory: MemoryScore | None
+    picks: PickScore | None
 
 
 @record
@@ -106,6 +79,7 @@ class Scorecard:
     parts: tuple[Part, ...]
     rows: tuple[RowScore, ...]
     cells: tuple[tuple[Part, tuple[Cell, ...]], ...]
+    picks: tuple[tuple[Part, tuple[Pick, ...]], ...]
     skipped: tuple[tuple[str, str, int], ...]
 
 
@@ -136,44 +110,55 @@ def validate(
 def score(published: Published, predictions: Predictions) -> Scorecard:
     """Compare ``predictions`` (one entry for each of ``published.runs``) with what was measured."""
     runs = published.runs
-    step = [float(value) if np.isfinite(value) else None for value in predictions.step_s]
-    by_id = {
-        run.row_id: RowScore(
-            row_id=run.row_id,
-            family=run.family,
-            predicted_step_s=step[index],
-            predicted_peak_bytes=int(predictions.peak_bytes[index]) if step[index] is not None else None,
-            fits=bool(predictions.fits[index]) if step[index] is not None else None,
-            skipped_reason=predictions.reasons[index],
-            measured_step_s=run.measured.step_s,
-            measured_peak_bytes=run.measured.peak_bytes,
-            error=_error(run, step[index]),
-            notes=run.notes,
-        )
-        for index, run in enumerate(runs)
-    }
+    by_id = {run.row_id: _row(run, predictions, index) for index, run in enumerate(runs)}
     for row_id, family, reason in published.skipped:
         by_id[row_id] = RowScore(row_id=row_id, family=family, skipped_reason=reason)
     rows = tuple(by_id[row_id] for row_id in published.row_ids)
     families = list(dict.fromkeys(row.family for row in rows))
     scored = [
-        (part, cells)
-        for family in families
-        for part, cells in _family(family, [run for run in runs if run.family == family], by_id)
+        each for family in families for each in _family(family, [run for run in runs if run.family == family], by_id)
     ]
     counted = Counter((row.family, row.skipped_reason) for row in rows if row.skipped_reason is not None)
     skipped = tuple((family, str(reason), count) for (family, reason), count in counted.most_common())
     return Scorecard(
-        parts=tuple(part for part, _ in scored),
+        parts=tuple(part for part, _, _ in scored),
         rows=rows,
-        cells=tuple((part, cells) for part, cells in scored if cells),
+        cells=tuple((part, cells) for part, cells, _ in scored if cells),
+        picks=tuple((part, picks) for part, _, picks in scored if picks),
         skipped=skipped,
     )
 
 
-def _error(run: PublishedRun, predicted_s: float | None) -> float | None:
-    if predicted_s is None:
-        return None
+def _row(run: PublishedRun, predictions: Predictions, index: int) -> RowScore:
+    row = RowScore(
+        row_id=run.row_id,
+        family=run.family,
+        framework=run.framework,
+        status=run.status,
+        skipped_reason=predictions.reasons[index],
+        measured_step_s=run.measured.step_s,
+        measured_peak_bytes=run.measured.peak_bytes,
+        peak_kind=run.measured.peak_kind.value,
+        notes=run.notes,
+    )
+    step_s = float(predictions.step_s[index])
+    if not np.isfinite(step_s):
+        return row
+    tensors, on_top = int(predictions.peak_bytes[index]), int(predictions.fragmentation_bytes[index])
+    peak = run.measured.peak_bytes
+    return replace(
+        row,
+        predicted_step_s=step_s,
+        predicted_peak_bytes=tensors,
+        predicted_fragmentation_bytes=on_top,
+        fits=bool(predictions.fits[index]),
+        recommended=bool(predictions.recommended[index]),
+        error=_error(run, step_s),
+        peak_error=compared_peak(run, tensors, on_top) / peak - 1.0 if peak else None,
+    )
+
+
+def _error(run: PublishedRun, predicted_s: float) -> float | None:
     if run.measured.step_s is not None:
         return predicted_s / run.measured.step_s - 1.0
     if run.measured.utilisation_step_s is not None:
@@ -183,7 +168,7 @@ def _error(run: PublishedRun, predicted_s: float | None) -> float | None:
 
 def _family(
     family: str, runs: Sequence[PublishedRun], rows: dict[str, RowScore]
-) -> Iterable[tuple[Part, tuple[Cell, ...]]]:
+) -> Iterable[tuple[Part, tuple[Cell, ...], tuple[Pick, ...]]]:
     timed = [run for run in runs if run.measured.utilisation_step_s is None]
     utilised = [run for run in runs if run.measured.utilisation_step_s is not None]
     for scope, name in SCOPES.items():
@@ -199,7 +184,7 @@ def _family(
 
 def _part(
     family: str, name: str, runs: Sequence[PublishedRun], rows: dict[str, RowScore]
-) -> tuple[Part, tuple[Cell, ...]]:
+) -> tuple[Part, tuple[Cell, ...], tuple[Pick, ...]]:
     predicted = [run for run in runs if rows[run.row_id].predicted_step_s is not None]
     errors = [rows[run.row_id].error for run in predicted]
     plans = [
@@ -208,44 +193,15 @@ def _part(
         if run.measured.step_s is not None
     ]
     cells, cell_score = score_cells(plans)
+    picks, pick_score = score_picks(predicted, rows)
     part = Part(
         family=family,
         name=name,
         rows=len(runs),
         predicted=len(predicted),
-        errors=_errors([error for error in errors if error is not None]),
+        errors=error_score([error for error in errors if error is not None]),
         cells=cell_score,
-        memory=_memory(predicted, rows),
+        memory=score_memory(predicted, rows),
+        picks=pick_score,
     )
-    return part, cells
-
-
-def _errors(errors: Sequence[float]) -> ErrorScore | None:
-    if not errors:
-        return None
-    values = np.asarray(errors)
-    return ErrorScore(
-        rows=len(values),
-        median=float(np.median(np.abs(values))),
-        mean=float(np.mean(np.abs(values))),
-        bias=float(np.median(values)),
-    )
-
-
-def _memory(runs: Sequence[PublishedRun], rows: dict[str, RowScore]) -> MemoryScore | None:
-    failed = [run for run in runs if run.status in OUT_OF_MEMORY]
-    succeeded = [run for run in runs if run.status in ("ok", "memory_only") and run.has_measurement]
-    if not failed and not succeeded:
-        return None
-    peaks = [
-        rows[run.row_id].predicted_peak_bytes / run.measured.peak_bytes - 1.0  # type: ignore[operator]
-        for run in succeeded
-        if run.measured.peak_bytes
-    ]
-    return MemoryScore(
-        peak=_errors(peaks),
-        succeeded=len(succeeded),
-        succeeded_called_out=sum(not rows[run.row_id].fits for run in succeeded),
-        failed=len(failed),
-        failed_called_out=sum(not rows[run.row_id].fits for run in failed),
-    )
+    return part, cells, picks

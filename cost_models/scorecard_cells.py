@@ -69,10 +69,10 @@ def score_cells(
         cells=len(cells),
         plans=sum(len(cell.plans) for cell in cells),
         spearman=float(np.median([cell.spearman for cell in cells])),
-        regret=_geometric_mean(regrets),
+        regret=geometric_mean(regrets),
         worst=float(regrets.max()),
         close=float(np.mean(regrets <= CLOSE)),
-        regret_of_three=_geometric_mean(np.array([cell.regret_of_three for cell in cells])),
+        regret_of_three=geometric_mean(np.array([cell.regret_of_three for cell in cells])),
     )
 
 
@@ -113,5 +113,6 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(((last - counts + 1 + last) / 2.0)[inverse])
 
 
-def _geometric_mean(values: NDArray[np.float64]) -> float:
+def geometric_mean(values: NDArray[np.float64]) -> float:
+    """Of positive numbers, at least one."""
     return float(np.exp(np.mean(np.log(values))))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from meshwright import InputError
 
 if TYPE_CHECKING:
-    from meshwright.cost_models.scorecard import RowScore, Scorecard
+    from meshwright.cost_models.scorecard import Scorecard
+    from meshwright.cost_models.scorecard_rows import RowScore
 
 COLUMNS = 4
 BAND = 1.10  # the shaded band: 10 % to either side

@@ -11,16 +11,20 @@ from meshwright.profiler.units import format_seconds
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from meshwright.cost_models.scorecard import ErrorScore, Part, RowScore, Scorecard
+    from meshwright.cost_models.scorecard import Part, Scorecard
     from meshwright.cost_models.scorecard_cells import Cell
+    from meshwright.cost_models.scorecard_memory import Pick
+    from meshwright.cost_models.scorecard_rows import ErrorScore, RowScore
 
 ERROR_COLUMNS = ("rows", "predicted", "scored", "median", "mean", "bias")
 CELL_COLUMNS = ("cells", "plans", "rank corr.", "regret", "worst", "within 5 %", "best of 3")
+MEMORY_COLUMNS = ("peaks", "median", "mean", "bias", "ran, said not to fit", "failed, said so", "oom, said so")
+PICK_COLUMNS = ("cells", "candidates", "picks", "of them failed", "share", "regret of the rest", "worst")
 SHOWN_NOTES = 12
 
 
 def show_scorecard(card: Scorecard, console: Console, *, per_cell: bool = False) -> None:
-    """Print errors, cells, memory, what was assumed and what was skipped; ``per_cell`` adds every cell."""
+    """Print errors, cells, memory, picks, what was assumed and what was skipped; ``per_cell`` adds every cell."""
     _print_table(console, "Step time and utilisation", ERROR_COLUMNS, [_error_row(part) for part in card.parts])
     with_cells = [part for part in card.parts if part.cells is not None]
     if with_cells:
@@ -29,17 +33,26 @@ def show_scorecard(card: Scorecard, console: Console, *, per_cell: bool = False)
     remembered = [row for part in card.parts if (row := _memory_row(part)) is not None]
     if remembered:
         console.print()
-        columns = ("peaks", "median", "bias", "ran, called out of memory", "failed, called out of memory")
-        _print_table(console, "Memory", columns, remembered)
+        _print_table(console, "Memory", MEMORY_COLUMNS, remembered)
+    if card.picks:
+        console.print()
+        title = "First choice among the recommended, with the runs that failed as candidates"
+        _print_table(console, title, PICK_COLUMNS, [_pick_row(part) for part, _ in card.picks])
     if per_cell:
         _show_cells(card, console)
+        _show_picks(card, console)
     _show_reasons(card, console)
 
 
 def scorecard_json(card: Scorecard) -> str:
-    """Parts, and every row in the order of the table: ``skipped_reason`` is null where it was predicted."""
+    """Parts, picks, and every row in the order of the table: ``skipped_reason`` is null where it was predicted."""
+    from dataclasses import asdict
+
     document = {
         "parts": [_part_json(part) for part in card.parts],
+        "picks": [
+            {"family": part.family, "part": part.name, **asdict(pick)} for part, picks in card.picks for pick in picks
+        ],
         "skipped": [{"family": family, "reason": reason, "rows": rows} for family, reason, rows in card.skipped],
         "rows": [_row_json(row) for row in card.rows],
     }
@@ -52,11 +65,17 @@ def _row_json(row: RowScore) -> dict[str, Any]:
         "family": row.family,
         "predicted_step_time_s": row.predicted_step_s,
         "predicted_peak_bytes": row.predicted_peak_bytes,
+        "predicted_fragmentation_bytes": row.predicted_fragmentation_bytes,
         "fits": row.fits,
+        "recommended": row.recommended,
         "skipped_reason": row.skipped_reason,
+        "framework": row.framework,
+        "status": row.status,
         "measured_step_time_s": row.measured_step_s,
         "measured_peak_bytes": row.measured_peak_bytes,
+        "peak_kind": row.peak_kind,
         "error": row.error,
+        "peak_error": row.peak_error,
         "notes": list(row.notes),
     }
 
@@ -101,16 +120,24 @@ def _memory_row(part: Part) -> tuple[str, ...] | None:
     memory = part.memory
     if memory is None:
         return None
-    peak = _errors(memory.peak)
-    return (
-        part.family,
-        part.name,
-        peak[0],
-        peak[1],
-        peak[3],
-        f"{memory.succeeded_called_out} of {memory.succeeded}" if memory.succeeded else "-",
-        f"{memory.failed_called_out} of {memory.failed}" if memory.failed else "-",
+    counts = (
+        (memory.succeeded_called_out, memory.succeeded),
+        (memory.failed_called_out, memory.failed),
+        (memory.oom_called_out, memory.oom),
     )
+    said = [f"{called} of {rows}" if rows else "-" for called, rows in counts]
+    return (part.family, part.name, *_errors(memory.peak), *said)
+
+
+def _pick_row(part: Part) -> tuple[str, ...]:
+    picks = part.picks
+    assert picks is not None
+    share = f"{picks.failed / picks.picks:.0%}" if picks.picks else "-"
+    regrets = [
+        "-" if value is None else f"{value:{form}}" for value, form in ((picks.regret, ".3f"), (picks.worst, ".2f"))
+    ]
+    counts = (picks.cells, picks.candidates, picks.picks, picks.failed)
+    return (part.family, part.name, *map(str, counts), share, *regrets)
 
 
 def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -154,6 +181,23 @@ def _show_cell(part: Part, cell: Cell, console: Console) -> None:
         row = (plan.description, format_seconds(plan.predicted_s), format_seconds(plan.measured_s), error)
         table.add_row(*row, style="green" if fastest else None)
     console.print(table)
+
+
+def _show_picks(card: Scorecard, console: Console) -> None:
+    for part, picks in card.picks:
+        console.print()
+        console.print(f"[bold]{part.family}[/bold] ({part.name}): first choices with failures", highlight=False)
+        for pick in picks:
+            console.print(f"  {_pick_line(pick)}", markup=False, highlight=False)
+
+
+def _pick_line(pick: Pick) -> str:
+    said = " ".join(text for text in pick.key[1:] if text)
+    counts = f"{pick.candidates} candidates, {pick.failed} failed, {pick.recommended} recommended"
+    if pick.description is None:
+        return f"{said}: {counts}; no pick"
+    outcome = "FAILED" if pick.regret is None else f"regret {pick.regret:.3f}"
+    return f"{said}: {counts}; {pick.description} {outcome}"
 
 
 def _show_reasons(card: Scorecard, console: Console) -> None:

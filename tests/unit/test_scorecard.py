@@ -10,7 +10,7 @@ import pytest
 
 from meshwright import InputError
 from meshwright.cost_models.published import Predictions, Published, PublishedRun
-from meshwright.cost_models.published_measured import Measured
+from meshwright.cost_models.published_measured import Measured, PeakKind
 from meshwright.cost_models.scorecard import Part, Scorecard, score
 from meshwright.cost_models.scorecard_cells import rank_correlation
 from meshwright.cost_models.strategy import ParallelConfig
@@ -50,7 +50,9 @@ def card(runs: list[PublishedRun], step_s: list[float], **changes: object) -> Sc
     predictions = Predictions(
         step_s=np.array(step_s, dtype=np.float64),
         peak_bytes=np.array(changes.get("peak", [10] * size), dtype=np.int64),
+        fragmentation_bytes=np.array(changes.get("fragmentation", [0] * size), dtype=np.int64),
         fits=np.array(changes.get("fits", [True] * size), dtype=np.bool_),
+        recommended=np.array(changes.get("recommended", [True] * size), dtype=np.bool_),
         reasons=tuple(None if np.isfinite(value) else "no rate" for value in step_s),
     )
     skipped = (("s1", "f", "no target"), ("s2", "g", "no target"))
@@ -183,19 +185,120 @@ class TestCells:
 
 
 class TestMemory:
-    def test_peaks_and_who_is_called_out_of_memory(self) -> None:
+    def test_peaks_and_who_is_said_not_to_fit(self) -> None:
         runs = [
             run("a", 1.0, measured=Measured(step_s=1.0, peak_bytes=100.0)),
             run("bb", 1.0),
             run("ccc", None, status="oom"),
             run("dddd", None, status="failed_unspecified"),
+            run("eeeee", None, status="failed_unspecified"),
         ]
-        memory = only_part(card(runs, [1.0] * 4, peak=[90, 5, 5, 5], fits=[True, False, False, True])).memory
+        found = card(
+            runs,
+            [1.0] * 5,
+            peak=[90, 5, 5, 5, 5],
+            fits=[True, False, False, True, True],
+            recommended=[True, False, False, False, True],
+        )
+        memory = only_part(found).memory
         assert memory is not None
         assert memory.peak is not None
         assert memory.peak.bias == pytest.approx(-0.1)
-        assert (memory.succeeded, memory.succeeded_called_out) == (2, 1)
-        assert (memory.failed, memory.failed_called_out) == (2, 1)
+        assert (memory.succeeded, memory.succeeded_called_out, memory.succeeded_recommended) == (2, 1, 1)
+        assert (memory.failed, memory.failed_called_out, memory.failed_recommended) == (2, 0, 1)
+        assert (memory.oom, memory.oom_called_out, memory.oom_recommended) == (1, 1, 0)
+
+    @pytest.mark.parametrize(
+        ("kind", "error"),
+        [(PeakKind.ALLOCATED, -0.1), (PeakKind.UNSPECIFIED, -0.1), (PeakKind.RESERVED, 0.2)],
+    )
+    def test_peaks_are_compared_with_what_was_published(self, kind: PeakKind, error: float) -> None:
+        measured = Measured(step_s=1.0, peak_bytes=100.0, peak_kind=kind)
+        found = card([run("a", 1.0, measured=measured)], [1.0], peak=[90], fragmentation=[30])
+        assert found.rows[0].peak_error == pytest.approx(error)
+
+    def test_the_peak_of_a_run_that_failed_is_not_scored(self) -> None:
+        failed = run("a", None, status="oom", measured=Measured(peak_bytes=100.0))
+        memory = only_part(card([failed], [1.0])).memory
+        assert memory is not None
+        assert (memory.peak, memory.oom) == (None, 1)
+
+
+def with_failures(measured: list[float | None]) -> list[PublishedRun]:
+    """A cell of plans: a measured step each, ``None`` for one that failed."""
+    return [
+        run(
+            f"p{index}",
+            value,
+            config=ParallelConfig(micro_batch_size=index + 1),
+            status="ok" if value else "failed_unspecified",
+        )
+        for index, value in enumerate(measured)
+    ]
+
+
+class TestPicks:
+    def test_the_fastest_recommended_is_the_pick_and_failures_are_candidates(self) -> None:
+        runs = with_failures([None, 4.0, 2.0, None, 1.0])
+        found = card(runs, [1.0, 2.0, 3.0, 4.0, 5.0], recommended=[False, True, True, True, True])
+        (pick,) = found.picks[0][1]
+        assert (pick.candidates, pick.failed, pick.recommended) == (5, 2, 4)
+        assert (pick.row_ids, pick.pick_failed) == (("p1",), False)
+        assert pick.regret == pytest.approx(4.0)  # over 1.0, the best that ran
+
+    def test_a_pick_that_failed_has_no_regret(self) -> None:
+        first = with_failures([None, 4.0, 2.0, 1.0])
+        second = [
+            replace(one, row_id="q" + one.row_id, cell=("f", "b")) for one in with_failures([2.0, None, 2.0, 1.0])
+        ]
+        third = [replace(one, row_id="r" + one.row_id, cell=("f", "c")) for one in with_failures([8.0, None, 2.0, 1.0])]
+        picks = only_part(card(first + second + third, [1.0, 2.0, 3.0, 4.0] * 3)).picks
+        assert picks is not None
+        assert (picks.cells, picks.candidates, picks.picks, picks.failed) == (3, 12, 3, 1)
+        assert picks.regret == pytest.approx(4.0)  # the geometric mean of 2 and 8
+        assert picks.worst == pytest.approx(8.0)
+
+    def test_where_nothing_is_recommended_there_is_no_pick(self) -> None:
+        picks = only_part(card(with_failures([None, 1.0, 2.0, 3.0]), [1.0] * 4, recommended=[False] * 4)).picks
+        assert picks is not None
+        assert (picks.cells, picks.picks, picks.failed, picks.regret) == (1, 0, 0, None)
+
+    def test_a_configuration_failed_when_none_of_its_repeats_ran(self) -> None:
+        runs = with_failures([None, 1.0, 2.0, 3.0])
+        again = replace(runs[0], row_id="again", status="ok", measured=Measured(step_s=1.5))
+        picks = only_part(card([*runs, again], [1.0, 2.0, 3.0, 4.0, 1.0])).picks
+        assert picks is None  # nothing failed
+        twice = replace(runs[0], row_id="twice")
+        picks = only_part(card([*runs, twice], [1.0, 2.0, 3.0, 4.0, 1.0])).picks
+        assert picks is not None
+        assert (picks.candidates, picks.failed) == (4, 1)
+
+    def test_of_equal_predictions_the_one_that_failed_is_picked(self) -> None:
+        picks = only_part(card(with_failures([1.0, 2.0, None, 3.0]), [1.0] * 4)).picks
+        assert picks is not None
+        assert picks.failed == 1
+
+    def test_three_candidates_are_no_cell(self) -> None:
+        assert only_part(card(with_failures([1.0, None, 3.0]), [1.0, 2.0, 3.0])).picks is None
+
+    def test_they_are_shown(self) -> None:
+        from rich.console import Console
+
+        console = Console(width=160, record=True, file=io.StringIO())
+        first = with_failures([None, 4.0, 2.0, 1.0])
+        second = [
+            replace(one, row_id="q" + one.row_id, cell=("f", "b")) for one in with_failures([2.0, None, 2.0, 1.0])
+        ]
+        found = card(first + second, [1.0, 2.0, 3.0, 4.0] * 2)
+        show_scorecard(found, console, per_cell=True)
+        text = console.export_text()
+        assert "with the runs that failed as candidates" in text
+        assert "50%" in text
+        assert "mbs1 FAILED" in text
+        assert "mbs1 regret 2.000" in text
+        picks = json.loads(scorecard_json(found))["picks"]
+        assert [pick["pick_failed"] for pick in picks] == [True, False]
+        assert picks[1]["regret"] == pytest.approx(2.0)
 
 
 class TestShowing:
