@@ -1,22 +1,24 @@
-"""One rank of many without the others: a fake process group, fake tensors, and a plan applied to a model without memory.
+"""One rank of many without the others: a fake process group, fake tensors, and a plan applied to a model on meta.
 
-torch's fake process group answers every collective at once with nothing; fake tensors have shapes and no values. Three
+torch's fake process group answers every collective at once with nothing; fake tensors have shapes and no values. Two
 things of torch and transformers ask for values and are answered here: the vote that starts a pipeline (its outcome is
-known: shapes are given beforehand), the check that a gathered group is complete, and Hugging Face's look for packed
-sequences in positions (there are none).
+known: shapes are given beforehand) and Hugging Face's look for packed sequences in positions (there are none). And one
+thing is missing: what is sent stays alive as long as the handle of the sending does, with NCCL and gloo alike.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.pipelining.stage import InferenceMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -46,6 +48,7 @@ def fake_tensors() -> Iterator[None]:
     """All tensors made inside are fake and on the CPU; so are those on the meta device once ``to_empty`` moved them."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(_PipelineSchedule, "_warmup_p2p", _know_shapes))
+        stack.enter_context(patch.object(schedules, "_batch_p2p", partial(_held, schedules._batch_p2p)))
         masking = sys.modules.get("transformers.masking_utils")
         if masking is not None:
             stack.enter_context(patch.object(masking, "find_packed_sequence_indices", lambda position_ids: None))
@@ -56,6 +59,22 @@ def fake_tensors() -> Iterator[None]:
 def _know_shapes(schedule: Any, stages: list[Any], has_backward: bool, p2p_done: bool) -> None:
     for stage in stages:
         stage._inference_mode = InferenceMode.STATIC
+
+
+class _Sending:
+    """Handles of sends, which hold what is sent."""
+
+    def __init__(self, works: list[Any], sent: list[Any]) -> None:
+        self._works, self._sent = works, sent
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def _held(batch: Callable[..., list[Any]], operations: list[Any], desc: str | None = None) -> list[Any]:
+    works = batch(operations, desc)
+    return [_Sending(works, [operation.tensor for operation in operations])] if works else []
 
 
 def make_fake(modules: list[torch.nn.Module]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def find_peak(blocks: Sequence[Block], windows: Sequence[int], steps: Sequence[i
     alive = changes.cumsum(axis=0)
     totals = alive.sum(axis=1)
     edges = [*steps, clock + 1]
-    peaks = [int(totals[start:stop].max()) for start, stop in zip(edges, edges[1:], strict=False)]
+    peaks = [int(totals[start:stop].max()) for start, stop in pairwise(edges)]
     at = int(totals.argmax())
     step = max(0, int(np.searchsorted(steps, at, side="right")) - 1)
     there = sorted(
@@ -133,5 +134,5 @@ def find_peak(blocks: Sequence[Block], windows: Sequence[int], steps: Sequence[i
 def _decimated(alive: np.ndarray, totals: np.ndarray, start: int, stop: int) -> tuple[TimePoint, ...]:  # type: ignore[type-arg]
     """The highest moment of each of ``TIMELINE_POINTS`` equal stretches."""
     edges = np.unique(np.linspace(start, stop, TIMELINE_POINTS + 1).astype(int))
-    points = [first + int(totals[first:last].argmax()) for first, last in zip(edges, edges[1:], strict=False)]
+    points = [first + int(totals[first:last].argmax()) for first, last in pairwise(edges)]
     return tuple(TimePoint(event=at - start, num_bytes=tuple(int(value) for value in alive[at])) for at in points)

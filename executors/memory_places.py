@@ -68,7 +68,7 @@ class Places:
     def _module_of(self, node: Any) -> str:
         number = node._sequence_nr()
         place = bisect_right(self._numbers, number) - 1
-        return self._modules[place] if 0 <= place and number < 2**63 else ""
+        return self._modules[place] if place >= 0 and number < 2**63 else ""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
