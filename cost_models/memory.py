@@ -101,8 +101,8 @@ def _moments(blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: Flo
     state = state_bytes(numbers, workload, pipe.framework, batch)
     working = np.zeros(len(batch))
     for index, block in enumerate(blocks):
-        if pipe.counts[rank, :, index].any():
-            working = np.maximum(working, block.working)
+        share = min(float(pipe.counts[rank, :, index].sum()), 1.0)  # of a head split over stages
+        working = np.maximum(working, share * block.working)
     weight, grad = float(recipe.params.num_bytes), float(recipe.grads.num_bytes)
     units = outer.gathered + np.minimum(2.0 * largest.gathered, numbers.gathered - outer.gathered)
     unit = np.maximum(largest.gathered, outer.gathered)

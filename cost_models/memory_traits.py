@@ -6,8 +6,20 @@ from meshwright.profiler.record import record
 
 
 @record
+class LossTensors:
+    """Copies of the logits around the loss: in the compute dtype and in float32, between its passes and beside them."""
+
+    kept: float = 0.0
+    kept_float32: float = 0.0
+    beside: float = 0.0
+    beside_float32: float = 0.0
+
+
+@record
 class MemoryTraits:
-    """``fragmentation`` is what the caching allocator holds on top of all tensors at the peak, as a share of them.
+    """What a target's code keeps, where it is not what eager torch does (``saved``).
+
+    ``fragmentation`` is what the caching allocator holds on top of all tensors at the peak, as a share of them.
 
     ``margin`` is the share by which measured peaks exceed predicted ones (``recommended.derive``), ``margin_source``
     the peaks that say so; both are read from ``memory_margins.json``.
@@ -16,3 +28,8 @@ class MemoryTraits:
     fragmentation: float = 0.0
     margin: float = 0.0
     margin_source: str = ""
+    gated_tensors: float = 4.0  # of a gated feed-forward's width: gate, up, activated gate, product; fused without one
+    expert_rows: float = 2.0  # a token's row for an expert, going in and, to be weighted, coming out
+    float8_inputs: bool = False  # projections keep their inputs as cast for the matmul (Transformer Engine)
+    masks_always: bool = False  # masks of dropout are kept though nothing is dropped (a fused bias, dropout and sum)
+    loss: LossTensors | None = None

@@ -79,8 +79,11 @@ class _Saved:
     """Bytes autograd keeps of each layer, for one micro-batch."""
 
     def __init__(self, workload: Workload, framework: Framework, batch: ConfigBatch) -> None:
-        self.framework, self.batch = framework, batch
+        self.framework, self.batch, self.traits = framework, batch, framework.memory
         self.size = float(workload.recipe.compute.num_bytes)
+        # bytes of a number of what a projection reads, as it is kept
+        narrow = workload.recipe.matmul if self.traits.float8_inputs else None
+        self.input_size = float(narrow.num_bytes) if narrow else self.size
         self.wide = max(self.size, 4.0)  # norms and losses work in float32 at least
         self.tp = batch.tp.astype(np.float64)
         self.seq_len = float(workload.seq_len)
@@ -103,12 +106,13 @@ class _Saved:
                 self._projected_input(layer.hidden) + self._ffn(layer.ffn_size, layer.gated) + self._mask(layer.hidden)
             )
         if isinstance(layer, MoeLayer):
-            return self._projected_input(layer.hidden) + self._moe(layer)
+            return self.stream_input(layer.hidden, self.size) + self._moe(layer)  # routed in the compute dtype
         if isinstance(layer, HeadLayer):
-            logits = self.tokens * vocab_rows(layer.vocab_size, self.batch)
+            logits, loss = self.tokens * vocab_rows(layer.vocab_size, self.batch), self.traits.loss
             own = self.batch.vocab_parallel | self.framework.fused_loss
             kept = np.where(own, self.size, self.wide)  # the logits, or their log-softmax
-            return self._projected_input(layer.hidden) + logits * kept
+            kept = kept if loss is None else np.full(len(self.batch), loss.kept * self.size + loss.kept_float32 * 4.0)
+            return self.stream_input(layer.hidden, self.size) + logits * kept
         return np.zeros(len(self.batch))  # a lookup keeps the token ids only
 
     def products(self, layer: LayerSpec) -> FloatArray:
@@ -143,6 +147,8 @@ class _Saved:
         if not isinstance(layer, HeadLayer):
             return np.zeros(len(self.batch))
         logits = self.tokens * vocab_rows(layer.vocab_size, self.batch)
+        if loss := self.traits.loss:
+            return np.asarray(logits * (loss.beside * self.size + loss.beside_float32 * 4.0))
         copies = 0.0 if self.framework.fused_loss else 2.0 * self.wide
         return np.asarray(logits * (copies + self.size))
 
@@ -162,17 +168,20 @@ class _Saved:
 
     def _mask(self, hidden: int) -> FloatArray:
         """Where a layer's output is dropped out of: a byte a number."""
-        return np.asarray(self.cut_tokens * hidden * float(self._drops))
+        return np.asarray(self.cut_tokens * hidden * float(self._drops or self.traits.masks_always))
 
     def _norm(self, layer: NormLayer) -> FloatArray:
         """A fused norm keeps its input; the RMSNorm of Hugging Face a float32 copy and the normalised tensor."""
         eager = layer.norm_kind is NormKind.RMS and self.framework.eager_rms_norm
         return np.asarray(self.cut_tokens * layer.hidden * ((self.wide + self.size) if eager else self.size))
 
-    def _projected_input(self, hidden: int) -> FloatArray:
+    def stream_input(self, hidden: int, size: float) -> FloatArray:
         """The input of a column split: whole on each rank, unless the target gathers it again in backward."""
         tokens = self.cut_tokens if self.framework.regathers_sequence else self.tokens
-        return np.asarray(tokens * hidden * self.size)
+        return np.asarray(tokens * hidden * size)
+
+    def _projected_input(self, hidden: int) -> FloatArray:
+        return self.stream_input(hidden, self.input_size)
 
     def _gathered(self, hidden: int) -> Any:
         """With sequence parallelism the gathered input, a collective's output, is kept under selective recompute."""
@@ -181,7 +190,7 @@ class _Saved:
         return np.where(kept, self.tokens * hidden * self.size, 0.0)
 
     def _attention(self, layer: AttentionLayer) -> FloatArray:
-        """Queries, keys, values, the output and its log-sum-exp (float32)."""
+        """Queries, keys, values, the output and its log-sum-exp (float32); the output again where it is cast."""
         heads = layer.num_heads / self.tp
         query_dim, value_dim = layer.head_dim + layer.rope_head_dim, layer.value_head_dim
         kv_heads, latent = np.maximum(layer.num_kv_heads / self.tp, 1.0), 0.0
@@ -189,16 +198,27 @@ class _Saved:
             kv_heads = heads
             latent = 2.0 * (layer.q_lora_rank + layer.kv_lora_rank)  # before and after their norms
         width = heads * (query_dim + value_dim) + kv_heads * (query_dim + value_dim) + latent
-        return np.asarray(self.tokens * (width * self.size + heads * 4.0))
+        cast = heads * value_dim * self._cast_size
+        return np.asarray(self.tokens * (width * self.size + cast + heads * 4.0))
+
+    @property
+    def _cast_size(self) -> float:
+        """Bytes of a copy for the matmul, of what is kept uncast too."""
+        return 0.0 if self.input_size == self.size else self.input_size
+
+    def _inner(self, gated: bool) -> float:
+        """Bytes of a number of a feed-forward's width: all that the activation keeps, and the second matmul's input."""
+        return ((self.traits.gated_tensors if gated else 2.0) - 1.0) * self.size + self.input_size
 
     def _ffn(self, ffn_size: int, gated: bool) -> FloatArray:
         """Gated: gate, up, the activated gate and the product; else the activation's input and output."""
-        return np.asarray(self.tokens * (4.0 if gated else 2.0) * ffn_size / self.tp * self.size)
+        return np.asarray(self.tokens * self._inner(gated) * ffn_size / self.tp)
 
     def _moe(self, layer: MoeLayer) -> FloatArray:
         """Every token's row for each expert it takes, permuted, through the expert and back; the router's logits."""
         rows = self.tokens * layer.top_k
-        inner = rows * ((4.0 if layer.gated else 2.0) * layer.expert_ffn_size + 2.0 * layer.hidden) * self.size
+        outer = (self.traits.expert_rows - 1.0) * self.size + self.input_size
+        inner = rows * (self._inner(layer.gated) * layer.expert_ffn_size + outer * layer.hidden)
         routing = self.tokens * layer.num_experts * 4.0
         shared = self._ffn(layer.shared_ffn_size, layer.gated) if layer.shared_ffn_size else 0.0
         return np.asarray(inner + routing + shared)
