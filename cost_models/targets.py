@@ -18,6 +18,7 @@ from meshwright.cost_models.framework import (
     HostCost,
     Selective,
 )
+from meshwright.cost_models.memory_traits import LossTensors, MemoryTraits
 from meshwright.cost_models.pointwise import (
     COMPILED,
     EAGER_TORCH,
@@ -86,6 +87,15 @@ _MEGATRON = Framework(
     half_precision=True,
 )
 
+# What Megatron-LM keeps: masks of its fused bias, dropout and sum whatever the rate (peaks of arXiv 2411.05288, run at
+# rate 0, hold a byte a number more twice a layer: 40 rows), gate and up in one tensor, exponentials of float32 logits
+# (megatron/core/tensor_parallel/cross_entropy.py, beside which their float32 copy and the logits still exist)
+_MEGATRON_LM_MEMORY = MemoryTraits(
+    gated_tensors=3.0,
+    masks_always=True,
+    loss=LossTensors(kept_float32=1.0, beside=1.0, beside_float32=1.0),
+)
+
 # Megatron-LM with --use-flash-attn (since January 2023), and its forks; dropout off. Since 2022 a column-cut matmul
 # sums the gradient of its input beside the gradient of its weights (megatron/core/tensor_parallel/layers.py:
 # LinearWithGradAccumulationAndAsyncCommunication); backward of a layer in arXiv 2205.05198, table 4, tells how much
@@ -97,6 +107,7 @@ MEGATRON_LM = replace(
     overlap_tp_backward=0.4,
     host=HostCost(launch_factor=3.0, microbatch_s=1e-3, step_s=0.01),
     pointwise_factor=1.2,
+    memory=_MEGATRON_LM_MEMORY,
 )
 
 # with attention written out, as in arXiv 2205.05198 and 2401.10241
@@ -124,6 +135,7 @@ MEGASCALE = replace(
     overlap_dp_reduce=1.0,
     overlap_dp_gather=1.0,
     overlap_tp=1.0,
+    memory=_MEGATRON_LM_MEMORY,
 )
 
 # The causal kernel reads the triangle of the scores that the mask keeps and writes them whole (megatron/fused_kernels/
@@ -150,8 +162,15 @@ MEGATRON_DEEPSPEED = replace(
     ),
     pointwise_factor=1.58,
     dp_factor=0.78,
+    memory=_MEGATRON_LM_MEMORY,
     calibrated_on="vTrain's runs of GPTs on A100",
 )
+
+# Transformer Engine keeps what a matmul reads as it was cast for it, beside what other operators keep (pytorch/module/
+# layernorm_linear.py, linear.py, grouped_linear.py: saved as columns alone); SwiGLU is one kernel, weighted by the
+# router, so that what experts put out is not needed again (megatron/core/fusions/fused_bias_swiglu.py); the loss
+# writes its gradient over the logits (transformer_engine/pytorch/triton/cross_entropy.py)
+_TE_MEMORY = MemoryTraits(gated_tensors=3.0, expert_rows=1.0, float8_inputs=True, loss=LossTensors(kept=1.0))
 
 MEGATRON_BRIDGE = replace(
     _MEGATRON,
@@ -168,6 +187,7 @@ MEGATRON_BRIDGE = replace(
     float8=True,
     float8_gathers=True,  # casts in the norm, then gathers (module/layernorm_linear.py); fp8_param_gather
     block_scaled_factor=1.04,  # of steps with either, of one version: Llama 3 8B on B200 and GB300, 25.11
+    memory=_TE_MEMORY,
 )
 
 # NeMo 2 on the same Megatron-Core: Megatron's own fused cross entropy (nemo/collections/llm/gpt/model/base.py:
@@ -180,6 +200,8 @@ NEMO = replace(
         TRANSFORMER_ENGINE,
         squared_relu=P(forward_kernels=2, forward_passes=4, backward_kernels=4, backward_passes=10),
     ),
+    # megatron/core/fusions/fused_cross_entropy.py works in a float32 copy
+    memory=replace(_TE_MEMORY, loss=LossTensors(kept_float32=1.0, beside=1.0)),
 )
 
 # without userbuffers: only in backward, inputs are gathered beside the matmul of their gradient, which is scattered
