@@ -9,6 +9,8 @@ of the player nearly always; the worst are interleaved schedules whose chunks di
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +18,7 @@ from meshwright import InputError
 from meshwright.cost_models import shortened
 from meshwright.cost_models.player import BLOCKING
 from meshwright.cost_models.schedules import Pass, rank_actions, stage_indices
-from meshwright.cost_models.strategy import IntArray, Schedule
+from meshwright.cost_models.strategy import SPLIT_BACKWARD, IntArray, Schedule
 
 FloatArray = NDArray[np.float64]
 
@@ -113,39 +115,75 @@ def _gpipe(
 def held_microbatches(
     schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: IntArray, per_round: IntArray
 ) -> FloatArray:
-    """Micro-batches whose activations a rank holds at its peak, by chunk: ``[num_configs, vpp]``.
+    """Micro-batches whose activations a rank holds when most are, by chunk: ``[num_configs, vpp]``, of ``holdings``."""
+    return np.asarray(holdings(schedule, pp, vpp, rank, microbatches, per_round)[0, 0])
 
-    A micro-batch is held from its forward to its backward, or to its weight gradient, which needs the inputs of all
-    matmuls; that the rest goes with the input gradient already is left out. It is what the lists of actions say, at the
-    first moment with the largest sum over chunks:
 
-    * gpipe all ``m``, 1f1b ``min(pp - rank, m)``;
+def holdings(
+    schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: IntArray, per_round: IntArray
+) -> FloatArray:
+    """What a rank holds at its fullest moments, by chunk, in micro-batches: ``[num_moments, 2, num_configs, vpp]``.
+
+    First those *held*, whose saved activations are there: from a micro-batch's forward to its backward, or to its
+    weight gradients where backward is split, as torch keeps the whole graph until then
+    (``torch/distributed/pipelining/_backward.py: stage_backward_input``). Second those of them that *wait* for their
+    weight gradients, with the gradients of what every layer with weights put out. The first stage waits with nothing:
+    its whole backward runs in the place of the weight gradients. Which moment is the peak depends on what either
+    weighs; no moment of the step has more of both than one of these, and the first of them has most held.
+
+    Held is what the lists of actions say:
+
+    * gpipe all ``m``, 1f1b ``min(pp - rank, m)``, and nothing waits;
     * interleaved ``(vpp - 1) * per_round + 2 (pp - 1 - rank)`` warm-up forwards and one more, at most ``vpp * m``,
-      dealt to chunks ``per_round`` at a time;
-    * the others as counted on the lists.
+      dealt to chunks ``per_round`` at a time; nothing waits;
+    * the others as counted on the lists: with zb-h1 all ranks hold ``pp``, of which ``rank + 1`` wait; with zbv all
+      hold about ``2 * pp``, and the last ranks have nearly all of them waiting in the cool-down.
 
     Raises ``InputError`` where the schedule does not run with these numbers.
     """
+    if schedule in SPLIT_BACKWARD:
+        few = np.minimum(microbatches, 3 * pp)  # the warm-up is over by then, and from there on none is added
+        counts, group = np.unique(few, return_inverse=True)
+        found = [_fullest(schedule, pp, vpp, rank, int(count)) for count in counts]
+        most = max(len(moments) for moments in found)
+        padded = [(*moments, *moments[:1] * (most - len(moments))) for moments in found]
+        return np.array(padded)[group].transpose(1, 2, 0, 3)
     if schedule is Schedule.INTERLEAVED:
         units = np.minimum((vpp - 1) * per_round + 2 * (pp - 1 - rank) + 1, vpp * microbatches)
         full_turns, left = np.divmod(units, vpp * per_round)
         size = per_round[:, None]
-        dealt = full_turns[:, None] * size + np.clip(left[:, None] - np.arange(vpp) * size, 0, size)
-        return np.asarray(dealt, dtype=np.float64)
-    if schedule in (Schedule.GPIPE, Schedule.ONE_F_ONE_B):
-        most = microbatches if schedule is Schedule.GPIPE else np.minimum(microbatches, pp - rank)
-        return np.asarray(most[:, None], dtype=np.float64)
-    few = np.minimum(microbatches, 3 * pp)  # the warm-up is over by then, and from there on none is added
-    counts, group = np.unique(few, return_inverse=True)
-    return np.array([_peak(schedule, pp, vpp, rank, int(count)) for count in counts])[group]
+        held = full_turns[:, None] * size + np.clip(left[:, None] - np.arange(vpp) * size, 0, size)
+    else:
+        held = (microbatches if schedule is Schedule.GPIPE else np.minimum(microbatches, pp - rank))[:, None]
+    return np.array([[held, np.zeros_like(held)]], dtype=np.float64)
 
 
-def _peak(schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: int) -> tuple[float, ...]:
+_Counts = tuple[float, ...]  # of each chunk
+
+
+@lru_cache(maxsize=1024)
+def _fullest(
+    schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: int
+) -> tuple[tuple[_Counts, _Counts], ...]:
+    """(held, waiting) of the moments that no other has more than, those with most held first."""
     chunk_of = {int(stage): chunk for chunk, stage in enumerate(stage_indices(schedule, pp, vpp)[rank])}
-    held, at_peak = [0.0] * vpp, [0.0] * vpp
+    held, waiting = [0.0] * vpp, [0.0] * vpp
+    moments: dict[tuple[_Counts, _Counts], None] = {}  # in the order of time
     for action in rank_actions(schedule, pp, vpp, microbatches)[rank]:
-        if action.kind is not Pass.INPUT_GRADIENT:
-            held[chunk_of[action.stage]] += 1.0 if action.kind is Pass.FORWARD else -1.0
-        if sum(held) > sum(at_peak):
-            at_peak = list(held)
-    return tuple(at_peak)
+        chunk = chunk_of[action.stage]
+        waits = float(action.stage > 0)
+        if action.kind is Pass.FORWARD:
+            held[chunk] += 1.0
+        elif action.kind is Pass.INPUT_GRADIENT:
+            waiting[chunk] += waits
+        else:
+            held[chunk] -= 1.0
+            waiting[chunk] -= waits * (action.kind is Pass.WEIGHT_GRADIENT)
+        moments[tuple(held), tuple(waiting)] = None
+    full = [moment for moment in moments if not any(_more(other, moment) for other in moments)]
+    return tuple(sorted(full, key=lambda moment: -sum(moment[0])))
+
+
+def _more(one: tuple[_Counts, _Counts], other: tuple[_Counts, _Counts]) -> bool:
+    pairs = zip((*one[0], *one[1]), (*other[0], *other[1]), strict=True)
+    return one != other and all(a >= b for a, b in pairs)

@@ -12,7 +12,8 @@ backward in the place of the latter; the other stages work out gradients of weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,11 +72,43 @@ class _Stage(PipelineStage):
         super().__init__(_Unsharded(chunk.module), chunk.index, *args, **kwargs)
         self._chunk = chunk
 
+    # torch makes a buffer for each micro-batch of a step beforehand, of hidden states and of gradients, and keeps them;
+    # here they are made when they are received into, and dropped once used
+
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        with _shapes_alone(self):
+            super()._setup_forward_recv_info(num_microbatches, has_backward)
+
+    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
+        with _shapes_alone(self):
+            super()._setup_backward_recv_info(num_microbatches)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
+        _make_buffers(self.args_recv_info[fwd_chunk_id], self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
+        _make_buffers(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[Any, ...]:
+        received = super()._retrieve_recv_activations(fwd_chunk_id)
+        _drop_buffers(self.args_recv_info[fwd_chunk_id])
+        return received
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[Any, ...]:
+        received = super()._retrieve_recv_grads(bwd_chunk_id)
+        _drop_buffers(self.grad_recv_info[bwd_chunk_id])
+        return received
+
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         self._chunk.data_parallel.before_backward(last=last_backward)
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if not full_backward:  # the gradient is sent from elsewhere; torch would keep it here too until the next step
+            for given in self.backward_state[bwd_chunk_id][0]:
+                given.grad = None
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         sharded = self._chunk.data_parallel
@@ -83,6 +116,27 @@ class _Stage(PipelineStage):
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         if not self.is_first:
             sharded.after_weight_gradients(last=last_backward)
+
+
+@contextmanager
+def _shapes_alone(stage: PipelineStage) -> Iterator[None]:
+    device, stage.device = stage.device, torch.device("meta")
+    try:
+        yield
+    finally:
+        stage.device = device
+
+
+def _make_buffers(infos: Sequence[Any], device: torch.device) -> None:
+    for info in infos:
+        if info.buffer is not None:
+            info.buffer = torch.empty_like(info.buffer, device=device)
+
+
+def _drop_buffers(infos: Sequence[Any]) -> None:
+    for info in infos:
+        if info.buffer is not None:
+            info.buffer = torch.empty_like(info.buffer, device="meta", requires_grad=False)
 
 
 class Pipeline:

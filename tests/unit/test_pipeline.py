@@ -11,7 +11,7 @@ from meshwright import InputError
 from meshwright.cost_models import pipeline
 from meshwright.cost_models.player import BLOCKING, by_stage, play
 from meshwright.cost_models.schedules import Pass, rank_actions, rounds_size, stage_indices
-from meshwright.cost_models.strategy import Schedule
+from meshwright.cost_models.strategy import SPLIT_BACKWARD, Schedule
 
 PASSES = ("forward", "backward_input", "backward_weight")
 CHUNKS = {Schedule.ZBV: (2,), Schedule.DUALPIPEV: (2,), Schedule.INTERLEAVED: (2, 3, 4)}
@@ -196,4 +196,34 @@ def test_micro_batches_held_are_those_of_the_action_lists(schedule: Schedule, pp
             if sum(held.values()) > sum(at_peak):
                 at_peak = list(held.values())
         got = pipeline.held_microbatches(schedule, pp, vpp, rank, np.array([m]), np.array([size]))
-        assert got.tolist() == [at_peak], rank
+        assert got.sum() == sum(at_peak), rank
+        if schedule not in SPLIT_BACKWARD:
+            assert got.tolist() == [at_peak], rank
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rank", "expected"),
+    [
+        # held and waiting of each chunk, on lists of 4 ranks and 8 micro-batches written down and counted by hand
+        (Schedule.ONE_F_ONE_B, 1, [((3,), (0,))]),
+        (Schedule.ZB_H1, 0, [((4,), (0,))]),  # the first stage does all in the place of weight gradients
+        (Schedule.ZB_H1, 3, [((4,), (4,))]),  # F I F I F I F I, then the first W
+        (Schedule.ZBV, 0, [((8, 0), (0, 0)), ((7, 1), (0, 1))]),
+        (Schedule.ZBV, 3, [((5, 3), (1, 0)), ((4, 4), (0, 1)), ((4, 3), (4, 3))]),
+        (Schedule.DUALPIPEV, 3, [((5, 4), (0, 0)), ((2, 2), (2, 2))]),
+    ],
+)
+def test_what_waits_for_its_weight_gradients(
+    schedule: Schedule, rank: int, expected: list[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> None:
+    vpp = CHUNKS.get(schedule, (1,))[0]
+    got = pipeline.holdings(schedule, 4, vpp, rank, np.array([8, 8]), np.array([4, 4]))
+    assert got.shape == (len(expected), 2, 2, vpp)
+    assert {(tuple(held), tuple(waiting)) for held, waiting in got[:, :, 1].tolist()} == set(expected)
+    assert sum(got[0, 0, 0]) == max(sum(held) for held, _ in expected)
+
+
+def test_moments_of_configs_with_unlike_numbers_of_micro_batches() -> None:
+    got = pipeline.holdings(Schedule.ZBV, 4, 2, 3, np.array([1, 8]), np.array([1, 4]))
+    assert got[0, 0].tolist() == [[1, 1], [4, 4]]
+    assert [1, 0] in got[:, 0, 0].tolist() and [4, 3] in got[:, 0, 1].tolist()
