@@ -7,17 +7,18 @@ whenever the memory model has changed.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from accuracy import default_table
 
 from meshwright import InputError
 from meshwright.cost_models.margin_fit import derive_margins, write_margins
 from meshwright.cost_models.scorecard import validate
 from meshwright.cost_models.targets import FRAMEWORKS, MARGINS
 from meshwright.terminal.cluster_view import progress_bar
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -28,6 +29,13 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{name:24} {FRAMEWORKS[name].memory.margin:6.1%} > {found.margin:6.1%}  {found.source}")
     write_margins(margins, MARGINS)
     print(f"wrote {MARGINS.name}")
+
+
+def default_table() -> Path:
+    folder = Path(os.environ.get("MESHWRIGHT_VALIDATION", ROOT.parent / "shared" / "validation"))
+    if not (folder / "dev.csv").is_file():
+        raise InputError(f"no dev.csv in {folder}: name the table, or set MESHWRIGHT_VALIDATION to its folder")
+    return folder / "dev.csv"
 
 
 if __name__ == "__main__":

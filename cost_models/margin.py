@@ -47,4 +47,4 @@ def needed_bytes(
     """What a device must offer for a plan to be taken: its tensors alone where there is no margin."""
     if margin is None:
         return np.asarray(peak_bytes, dtype=np.float64)
-    return (np.asarray(peak_bytes, dtype=np.float64) + fragmentation_bytes) * (1.0 + margin.share)
+    return np.asarray((np.asarray(peak_bytes, dtype=np.float64) + fragmentation_bytes) * (1.0 + margin.share))

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models.estimate import Estimate
+from meshwright.cost_models.margin import MemoryMargin, needed_bytes
 from meshwright.cost_models.strategy import BoolArray, ConfigBatch, IntArray
 
 FloatArray = NDArray[np.float64]
@@ -37,6 +38,11 @@ class Scores(Protocol):
         ...
 
     @property
+    def fragmentation_bytes(self) -> NDArray[Any]:
+        """What its allocator holds on top of that."""
+        ...
+
+    @property
     def capacity_bytes(self) -> NDArray[Any]:
         """Memory of that stage's device."""
         ...
@@ -56,17 +62,23 @@ Scorer = Callable[[ConfigBatch], Scores]
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """All configs with their scores; ``order`` holds the positions of those that fit, fastest first, ties unbroken."""
+    """All configs with their scores; ``order`` holds the positions of the recommended, fastest first, ties unbroken."""
 
     batch: ConfigBatch
     step_s: FloatArray
     peak_bytes: FloatArray
-    usable_bytes: FloatArray  # capacity less reserved, less the margin
+    needed_bytes: FloatArray  # the peak, with fragmentation and margin where one is kept
+    usable_bytes: FloatArray  # capacity less reserved
     order: IntArray
     scorer: Scorer
 
+    @property
+    def fits(self) -> BoolArray:
+        """Whether the peak alone is at most what the device offers; shape ``[num_configs]``."""
+        return np.asarray(self.peak_bytes <= self.usable_bytes)
+
     def best(self, count: int) -> IntArray:
-        """Positions of the ``count`` best configs, ties broken; fewer when fewer fit."""
+        """Positions of the ``count`` best configs, ties broken; fewer when fewer are recommended."""
         sorted_s = self.step_s[self.order]
         picked: list[IntArray] = []
         start, wanted = 0, min(count, len(self.order))
@@ -84,8 +96,9 @@ class Ranking:
         return np.asarray(order[peaks < before])
 
     def nearest_miss(self) -> int:
-        """Position of the config that lacks least memory."""
-        return int(np.argmin(self.peak_bytes - self.usable_bytes))
+        """Position of the config that lacks least memory: of those that fit but for the margin, if there are any."""
+        lacking, fits = self.needed_bytes - self.usable_bytes, self.fits
+        return int(np.argmin(np.where(fits, lacking, np.inf) if fits.any() else lacking))
 
     def estimates(self, positions: IntArray) -> tuple[Estimate, ...]:
         """The estimates of some configs, in that order."""
@@ -97,29 +110,30 @@ class Ranking:
         batch = self.batch.take(group)
         in_use = [getattr(batch, axis) > 1 for axis in ("tp", "cp", "pp", "dp", "ep", "etp")]
         num_axes = np.sum(in_use, axis=0)
-        headroom = self.usable_bytes[group] - self.peak_bytes[group]
+        headroom = self.usable_bytes[group] - self.needed_bytes[group]
         # lexsort's last key counts most
         keys = (batch.sequence_parallel, batch.recompute, batch.zero_stage, batch.vpp, num_axes, -headroom)
         return np.asarray(group[np.lexsort(np.stack([np.asarray(key, dtype=np.float64) for key in keys]))])
 
 
-def rank(batch: ConfigBatch, scorer: Scorer, *, memory_margin: float) -> Ranking:
-    """Score ``batch`` in chunks and order what fits.
-
-    A config fits when its predicted peak leaves free the share ``memory_margin`` of what its device offers
-    (capacity less reserved).
-    """
-    steps, peaks, usable = [], [], []
+def rank(batch: ConfigBatch, scorer: Scorer, *, margin: MemoryMargin | None) -> Ranking:
+    """Score ``batch`` in chunks and order what is recommended: with a margin, or what fits where it is ``None``."""
+    steps, peaks, needed, usable = [], [], [], []
     for start in range(0, len(batch), CHUNK):
         scores = scorer(batch.take(np.arange(start, min(start + CHUNK, len(batch)))))
         steps.append(np.asarray(scores.step_s, dtype=np.float64))
         peaks.append(np.asarray(scores.peak_bytes, dtype=np.float64))
-        offered = np.asarray(scores.capacity_bytes, dtype=np.float64) - np.asarray(scores.reserved_bytes)
-        usable.append(np.broadcast_to(offered * (1 - memory_margin), steps[-1].shape))
-    step_s, peak_bytes, usable_bytes = np.concatenate(steps), np.concatenate(peaks), np.concatenate(usable)
-    fits: BoolArray = peak_bytes <= usable_bytes
-    feasible = np.flatnonzero(fits)
-    order = feasible[np.argsort(step_s[feasible], kind="stable")]
+        needed.append(needed_bytes(scores.peak_bytes, scores.fragmentation_bytes, margin))
+        usable.append(np.asarray(scores.capacity_bytes, dtype=np.float64) - np.asarray(scores.reserved_bytes))
+    step_s, needs, offers = np.concatenate(steps), np.concatenate(needed), np.concatenate(usable)
+    recommended = np.flatnonzero(needs <= offers)
+    order = recommended[np.argsort(step_s[recommended], kind="stable")]
     return Ranking(
-        batch=batch, step_s=step_s, peak_bytes=peak_bytes, usable_bytes=usable_bytes, order=order, scorer=scorer
+        batch=batch,
+        step_s=step_s,
+        peak_bytes=np.concatenate(peaks),
+        needed_bytes=needs,
+        usable_bytes=offers,
+        order=order,
+        scorer=scorer,
     )

@@ -8,6 +8,7 @@ from typing import Literal
 
 from meshwright import InputError
 from meshwright.cost_models.estimate import CostBreakdown, Estimate, MemoryBreakdown
+from meshwright.cost_models.margin import MemoryMargin
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import V_SHAPED, ParallelConfig, Reason, Recompute, even_stages
 from meshwright.cost_models.workload import Workload
@@ -17,6 +18,8 @@ from meshwright.profiler.model import ModelSpec
 from meshwright.profiler.record import record
 
 PLAN_SCHEMA_VERSION = 1
+# fields of a plan that say how it was found and what was predicted of it
+FOUND = ("cost", "memory", "memory_margin", "search", "assumptions", "environment", "cluster_name")
 
 
 @record
@@ -77,6 +80,7 @@ class Plan:
     micro_batches_per_data_rank: tuple[int, ...]
     cost: CostBreakdown | None  # None in a plan written by hand, without a prediction
     memory: MemoryBreakdown | None
+    memory_margin: MemoryMargin | None = None  # what a recommended plan leaves free; None where fitting is enough
     search: SearchReport | None
     assumptions: tuple[str, ...] = ()
 
@@ -97,7 +101,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Fingerprint of what is run; how it was found and what was predicted do not belong to it."""
-        return artifact.digest(self, without=("cost", "memory", "search", "assumptions", "environment", "cluster_name"))
+        return artifact.digest(self, without=FOUND)
 
 
 def default_stages(model: ModelSpec, config: ParallelConfig, device: str) -> tuple[StagePlan, ...]:

@@ -13,33 +13,30 @@ import numpy as np
 from meshwright import InfeasibleError, InputError
 from meshwright.cost_models.estimate import Estimate
 from meshwright.cost_models.framework import Framework, refuse_dtypes
+from meshwright.cost_models.margin import MemoryMargin, margin_of
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.step import assumptions, estimate_batch
 from meshwright.cost_models.strategy import REASONS, ConfigBatch, ParallelConfig, Reason
 from meshwright.cost_models.targets import framework_named
 from meshwright.cost_models.workload import Workload
 from meshwright.planner.exhaustive import Ranking, rank
+from meshwright.planner.nothing_fits import nothing_recommended
 from meshwright.planner.plan import Plan, RejectedCount, SearchReport, default_stages
 from meshwright.planner.reasons import SENTENCES, why_illegal
 from meshwright.planner.space import Space, legal_space
 from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.model import ModelSpec
-from meshwright.profiler.units import format_bytes
-
-# Share of a device's usable memory that a plan must leave free. The memory model counts tensors; the caching
-# allocator's fragmentation and the libraries' workspaces come on top.
-MEMORY_MARGIN = 0.04
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A finished search: the legal space scored and ranked, at least one config of it feasible."""
+    """A finished search: the legal space scored and ranked, at least one config of it recommended."""
 
     model: ModelSpec
     workload: Workload
     cluster: ClusterProfile
     framework: Framework
-    memory_margin: float
+    margin: MemoryMargin | None
     space: Space
     ranking: Ranking
     started: float  # time.perf_counter() at its start
@@ -47,12 +44,11 @@ class Search:
     def plan(self, top: int = 10) -> Plan:
         """The best plan, its report naming the next ``top - 1`` and the Pareto front of time and memory."""
         best = self.ranking.estimates(self.ranking.best(max(top, 1)))
-        num_feasible = len(self.ranking.order)
         report = SearchReport(
             method="exhaustive",
             num_scored=len(self.space.batch),
-            num_feasible=num_feasible,
-            rejected=_with_memory(self.space.rejected, len(self.space.batch) - num_feasible),
+            num_feasible=len(self.ranking.order),
+            rejected=(*self.space.rejected, *_without_memory(self.ranking)),
             runners_up=best[1:],
             pareto=self.ranking.estimates(self.ranking.pareto()),
             optimality_gap=0.0,
@@ -61,13 +57,11 @@ class Search:
         return self._as_plan(best[0], report)
 
     def candidates(self, count: int) -> tuple[Plan, ...]:
-        """The ``count`` best plans in order (fewer when fewer fit), each without a report."""
+        """The ``count`` best plans in order (fewer when fewer are recommended), each without a report."""
         return tuple(self._as_plan(each, None) for each in self.ranking.estimates(self.ranking.best(count)))
 
     def _as_plan(self, estimate: Estimate, report: SearchReport | None) -> Plan:
-        return _plan(
-            estimate, self.model, self.workload, self.cluster, self.framework, report, margin=self.memory_margin
-        )
+        return _plan(estimate, self.model, self.workload, self.cluster, self.framework, report, margin=self.margin)
 
 
 def search(
@@ -77,22 +71,22 @@ def search(
     *,
     framework: str | Framework = "meshwright",
     constraints: Mapping[str, Any] | None = None,
-    memory_margin: float = MEMORY_MARGIN,
+    memory_margin: float | None = None,
     gpus: int | None = None,
 ) -> Search:
     """Enumerate what is legal on ``gpus`` devices (default: all of the cluster), score all of it, rank it.
 
-    ``constraints`` fixes fields of the config (``{"tp": 8}``); ``memory_margin`` is the share of usable memory that
-    must stay free by prediction.
+    ``constraints`` fixes fields of the config (``{"tp": 8}``); ``memory_margin`` stands in for the target's own share
+    (``cost_models.margin``), and with 0 what fits is enough.
 
     Raises:
         InputError: a constraint, the margin or ``gpus`` makes no sense for this cluster, or a rate is not known.
-        InfeasibleError: nothing is legal (with the counts by reason) or nothing fits (with the nearest miss).
+        InfeasibleError: nothing is legal (with the counts by reason), or nothing fits or is recommended (with the
+            nearest miss).
     """
     started = time.perf_counter()
-    if not 0 <= memory_margin < 1:
-        raise InputError(f"the memory margin is a share from 0 up to 1, found {memory_margin}")
     target = framework_named(framework) if isinstance(framework, str) else framework
+    margin = margin_of(target, memory_margin)
     check_length(model, workload)
     refuse_dtypes(target, workload)
     num_devices = whole_nodes(cluster, gpus)
@@ -100,16 +94,16 @@ def search(
     if not len(space.batch):
         raise InfeasibleError(_nothing_legal(model, num_devices, space))
     scorer = partial(_score, model, workload, cluster, target)
-    ranking = rank(space.batch, partial(scorer, tells_waits=False), memory_margin=memory_margin)
+    ranking = rank(space.batch, partial(scorer, tells_waits=False), margin=margin)
     ranking = replace(ranking, scorer=scorer)  # the few that are shown, with everything told
     if not len(ranking.order):
-        raise InfeasibleError(_nothing_fits(ranking, memory_margin, constraints or {}))
+        raise InfeasibleError(nothing_recommended(ranking, margin, constraints or {}))
     return Search(
         model=model,
         workload=workload,
         cluster=cluster,
         framework=target,
-        memory_margin=memory_margin,
+        margin=margin,
         space=space,
         ranking=ranking,
         started=started,
@@ -124,18 +118,20 @@ def make_plan(
     framework: str | Framework = "meshwright",
     constraints: Mapping[str, Any] | None = None,
     top: int = 10,
-    memory_margin: float = MEMORY_MARGIN,
+    memory_margin: float | None = None,
     gpus: int | None = None,
 ) -> Plan:
-    """The fastest plan that fits, with the ``top - 1`` next in its report.
+    """The fastest recommended plan, with the ``top - 1`` next in its report.
 
-    ``framework`` is what will run the plan; ``constraints`` fixes fields of the config (``{"tp": 8}``);
-    ``memory_margin`` is the share (0 up to 1) of a device's usable memory that must stay free by prediction; ``gpus``
-    takes that many devices, whole nodes, instead of all.
+    Recommended is what fits with a margin for what predictions of memory have been seen to miss (``Plan.memory_margin``
+    says how much and from what); ``memory_margin`` is another share (0 up to 1) to keep in its place, and with 0 what
+    fits is enough. ``framework`` is what will run the plan; ``constraints`` fixes fields of the config (``{"tp": 8}``);
+    ``gpus`` takes that many devices, whole nodes, instead of all.
 
     Raises:
         InputError: a constraint, the margin, the framework or ``gpus`` makes no sense here, or a rate is not known.
-        InfeasibleError: nothing is legal (with the counts by reason) or nothing fits (with the nearest miss).
+        InfeasibleError: nothing is legal (with the counts by reason), or nothing fits or is recommended (with the
+            nearest miss).
     """
     found = search(
         model,
@@ -156,9 +152,11 @@ def plan_for(
     cluster: ClusterProfile,
     *,
     framework: str | Framework = "meshwright",
+    memory_margin: float | None = None,
 ) -> Plan:
     """The plan of a given config, priced; also when it does not fit (``plan.memory.headroom_bytes`` is negative then).
 
+    ``memory_margin`` is as in ``make_plan``; it only says what is recommended (``planner.summary``).
     Raises ``InputError`` naming the rule that the config breaks, or when the cluster has no such world size.
     """
     target = framework_named(framework) if isinstance(framework, str) else framework
@@ -170,7 +168,7 @@ def plan_for(
         raise InputError(broken)
     batch = ConfigBatch.from_configs([config])
     estimate = _score(model, workload, cluster, target, batch).estimate(0, batch)
-    return _plan(estimate, model, workload, cluster, target, None, margin=0.0)
+    return _plan(estimate, model, workload, cluster, target, None, margin=margin_of(target, memory_margin))
 
 
 def whole_nodes(cluster: ClusterProfile, gpus: int | None) -> int:
@@ -220,12 +218,9 @@ def _plan(
     framework: Framework,
     report: SearchReport | None,
     *,
-    margin: float,
+    margin: MemoryMargin | None,
 ) -> Plan:
     config = estimate.config
-    assumed = assumptions(model, workload, cluster, framework)
-    if margin:
-        assumed += (f"{margin:.1%} of usable memory is left free, for what the memory model does not count",)
     return Plan(
         framework=framework.name,
         model=model,
@@ -239,38 +234,23 @@ def _plan(
         micro_batches_per_data_rank=(config.num_microbatches(workload.global_batch_size),) * config.dp,
         cost=estimate.cost,
         memory=estimate.memory,
+        memory_margin=margin,
         search=report,
-        assumptions=assumed,
+        assumptions=assumptions(model, workload, cluster, framework),
     )
 
 
-def _with_memory(rejected: tuple[RejectedCount, ...], num_out_of_memory: int) -> tuple[RejectedCount, ...]:
-    if not num_out_of_memory:
-        return rejected
-    return (*rejected, RejectedCount(reason=Reason.OUT_OF_MEMORY, count=num_out_of_memory))
+def _without_memory(ranking: Ranking) -> tuple[RejectedCount, ...]:
+    """What does not fit, and what fits without the margin."""
+    fits = int(ranking.fits.sum())
+    counts = {
+        Reason.OUT_OF_MEMORY: len(ranking.batch) - fits,
+        Reason.MEMORY_MARGIN: fits - len(ranking.order),
+    }
+    return tuple(RejectedCount(reason=reason, count=count) for reason, count in counts.items() if count)
 
 
 def _nothing_legal(model: ModelSpec, num_devices: int, space: Space) -> str:
     counts = sorted(space.rejected, key=lambda rejected: (-rejected.count, REASONS.index(rejected.reason)))
     reasons = "; ".join(f"{each.count:,} because {SENTENCES[each.reason]}" for each in counts)
     return f"no legal way to split {model.name} over {num_devices} devices: of {space.num_candidates:,} ways, {reasons}"
-
-
-def _nothing_fits(ranking: Ranking, memory_margin: float, constraints: Mapping[str, Any]) -> str:
-    position = ranking.nearest_miss()
-    nearest = ranking.estimates(np.asarray([position]))[0]
-    memory = nearest.memory
-    needed, usable = memory.peak_bytes, memory.capacity_bytes - memory.reserved_bytes
-    advice = "take more devices or shorter sequences, or a smaller dtype recipe (--dtype-recipe bf16-pure)"
-    if constraints:
-        advice = "drop a --fix, " + advice
-    margin = ""
-    if memory_margin:
-        margin = f" less a margin of {memory_margin:.0%}"
-        if needed <= usable:
-            advice = "--memory-margin 0 would take it, or " + advice
-    lacking = needed - float(ranking.usable_bytes[position])
-    return (
-        f"nothing fits: the nearest miss is {nearest.config.describe()}, which needs {format_bytes(needed)} of "
-        f"{format_bytes(usable)}{margin} on stage {memory.stage}, {format_bytes(lacking)} too much; {advice}"
-    )

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from meshwright.planner.reasons import SENTENCES
 from meshwright.planner.summary import summarize
 from meshwright.profiler.units import format_bytes, format_count, format_seconds
+from meshwright.terminal.memory_view import fit_words, show_memory
+from meshwright.terminal.tables import bar, plain_table
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from meshwright.cost_models.estimate import CostBreakdown, Estimate, MemoryBreakdown
+    from meshwright.cost_models.estimate import CostBreakdown, Estimate
     from meshwright.planner.plan import Plan, SearchReport
     from meshwright.profiler.cluster import ClusterProfile
-
-BAR_WIDTH = 32
 
 TIME_WORDS = {
     "compute_s": "compute",
@@ -30,15 +29,6 @@ TIME_WORDS = {
     "optimizer_s": "optimizer",
     "overhead_s": "host overhead",
 }
-MEMORY_WORDS = {
-    "params_bytes": "parameters",
-    "grads_bytes": "gradients",
-    "optimizer_bytes": "optimizer",
-    "activations_bytes": "activations",
-    "gathered_bytes": "gathered weights",
-    "working_bytes": "working",
-    "communication_bytes": "communication",
-}
 
 
 def show_plan(plan: Plan, cluster: ClusterProfile, console: Console) -> None:
@@ -48,7 +38,7 @@ def show_plan(plan: Plan, cluster: ClusterProfile, console: Console) -> None:
         _runners_up(plan.search, plan.cost.step_s, console)
     if plan.cost is not None and plan.memory is not None:
         _time(plan.cost, console)
-        _memory(plan.memory, console)
+        show_memory(plan, plan.memory, console)
     if plan.search is not None:
         _rejected(plan.search, console)
     for assumption in plan.assumptions:
@@ -75,10 +65,8 @@ def _headline(plan: Plan, cluster: ClusterProfile, console: Console) -> None:
     sequences = f"{workload.global_batch_size} sequences of {workload.seq_len} tokens"
     machines = f"{world} x {cluster.device.kind} ({plan.cluster_name})"
     console.print(f"{plan.model.name} on {machines}: {sequences}, for {plan.framework}", markup=False)
+    free = summary.headroom_bytes
     used = f"{summary.peak_bytes / summary.usable_bytes:.0%}"
-    room = f"{format_bytes(summary.headroom_bytes)} free"
-    if summary.headroom_bytes < 0:
-        room = f"DOES NOT FIT, {format_bytes(-summary.headroom_bytes)} too much"
     rows = [
         ("run", plan.config.describe()),
         ("step", format_seconds(summary.step_s)),
@@ -90,15 +78,17 @@ def _headline(plan: Plan, cluster: ClusterProfile, console: Console) -> None:
         (
             "memory",
             f"{format_bytes(summary.peak_bytes)} of {format_bytes(summary.usable_bytes)} ({used}) "
-            f"on stage {summary.stage}, {room}",
+            f"on stage {summary.stage}" + (f", {format_bytes(free)} free" if free >= 0 else ""),
         ),
+        ("fit", fit_words(summary, plan)),
         ("bubble", f"{summary.bubble_share:.1%} of the step"),
     ]
     if plan.search is not None:
         report = plan.search
-        scored = f"{report.num_scored:,} legal configs in {format_seconds(report.seconds)}, {report.num_feasible:,} fit"
+        taken = f"{report.num_feasible:,} {'fit' if plan.memory_margin is None else 'recommended'}"
+        scored = f"{report.num_scored:,} legal configs in {format_seconds(report.seconds)}, {taken}"
         rows.append(("scored", scored))
-    grid = _table(None, ("", "cyan"), ("", "bold"))
+    grid = plain_table(None, ("", "cyan"), ("", "bold"))
     for row in rows:
         grid.add_row(*row)
     console.print(grid)
@@ -107,7 +97,7 @@ def _headline(plan: Plan, cluster: ClusterProfile, console: Console) -> None:
 def _runners_up(report: SearchReport, pick_s: float, console: Console) -> None:
     if not report.runners_up:
         return
-    table = _table("What came next", ("", "dim"), ("config", ""), (">step", ""), (">slower", ""), (">memory", ""))
+    table = plain_table("What came next", ("", "dim"), ("config", ""), (">step", ""), (">slower", ""), (">memory", ""))
     for place, estimate in enumerate(report.runners_up, start=2):
         table.add_row(str(place), *_estimate_row(estimate, pick_s))
     console.print(table)
@@ -120,59 +110,20 @@ def _estimate_row(estimate: Estimate, pick_s: float) -> tuple[str, ...]:
 
 
 def _time(cost: CostBreakdown, console: Console) -> None:
-    table = _table("Where the step goes", ("", ""), (">", ""), (">", ""), ("", "green"))
+    table = plain_table("Where the step goes", ("", ""), (">", ""), (">", ""), ("", "green"))
     for name, words in TIME_WORDS.items():
         seconds = getattr(cost, name)
         if seconds > 0:
-            table.add_row(words, format_seconds(seconds), f"{seconds / cost.step_s:.1%}", _bar(seconds / cost.step_s))
+            table.add_row(words, format_seconds(seconds), f"{seconds / cost.step_s:.1%}", bar(seconds / cost.step_s))
     console.print(table)
     if cost.hidden_s > 0:
         console.print(f"  beside it, hidden behind compute: {format_seconds(cost.hidden_s)} of communication")
 
 
-def _memory(memory: MemoryBreakdown, console: Console) -> None:
-    usable = memory.capacity_bytes - memory.reserved_bytes
-    table = _table(f"Memory of stage {memory.stage} at its peak", ("", ""), (">", ""), (">", ""), ("", "magenta"))
-    for name, words in MEMORY_WORDS.items():
-        num_bytes = getattr(memory, name)
-        if num_bytes > 0:
-            table.add_row(words, format_bytes(num_bytes), f"{num_bytes / usable:.1%}", _bar(num_bytes / usable))
-    console.print(table)
-    console.print(
-        f"  of {format_bytes(memory.capacity_bytes)}, less {format_bytes(memory.reserved_bytes)} reserved for the "
-        "context and other processes",
-    )
-
-
 def _rejected(report: SearchReport, console: Console) -> None:
     if not report.rejected:
         return
-    table = _table("Not taken", (">configs", ""), ("because", ""), ("reason", "dim"))
+    table = plain_table("Not taken", (">configs", ""), ("because", ""), ("reason", "dim"))
     for rejected in report.rejected:
         table.add_row(f"{rejected.count:,}", SENTENCES[rejected.reason], rejected.reason.value)
     console.print(table)
-
-
-def _table(title: str | None, *columns: tuple[str, str]) -> Table:
-    """A table without lines; a header that starts with ``>`` is a right-aligned column."""
-    from rich.table import Table
-
-    table = Table(
-        title=title and f"\n{title}",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        show_header=any(header.strip(">") for header, _ in columns),
-        padding=(0, 2, 0, 0) if title is None else (0, 2),
-        pad_edge=True,
-    )
-    for header, style in columns:
-        options: dict[str, Any] = {"justify": "right"} if header.startswith(">") else {}
-        table.add_column(header.removeprefix(">"), style=style or None, **options)
-    return table
-
-
-def _bar(share: float) -> str:
-    """A bar in eighths of a character; never longer than a whole one."""
-    eighths = round(min(share, 1.0) * BAR_WIDTH * 8)
-    return "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")

@@ -10,6 +10,7 @@ import pytest
 from meshwright import InfeasibleError, InputError
 from meshwright.cost_models.estimate import CostBreakdown, Estimate, MemoryBreakdown, Moment
 from meshwright.cost_models.flops import model_flops
+from meshwright.cost_models.margin import MemoryMargin
 from meshwright.cost_models.step import estimate
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Reason, Recompute, Schedule
 from meshwright.cost_models.targets import MESHWRIGHT
@@ -17,6 +18,7 @@ from meshwright.cost_models.workload import Workload
 from meshwright.planner import exhaustive
 from meshwright.planner.exhaustive import rank
 from meshwright.planner.given import complete_config
+from meshwright.planner.nothing_fits import nothing_recommended
 from meshwright.planner.plan import Plan
 from meshwright.planner.search import make_plan, plan_for, search, whole_nodes
 from meshwright.planner.summary import summarize
@@ -34,6 +36,7 @@ class FakeScores:
 
     step_s: Any
     peak_bytes: Any
+    fragmentation_bytes: Any
     capacity_bytes: Any
     reserved_bytes: Any
 
@@ -51,7 +54,7 @@ class FakeScores:
                 gathered_bytes=0,
                 working_bytes=0,
                 communication_bytes=0,
-                fragmentation_bytes=0,
+                fragmentation_bytes=int(self.fragmentation_bytes[index]),
                 moment=Moment.BACKWARD,
                 reserved_bytes=int(self.reserved_bytes[index]),
                 capacity_bytes=int(self.capacity_bytes[index]),
@@ -59,7 +62,14 @@ class FakeScores:
         )
 
 
-def ranking(steps: list[float], peaks: list[int], *, margin: float = 0.0, **fields: list[int]) -> exhaustive.Ranking:
+def ranking(
+    steps: list[float],
+    peaks: list[int],
+    *,
+    margin: MemoryMargin | None = None,
+    fragmentation: int = 0,
+    **fields: list[int],
+) -> exhaustive.Ranking:
     """Configs ``micro_batch_size`` 1, 2, 3 ... with those scores on a device of 100 bytes, 10 of them reserved."""
     count = len(steps)
     batch = ConfigBatch.from_columns({"micro_batch_size": np.arange(1, count + 1), **fields}, count)
@@ -67,17 +77,34 @@ def ranking(steps: list[float], peaks: list[int], *, margin: float = 0.0, **fiel
     def scorer(part: ConfigBatch) -> FakeScores:
         places = part.micro_batch_size - 1
         return FakeScores(
-            np.array(steps)[places], np.array(peaks)[places], np.full(len(part), 100), np.full(len(part), 10)
+            step_s=np.array(steps)[places],
+            peak_bytes=np.array(peaks)[places],
+            fragmentation_bytes=np.full(len(part), fragmentation),
+            capacity_bytes=np.full(len(part), 100),
+            reserved_bytes=np.full(len(part), 10),
         )
 
-    return rank(batch, scorer, memory_margin=margin)
+    return rank(batch, scorer, margin=margin)
+
+
+def margin(share: float) -> MemoryMargin:
+    return MemoryMargin(share=share, source="a test")
 
 
 def test_ranking_goes_by_step_time_and_leaves_out_what_does_not_fit() -> None:
     found = ranking([3.0, 1.0, 2.0, 0.5], [50, 90, 89, 91])
     assert found.best(10).tolist() == [1, 2, 0]
     assert found.best(2).tolist() == [1, 2]
-    assert ranking([3.0, 1.0, 2.0, 0.5], [50, 90, 89, 91], margin=0.01).best(10).tolist() == [2, 0]
+
+
+def test_a_margin_is_kept_on_tensors_and_fragmentation() -> None:
+    steps, peaks = [3.0, 1.0, 2.0, 0.5], [50, 90, 80, 81]
+    assert ranking(steps, peaks, margin=margin(0.0)).best(10).tolist() == [3, 1, 2, 0]
+    assert ranking(steps, peaks, margin=margin(0.0), fragmentation=9).best(10).tolist() == [3, 2, 0]
+    assert ranking(steps, peaks, margin=margin(0.1), fragmentation=1).best(10).tolist() == [2, 0]  # 81 * 1.1 = 89.1
+    assert ranking(steps, peaks, fragmentation=99).best(10).tolist() == [3, 1, 2, 0]  # what fits is enough
+    found = ranking(steps, peaks, margin=margin(0.1), fragmentation=1)
+    assert found.fits.all() and found.needed_bytes.tolist() == pytest.approx([56.1, 100.1, 89.1, 90.2])
 
 
 def test_equal_steps_go_by_free_memory_then_simplicity() -> None:
@@ -97,6 +124,8 @@ def test_pareto_front_holds_what_nothing_beats_in_both() -> None:
 def test_nearest_miss_lacks_least() -> None:
     found = ranking([1.0, 2.0, 3.0], [120, 95, 99])
     assert (found.nearest_miss(), found.best(5).tolist(), found.pareto().tolist()) == (1, [], [])
+    # of those that fit but for the margin, if there are any
+    assert ranking([1.0, 2.0, 3.0], [120, 89, 85], margin=margin(0.2)).nearest_miss() == 2
 
 
 def test_scoring_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +136,29 @@ def test_scoring_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert np.array_equal(whole.ranking.order, pieces.ranking.order)
 
 
+def rejected_for(plan: Plan, reason: Reason) -> int:
+    assert plan.search is not None
+    return sum(each.count for each in plan.search.rejected if each.reason is reason)
+
+
+def test_the_funnel_tells_what_fits_without_the_margin_apart() -> None:
+    plans = {share: make_plan(LLAMA, WORKLOAD, CLUSTER, memory_margin=share) for share in (0.0, 0.1, 0.3)}
+    unfit = {rejected_for(plan, Reason.OUT_OF_MEMORY) for plan in plans.values()}
+    narrow = [rejected_for(plan, Reason.MEMORY_MARGIN) for plan in plans.values()]
+    assert len(unfit) == 1 and unfit.pop() > 0
+    assert narrow[0] == 0 < narrow[1] < narrow[2]
+    assert plans[0.0].memory_margin is None
+    assert plans[0.1].memory_margin == MemoryMargin(share=0.1, source="asked for")
+    assert len({plan.digest for plan in plans.values()}) == len({plan.config for plan in plans.values()})
+
+
+def test_the_margin_of_a_target_is_kept_by_default() -> None:
+    wide = replace(MESHWRIGHT, memory=replace(MESHWRIGHT.memory, margin=0.3, margin_source="eleven peaks"))
+    plan = make_plan(LLAMA, WORKLOAD, CLUSTER, framework=wide)
+    assert plan.memory_margin == MemoryMargin(share=0.3, source="eleven peaks")
+    assert plan.config == make_plan(LLAMA, WORKLOAD, CLUSTER, memory_margin=0.3).config
+
+
 def test_plan_is_the_fastest_that_fits_and_counts_everything() -> None:
     plan = make_plan(LLAMA, WORKLOAD, CLUSTER, top=4)
     report, memory, cost = plan.search, plan.memory, plan.cost
@@ -114,9 +166,11 @@ def test_plan_is_the_fastest_that_fits_and_counts_everything() -> None:
     assert plan.config.world_size == 16 and sum(plan.micro_batches_per_data_rank) * plan.config.micro_batch_size == 64
     assert (len(report.runners_up), report.method, report.optimality_gap) == (3, "exhaustive", 0.0)
     assert all(each.cost.step_s >= cost.step_s * (1 - exhaustive.TIE) for each in report.runners_up)
-    out_of_memory = sum(each.count for each in report.rejected if each.reason is Reason.OUT_OF_MEMORY)
-    assert report.num_feasible + out_of_memory == report.num_scored
-    assert memory.peak_bytes <= 0.96 * (memory.capacity_bytes - memory.reserved_bytes)
+    without_memory = (Reason.OUT_OF_MEMORY, Reason.MEMORY_MARGIN)
+    assert report.num_feasible + sum(rejected_for(plan, reason) for reason in without_memory) == report.num_scored
+    assert plan.memory_margin is not None and plan.memory_margin.share == MESHWRIGHT.memory.margin
+    held = memory.peak_bytes + memory.fragmentation_bytes
+    assert held * (1 + plan.memory_margin.share) <= memory.capacity_bytes - memory.reserved_bytes
     assert plan.assumptions and plan.cluster_digest == CLUSTER.digest
 
 
@@ -160,11 +214,28 @@ def test_nothing_fits_names_the_nearest_miss_and_by_how_much() -> None:
         make_plan(gpt3, Workload(seq_len=2048, global_batch_size=64), CLUSTER, gpus=8)
 
 
-def test_a_margin_that_leaves_nothing_says_that_it_is_the_margin() -> None:
-    with pytest.raises(InfeasibleError, match="--memory-margin 0 would take it"):
-        make_plan(LLAMA, WORKLOAD, CLUSTER, memory_margin=0.99)
+def test_a_margin_that_leaves_nothing_says_so_and_how_to_take_what_fits() -> None:
+    constraints = {"dp": 16, "zero_stage": 2, "recompute": Recompute.NONE, "micro_batch_size": 1}
+    with pytest.raises(InfeasibleError) as caught:
+        make_plan(LLAMA, WORKLOAD, CLUSTER, memory_margin=0.99, constraints=constraints)
+    said = str(caught.value)
+    assert "nothing is recommended, though " in said and "a margin of 99.0%" in said and "drop a --fix" in said
+    assert "--memory-margin 0." in said
+    share = float(said.partition("--memory-margin ")[2].split()[0])
+    taken = make_plan(LLAMA, WORKLOAD, CLUSTER, memory_margin=share, constraints=constraints)
+    assert taken.config.describe() in said
+    with pytest.raises(InfeasibleError, match="nothing is recommended"):
+        make_plan(LLAMA, WORKLOAD, CLUSTER, memory_margin=share + 0.002, constraints=constraints)
     with pytest.raises(InputError, match="a share from 0 up to 1, found 1"):
         make_plan(LLAMA, WORKLOAD, CLUSTER, memory_margin=1.0)
+
+
+def test_what_fits_without_fragmentation_alone_needs_no_margin_at_all() -> None:
+    found = ranking([1.0, 2.0], [85, 88], margin=margin(0.1), fragmentation=6)
+    said = nothing_recommended(found, margin(0.1), {})
+    assert said.startswith("nothing is recommended, though 2 configs fit: nearest is ")
+    assert "85 B, 6 B of fragmentation and a margin of 10.0%, 100 B of 90 B on stage 0, 10.1 B too much" in said
+    assert "--memory-margin 0 would take it at your risk" in said
 
 
 def test_nothing_legal_counts_the_reasons() -> None:
@@ -264,6 +335,12 @@ def test_summary_by_hand() -> None:
     assert summary.mfu == pytest.approx(model_flops(LLAMA, WORKLOAD) / step_s / 16 / peak)
     assert 0.05 < (summary.mfu or 0) < 0.9
     assert summary.headroom_bytes == summary.usable_bytes - summary.peak_bytes
+    assert summary.fits and summary.recommended
+    held = plan.memory.peak_bytes + plan.memory.fragmentation_bytes
+    tight = replace(plan, memory_margin=margin(summary.usable_bytes / held - 0.999))  # a thousandth more than there is
+    assert summarize(tight, CLUSTER).fits and not summarize(tight, CLUSTER).recommended
+    assert summarize(tight, CLUSTER).needed_bytes == pytest.approx(summary.usable_bytes + 0.001 * held, rel=1e-9)
+    assert summarize(replace(plan, memory_margin=None), CLUSTER).needed_bytes == summary.peak_bytes
     bare: Plan = replace(plan, cost=None, memory=None)
     with pytest.raises(InputError, match="carries no prediction"):
         summarize(bare, CLUSTER)
