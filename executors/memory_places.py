@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
-from torch.distributed.pipelining import stage as pipelining_stage
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from meshwright.executors import pipeline
 from meshwright.executors.data_parallel import local
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class Places:
         self._wrap(
             ShardingPropagator, "_propagate_tensor_meta_non_cached", IGNORED
         )  # it works out shapes on whole tensors, all of them fake
-        self._wrap(pipelining_stage, "_make_tensor_from_meta", "communication")
+        self._wrap(pipeline._Stage, "get_fwd_recv_ops", "activations")
+        self._wrap(pipeline._Stage, "get_bwd_recv_ops", "communication")
         self._wrap(self._parallel, "_sum_tied_grads", "communication")
         for chunk in self._chunks:
             self._wrap(chunk.data_parallel, "finish", "communication")

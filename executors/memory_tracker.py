@@ -18,8 +18,9 @@ The kinds are those of ``cost_models.estimate.MemoryBreakdown``; each storage ha
 * ``params``, ``grads``, ``optimizer``: by identity. Gradients are what ``.grad`` holds at a step's end, and whole ones
   that FSDP2 keeps from one micro-batch's backward to the next.
 * ``gathered``: born while FSDP2 gathers a unit.
-* ``communication``: born while gradients are reduced (the flat buffers), and what a pipeline receives into.
-* ``activations``: born in a micro-batch's forward and alive when that forward ends; so not what a backward recomputes.
+* ``communication``: born while gradients are reduced (the flat buffers); gradients that a pipeline receives.
+* ``activations``: born in a micro-batch's forward and alive when that forward ends, so not what a backward recomputes;
+  hidden states that a pipeline receives.
 * ``working``: all else.
 """
 
@@ -97,6 +98,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def _note(self, tensor: Tensor, operator: str, kind: str | None) -> None:
         """Take up a tensor's storage, unless it is known already."""
+        if tensor.device.type == "meta":  # a shape alone
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._alive:
