@@ -45,6 +45,7 @@ class Moment(StrEnum):
     """When in a step a device holds the most."""
 
     BACKWARD = "backward"
+    UPDATE = "update"  # the optimizer's step
 
 
 MOMENTS: tuple[Moment, ...] = tuple(Moment)

@@ -15,7 +15,8 @@ from meshwright.cost_models import pipeline
 from meshwright.cost_models.blocks import BlockKinds
 from meshwright.cost_models.estimate import KINDS, MOMENTS, Moment
 from meshwright.cost_models.framework import Framework, microbatches_per_round, num_microbatches
-from meshwright.cost_models.residency import Numbers, state_bytes
+from meshwright.cost_models.memory_traits import UpdateTensors
+from meshwright.cost_models.residency import Numbers, StateBytes, state_bytes
 from meshwright.cost_models.saved import BlockBytes
 from meshwright.cost_models.strategy import ConfigBatch, Schedule
 from meshwright.cost_models.workload import Workload
@@ -108,8 +109,10 @@ def _moments(blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: Flo
     unit = np.maximum(largest.gathered, outer.gathered)
     reducing = np.where(zero >= 1, np.minimum(2.0 * unit, numbers.gathered) * grad, 0.0)
     flattened = np.where((zero == 0) & (batch.dp * batch.cp > 1), unit * grad, 0.0)
+    if pipe.framework.memory.reduces_in_place:
+        reducing, flattened = np.where(zero == 3, reducing, 0.0), np.zeros(len(batch))
     momentary = np.maximum(working + reducing, flattened)
-    return {
+    moments = {
         Moment.BACKWARD: KindBytes(
             params=state.params,
             grads=state.grads,
@@ -120,6 +123,25 @@ def _moments(blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: Flo
             communication=momentary - np.minimum(working, momentary) + _received(pipe, rank, hop_bytes),
         )
     }
+    if pipe.framework.memory.update:
+        moments[Moment.UPDATE] = _update(pipe.framework.memory.update, state, numbers.owned, workload)
+    return moments
+
+
+def _update(tensors: UpdateTensors, state: StateBytes, owned: FloatArray, workload: Workload) -> KindBytes:
+    """The optimizer's step over all that a rank updates at once: float32 gradients and temporaries."""
+    nothing = np.zeros(len(owned))
+    copied = workload.recipe.grads.num_bytes < 4.0
+    kept = nothing if tensors.frees_grads and copied else state.grads
+    return KindBytes(
+        params=state.params,
+        grads=kept + (4.0 * owned if copied else nothing),
+        optimizer=state.optimizer,
+        activations=nothing,
+        gathered=state.gathered,
+        working=4.0 * tensors.temporaries * owned,
+        communication=nothing,
+    )
 
 
 def _activations(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> FloatArray:
@@ -128,6 +150,8 @@ def _activations(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> FloatAr
     count = num_microbatches(pipe.batch, pipe.workload)
     per_round = microbatches_per_round(pipe.batch, pipe.workload)
     flying = pipeline.held_microbatches(pipe.schedule, pp, vpp, rank, count, per_round)
+    if more := pipe.framework.memory.held_more:
+        flying = np.minimum(flying + more, count[:, None])
     total = np.zeros(len(pipe.batch))
     for index, block in enumerate(blocks):
         for chunk in np.flatnonzero(pipe.counts[rank, :, index]):

@@ -16,6 +16,18 @@ class LossTensors:
 
 
 @record
+class UpdateTensors:
+    """What an optimizer's step holds beside states and master weights, of the parameters that a rank updates.
+
+    ``temporaries`` are float32 tensors of theirs all at once; gradients in fewer bits are copied to float32 besides.
+    ``frees_grads``: the gradients that were copied are gone by then.
+    """
+
+    temporaries: float = 0.0
+    frees_grads: bool = False
+
+
+@record
 class MemoryTraits:
     """What a target's code keeps, where it is not what eager torch does (``saved``).
 
@@ -33,3 +45,6 @@ class MemoryTraits:
     float8_inputs: bool = False  # projections keep their inputs as cast for the matmul (Transformer Engine)
     masks_always: bool = False  # masks of dropout are kept though nothing is dropped (a fused bias, dropout and sum)
     loss: LossTensors | None = None
+    update: UpdateTensors | None = None  # where all at once is updated, not tensor by tensor
+    reduces_in_place: bool = False  # gradients are reduced inside the buffer that holds them all
+    held_more: int = 0  # micro-batches in flight beyond those of the schedule
