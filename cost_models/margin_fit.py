@@ -69,13 +69,13 @@ def _margin(target: Framework, exceeding: Mapping[str, list[float]]) -> TargetMa
     if not shares:
         return None
     widest = max(shares, key=lambda name: shares[name])
-    source = f"{QUANTILE:.0%} of {len(exceeding[widest])} published peaks of {widest} are below"
+    source = f"{QUANTILE:.0%} of {len(exceeding[widest])} published peaks of {widest} stay within it"
     return TargetMargin(margin=shares[widest], source=source)
 
 
 def _share(exceeding: list[float]) -> float:
     """Rounded up to a thousandth, so that the stored figure is not below what was found."""
-    quantile = float(np.quantile(exceeding, QUANTILE, method="higher"))
+    quantile = float(np.quantile(exceeding, QUANTILE, method="inverted_cdf"))
     return max(float(np.ceil(quantile * 1000.0 - 1e-9)) / 1000.0, 0.0)
 
 
