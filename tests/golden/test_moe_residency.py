@@ -69,21 +69,21 @@ class Case:
     """A layout; ``stages``: pipeline rank -> its dense and expert parameters; ``dense``, ``expert``: ranks of ZeRO."""
 
     model: str
-    layout: dict[str, int]
+    layout: dict[str, Any]
     stages: dict[int, tuple[int, int]]
     dense: int
     expert: int
 
 
-def deepseek(layout: dict[str, int], stages: dict[int, tuple[int, int]], dense: int, expert: int) -> Case:
+def deepseek(layout: dict[str, Any], stages: dict[int, tuple[int, int]], dense: int, expert: int) -> Case:
     return Case("deepseek-v3", layout, stages, dense, expert)
 
 
-def qwen3(layout: dict[str, int], stages: dict[int, tuple[int, int]], dense: int, expert: int) -> Case:
+def qwen3(layout: dict[str, Any], stages: dict[int, tuple[int, int]], dense: int, expert: int) -> Case:
     return Case("qwen3-235b-a22b", layout, stages, dense, expert)
 
 
-def mixtral(layout: dict[str, int], stages: dict[int, tuple[int, int]], dense: int, expert: int) -> Case:
+def mixtral(layout: dict[str, Any], stages: dict[int, tuple[int, int]], dense: int, expert: int) -> Case:
     return Case("mixtral-8x22b", layout, stages, dense, expert)
 
 
@@ -350,7 +350,7 @@ def test_what_fsdp2_holds_of_deepseek_v3(recipe: str, zero_stage: int) -> None:
     gathered = 4 * (96 * (attention + router + shared) + 6 * experts)
     whole = 4 * (D_MOE_2 + D_EXPERTS // 32)
     assert 1 < gathered / whole < 1.5  # 12 experts gathered for 8
-    layout = {"tp": 2, "pp": 16, "dp": 96, "ep": 32, "dp_shard": 96, "zero_stage": zero_stage}
+    layout: dict[str, Any] = {"tp": 2, "pp": 16, "dp": 96, "ep": 32, "dp_shard": 96, "zero_stage": zero_stage}
     found = held("deepseek-v3", ParallelConfig(**layout, vocab_parallel=True), 1, "torchtitan", recipe)
     master, weight, grad, states = {
         "bf16": (4, 2, 4, 8),
@@ -430,6 +430,7 @@ def test_latent_biases_and_expert_gates(toy: Any) -> None:
     assert np.diff(counts) == [1536 + 512 + 64]
     # Qwen2-57B-A14B: the gate on the shared expert is one row of 3584, the shared expert (20480) is cut by tp
     qwen2 = load_model("qwen2-57b-a14b")
+    assert qwen2.moe is not None
     block = replace(qwen2.blocks[1], layers=(qwen2.moe,))
     expected = 64 * 3 * 3584 * 2560 + 64 * 3584 + 3 * 3584 * 20480 // 2 + 3584
     assert block_numbers(block, target, batch).whole[0] == expected
