@@ -36,6 +36,13 @@ PEERS: dict[tuple[str, str], str] = {
     ("nanotron_ultrascale", "dense"): "regret 1.59 Calculon, 1.96 llm-analysis (its figure: the whole set)",
     ("nanotron_ultrascale", "MFU >= 10 %"): "rank correlation 0.67 to 0.70 both",
 }
+# the same for memory: error of the peak, share of failures said not to fit; and for first choices that failed
+MEMORY_PEERS: dict[tuple[str, str], str] = {
+    ("nanotron_ultrascale", "dense"): "median 16 % to 31 %; 71 % to 74 % of failures (Calculon, llm-analysis)",
+}
+PICK_PEERS: dict[tuple[str, str], str] = {
+    ("nanotron_ultrascale", "dense"): "54 % Calculon, 38 % Megatron's rules (the whole set)",
+}
 
 Rule = Callable[[ParallelConfig], tuple[float, ...]]
 RULES: dict[str, Rule] = {
@@ -76,6 +83,8 @@ def tables(card: Scorecard, runs: dict[str, PublishedRun]) -> Iterable[str]:
     yield from cell_table(card, runs)
     yield ""
     yield from memory_table(card.parts)
+    yield ""
+    yield from pick_table(card)
     yield ""
     yield from skipped_table(card)
 
@@ -123,18 +132,46 @@ def rule_regret(cell: Cell, runs: dict[str, PublishedRun], rule: Rule) -> float:
 
 
 def memory_table(parts: Iterable[Part]) -> Iterable[str]:
-    yield "| family | part | peaks | median error | bias | ran, called out of memory | failed, called out of memory |"
-    yield "|---|---|--:|--:|--:|--:|--:|"
+    yield (
+        "| family | part | peaks | median error | mean error | bias | ran, said not to fit | ran, not recommended "
+        "| failed, said not to fit | failed, not recommended | oom, said not to fit | oom, not recommended | others |"
+    )
+    yield "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|"
     for part in parts:
         memory = part.memory
         if memory is None:
             continue
-        peak = ["0", "", ""]
+        peak = ["0", "", "", ""]
         if memory.peak is not None:
-            peak = [str(memory.peak.rows), f"{100 * memory.peak.median:.1f} %", f"{100 * memory.peak.bias:+.1f} %"]
-        ran = f"{memory.succeeded_called_out} of {memory.succeeded}" if memory.succeeded else ""
-        failed = f"{memory.failed_called_out} of {memory.failed}" if memory.failed else ""
-        yield f"| {part.family} | {part.name} | {' | '.join(peak)} | {ran} | {failed} |"
+            errors = (f"{100 * value:.1f} %" for value in (memory.peak.median, memory.peak.mean))
+            peak = [str(memory.peak.rows), *errors, f"{100 * memory.peak.bias:+.1f} %"]
+        counts = (
+            (memory.succeeded, memory.succeeded_called_out, memory.succeeded_recommended),
+            (memory.failed, memory.failed_called_out, memory.failed_recommended),
+            (memory.oom, memory.oom_called_out, memory.oom_recommended),
+        )
+        said = [
+            text
+            for rows, called_out, recommended in counts
+            for text in ((f"{called_out} of {rows}", f"{rows - recommended} of {rows}") if rows else ("", ""))
+        ]
+        others = MEMORY_PEERS.get((part.family, part.name), "")
+        yield f"| {part.family} | {part.name} | {' | '.join([*peak, *said, others])} |"
+
+
+def pick_table(card: Scorecard) -> Iterable[str]:
+    yield "| family | part | cells | candidates | picks | of them failed | regret of the rest | worst | others |"
+    yield "|---|---|--:|--:|--:|--:|--:|--:|---|"
+    for part, _ in card.picks:
+        picks = part.picks
+        assert picks is not None
+        share = f"{picks.failed} ({picks.failed / picks.picks:.0%})" if picks.picks else ""
+        regret = f"{picks.regret:.3f} | {picks.worst:.2f}" if picks.regret is not None else " | "
+        others = PICK_PEERS.get((part.family, part.name), "")
+        yield (
+            f"| {part.family} | {part.name} | {picks.cells} | {picks.candidates} | {picks.picks} | {share} | {regret} "
+            f"| {others} |"
+        )
 
 
 def skipped_table(card: Scorecard) -> Iterable[str]:

@@ -26,7 +26,7 @@ KIND_WORDS = {
     "working": "working",
     "communication": "communication",
 }
-MOMENT_WORDS = {Moment.BACKWARD: "in backward"}
+MOMENT_WORDS = {Moment.BACKWARD: "in backward", Moment.UPDATE: "in the optimizer's step"}
 
 
 def show_memory(plan: Plan, memory: MemoryBreakdown, console: Console) -> None:
