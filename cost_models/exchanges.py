@@ -92,10 +92,13 @@ def pp_stride(stages: Stages) -> IntArray:
 
 
 def tied(stages: Stages) -> FloatArray:
-    """First and last stage exchange the gradients of a tied embedding's two copies: ``[num_configs, pp]``."""
+    """First and last stage exchange the gradients of a tied embedding's two copies: ``[num_configs, pp]``.
+
+    In a V both copies are on the first rank, which adds them up where they are.
+    """
     pp = stages.counts.shape[0]
     result = np.zeros((len(stages.batch), pp))
-    if stages.model.tied and pp > 1:
+    if stages.model.tied and pp > 1 and stages.schedule not in V_SHAPED:
         num_bytes = tied_bytes(stages.model, stages.workload, stages.batch)
         result[:, [0, -1]] = send_seconds(stages.cluster, 0, (pp - 1) * pp_stride(stages), num_bytes)[:, None]
     return result

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from meshwright.cost_models.blocks import BlockKinds, block_kinds, num_tensors, rank_params, stage_counts
 from meshwright.cost_models.framework import Framework, num_microbatches
+from meshwright.cost_models.schedules import stage_indices
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
 from meshwright.cost_models.targets import MESHWRIGHT
 from meshwright.cost_models.weights import vocab_rows
@@ -113,7 +114,9 @@ def rank_traffic(
     """
     batch = ConfigBatch.from_configs([config])
     kinds = block_kinds(model)
-    counts = stage_counts(kinds, config.pp, config.vpp)[pp_rank]
+    own = stage_indices(config.schedule, config.pp, config.vpp)[pp_rank].tolist()
+    looped = stage_counts(kinds, config.pp, config.vpp)
+    counts = np.array([looped[stage % config.pp, stage // config.pp] for stage in own])
     microbatches = int(num_microbatches(batch, workload)[0])
     total: dict[tuple[str, str], tuple[int, int]] = {}
 
@@ -130,11 +133,11 @@ def rank_traffic(
     shared = [float(shared_grad_bytes(kind, workload, batch)[0]) for kind in kinds.kinds]
     for chunk in counts:
         add("all_reduce", "tp", sum(count * each for count, each in zip(chunk.tolist(), shared, strict=True)), 1)
-    stages = [chunk * config.pp + pp_rank for chunk in range(config.vpp)]
-    sends = sum((stage < config.num_stages - 1) + (stage > 0) for stage in stages) if config.pp > 1 else 0
+    neighbours = [other for stage in own for other in (stage - 1, stage + 1) if 0 <= other < config.num_stages]
+    sends = sum(other not in own for other in neighbours)  # in a V one rank has two stages that follow each other
     add("send", "pp", float(hop_bytes(model, workload, batch)[0]), sends * microbatches)
-    if model.tied and config.pp > 1:
-        add("send", "pp", float(tied_bytes(model, workload, batch)[0]), (pp_rank == 0) + (pp_rank == config.pp - 1))
+    if model.tied and config.pp > 1 and len({0, config.num_stages - 1}.intersection(own)) == 1:
+        add("send", "pp", float(tied_bytes(model, workload, batch)[0]), 1)
     add("all_reduce", "dp", COUNT_BYTES, config.dp * config.cp > 1)
     add("all_reduce", "world", LOSS_BYTES, config.world_size > 1)
     return total

@@ -47,6 +47,7 @@ class Case:
     micro_batches: tuple[int, ...]  # of each data rank
     ignored: float  # the share of targets that do not count, drawn unevenly: from 0 to twice this, by sequence
     dtype: torch.dtype
+    recipe: str
 
 
 AXES = ("tp", "pp", "dp", "vpp", "mbs", "zero")
@@ -58,7 +59,7 @@ HF_NAMES = {"vocab": "vocab_size", "kv": "num_key_value_heads", "layers": "num_h
 def parse(line: str) -> Case:
     """``"gpt2 tied vocab65 | tp2 dp2 zero1 sp full | n4 ignored0.5 float32"``: model | config | batch.
 
-    ``n3+5``: data rank 0 takes 3 micro-batches and rank 1 takes 5; ``n4``: each takes 4.
+    ``n3+5``: data rank 0 takes 3 micro-batches and rank 1 takes 5; ``n4``: each takes 4. ``bf16``: master weights.
     """
     model_words, config_words, batch_words = (part.split() for part in line.split("|"))
     kind, *model_words = model_words
@@ -85,7 +86,7 @@ def parse(line: str) -> Case:
     axes["dp_shard"] = axes.get("dp", 1) if axes.get("zero_stage") else 1
     config = ParallelConfig(vocab_parallel=axes.get("tp", 1) > 1, **axes)
     counts, *rest = batch_words
-    assert all(word.startswith("ignored") or word == "float32" for word in rest), f"cannot read {rest}"
+    assert all(word.startswith("ignored") or word in ("float32", "bf16") for word in rest), f"cannot read {rest}"
     shares = tuple(int(count) for count in counts.removeprefix("n").split("+"))
     ignored = [float(word.removeprefix("ignored")) for word in rest if word.startswith("ignored")]
     return Case(
@@ -94,7 +95,8 @@ def parse(line: str) -> Case:
         config=config,
         micro_batches=shares if len(shares) == config.dp else shares * config.dp,
         ignored=ignored[0] if ignored else 0.0,
-        dtype=torch.float32 if "float32" in rest else torch.float64,
+        dtype=torch.float32 if {"float32", "bf16"} & set(rest) else torch.float64,
+        recipe="bf16" if "bf16" in rest else "fp32" if "float32" in rest else "fp64",
     )
 
 
@@ -164,10 +166,9 @@ def build_model(case: Case) -> tuple[nn.Module, dict[str, Any]]:
 def build_plan(case: Case, fields: dict[str, Any]) -> Plan:
     config, spec = case.config, load_model(fields)
     batch = sum(case.micro_batches) * config.micro_batch_size
-    recipe = RECIPES["fp64" if case.dtype is torch.float64 else "fp32"]
     return Plan(
         framework="meshwright", model=spec,
-        workload=Workload(seq_len=SEQUENCE, global_batch_size=batch, recipe=recipe),
+        workload=Workload(seq_len=SEQUENCE, global_batch_size=batch, recipe=RECIPES[case.recipe]),
         cluster_name="test", cluster_digest="", environment=None, config=config, placement=Placement(),
         stages=default_stages(spec, config, "cpu"), micro_batches_per_data_rank=case.micro_batches,
         cost=None, memory=None, search=None,

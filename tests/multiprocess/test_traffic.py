@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from meshwright.cost_models.strategy import ParallelConfig, Recompute, Schedule
+from meshwright.cost_models.strategy import LOOPED, SPLIT_BACKWARD, V_SHAPED, ParallelConfig, Recompute, Schedule
 from meshwright.cost_models.traffic import rank_traffic
 from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.profiler.model import load_model
@@ -27,8 +27,10 @@ def lines() -> Iterator[tuple[str, ParallelConfig]]:
     for zero in (0, 1, 2, 3):
         shard = 2 if zero else 1
         yield f"dp2 zero{zero}", ParallelConfig(dp=2, zero_stage=zero, dp_shard=shard)
-        for schedule in (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED):
-            vpp = 2 if schedule is Schedule.INTERLEAVED else 1
+        for schedule in Schedule:
+            if schedule in SPLIT_BACKWARD and zero >= 2:
+                continue
+            vpp = 2 if schedule in (*LOOPED, *V_SHAPED) else 1
             config = ParallelConfig(dp=2, pp=2, vpp=vpp, schedule=schedule, zero_stage=zero, dp_shard=shard)
             yield f"pp2 dp2 zero{zero} {schedule.value}", config
     for words, sequence_parallel in (("", False), ("sp", True)):
@@ -40,6 +42,12 @@ def lines() -> Iterator[tuple[str, ParallelConfig]]:
         "tp2 pp2 dp2 zero2 sp",
         ParallelConfig(tp=2, pp=2, dp=2, vocab_parallel=True, sequence_parallel=True, zero_stage=2, dp_shard=2),
     )
+    for schedule in SPLIT_BACKWARD:
+        config = ParallelConfig(
+            tp=2, pp=2, vpp=2 if schedule in V_SHAPED else 1, schedule=schedule, vocab_parallel=True,
+            sequence_parallel=True,
+        )  # fmt: skip
+        yield f"tp2 pp2 sp {schedule.value}", config
     yield "tp4 sp", ParallelConfig(tp=4, vocab_parallel=True, sequence_parallel=True)  # more ranks than kv heads
 
 
@@ -54,11 +62,13 @@ def test_counted_equals_priced(words: str, config: ParallelConfig, count_step: C
         assert under_one_name(found, config) == under_one_name(priced, config)
 
 
-def test_a_tied_embedding(count_step: Callable[[str], list[Counts]]) -> None:
-    config = ParallelConfig(pp=2, dp=2, zero_stage=1, dp_shard=2)
+@pytest.mark.parametrize("schedule", Schedule)
+def test_a_tied_embedding(schedule: Schedule, count_step: Callable[[str], list[Counts]]) -> None:
+    vpp = 2 if schedule in (*LOOPED, *V_SHAPED) else 1
+    config = ParallelConfig(pp=2, dp=2, vpp=vpp, schedule=schedule, zero_stage=1, dp_shard=2)
     workload = Workload(seq_len=SEQUENCE, global_batch_size=8, recipe=RECIPES["fp64"])
     model = load_model(FIELDS | {"tie_word_embeddings": True})
-    for rank, found in enumerate(count_step("example tied | pp2 dp2 zero1 | n4")):
+    for rank, found in enumerate(count_step(f"example tied | pp2 dp2 zero1 {schedule.value} | n4")):
         assert found == rank_traffic(model, workload, config, rank // 2)
 
 
