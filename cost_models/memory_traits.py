@@ -33,7 +33,7 @@ class MemoryTraits:
 
     ``fragmentation`` is what the caching allocator holds on top of all tensors at the peak, as a share of them.
 
-    ``margin`` is the share by which measured peaks exceed predicted ones (``recommended.derive``), ``margin_source``
+    ``margin`` is the share by which measured peaks exceed predicted ones (``margin_fit.derive_margins``), ``margin_source``
     the peaks that say so; both are read from ``memory_margins.json``.
     """
 
