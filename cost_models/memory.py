@@ -58,19 +58,23 @@ class Pipeline:
 def peak(blocks: list[BlockBytes], pipe: Pipeline, hop_bytes: FloatArray) -> dict[str, FloatArray]:
     """The largest moment of the fullest rank: bytes by kind, its ``stage`` and its ``moment`` (of ``MOMENTS``).
 
+    ``unshared_bytes`` is what an allocator holds for other moments at that rank, where these do not share its blocks.
     ``blocks`` are those of ``pipe.kinds``; ``hop_bytes`` is what a stage hands to the next.
     """
     size = len(pipe.batch)
     best = {f"{name}_bytes": np.zeros(size) for name in KINDS}
-    best |= {"stage": np.zeros(size), "moment": np.zeros(size)}
+    best |= {"stage": np.zeros(size), "moment": np.zeros(size), "unshared_bytes": np.zeros(size)}
     largest = np.full(size, -1.0)
     for rank in range(pipe.counts.shape[0]):
-        for moment, held in _moments(blocks, pipe, rank, hop_bytes).items():
+        moments = _moments(blocks, pipe, rank, hop_bytes)
+        unshared = np.zeros(size) if pipe.framework.memory.reuses_blocks else _unshared(list(moments.values()))
+        for moment, held in moments.items():
             total = held.total
             more = total > largest
             largest = np.where(more, total, largest)
             found = {f"{name}_bytes": getattr(held, name) for name in KINDS}
             found |= {"stage": np.full(size, float(rank)), "moment": np.full(size, float(MOMENTS.index(moment)))}
+            found["unshared_bytes"] = unshared
             best = {name: np.where(more, found[name], best[name]) for name in best}
     return best
 
@@ -142,6 +146,13 @@ def _update(tensors: UpdateTensors, state: StateBytes, owned: FloatArray, worklo
         working=4.0 * tensors.temporaries * owned,
         communication=nothing,
     )
+
+
+def _unshared(moments: list[KindBytes]) -> FloatArray:
+    """What all moments but the largest hold for themselves: beside what is there in every one."""
+    common = [np.minimum.reduce([getattr(held, name) for held in moments]) for name in ("params", "grads", "optimizer")]
+    own = np.array([held.total for held in moments]) - sum(common)
+    return np.asarray(own.sum(axis=0) - own.max(axis=0))
 
 
 def _activations(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> FloatArray:

@@ -45,6 +45,8 @@ class MemoryTraits:
     float8_inputs: bool = False  # projections keep their inputs as cast for the matmul (Transformer Engine)
     masks_always: bool = False  # masks of dropout are kept though nothing is dropped (a fused bias, dropout and sum)
     loss: LossTensors | None = None
+    sharded_loss: LossTensors | None = None  # of logits split by vocabulary, where they are worked on otherwise
     update: UpdateTensors | None = None  # where all at once is updated, not tensor by tensor
     reduces_in_place: bool = False  # gradients are reduced inside the buffer that holds them all
     held_more: int = 0  # micro-batches in flight beyond those of the schedule
+    reuses_blocks: bool = True  # what backward frees serves the update; not where that asks for one block of everything

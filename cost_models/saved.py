@@ -108,10 +108,9 @@ class _Saved:
         if isinstance(layer, MoeLayer):
             return self.stream_input(layer.hidden, self.size) + self._moe(layer)  # routed in the compute dtype
         if isinstance(layer, HeadLayer):
-            logits, loss = self.tokens * vocab_rows(layer.vocab_size, self.batch), self.traits.loss
+            logits = self.tokens * vocab_rows(layer.vocab_size, self.batch)
             own = self.batch.vocab_parallel | self.framework.fused_loss
-            kept = np.where(own, self.size, self.wide)  # the logits, or their log-softmax
-            kept = kept if loss is None else np.full(len(self.batch), loss.kept * self.size + loss.kept_float32 * 4.0)
+            kept = self._of_logits("kept", np.where(own, self.size, self.wide))  # the logits, or their log-softmax
             return self.stream_input(layer.hidden, self.size) + logits * kept
         return np.zeros(len(self.batch))  # a lookup keeps the token ids only
 
@@ -147,10 +146,16 @@ class _Saved:
         if not isinstance(layer, HeadLayer):
             return np.zeros(len(self.batch))
         logits = self.tokens * vocab_rows(layer.vocab_size, self.batch)
-        if loss := self.traits.loss:
-            return np.asarray(logits * (loss.beside * self.size + loss.beside_float32 * 4.0))
         copies = 0.0 if self.framework.fused_loss else 2.0 * self.wide
-        return np.asarray(logits * (copies + self.size))
+        return np.asarray(logits * self._of_logits("beside", np.full(len(self.batch), copies + self.size)))
+
+    def _of_logits(self, when: str, usual: FloatArray) -> FloatArray:
+        """Bytes of a logit in all its copies, by the target's traits where it has any: ``[num_configs]``."""
+        whole, sharded = (
+            usual if loss is None else getattr(loss, when) * self.size + getattr(loss, f"{when}_float32") * 4.0
+            for loss in (self.traits.loss, self.traits.sharded_loss or self.traits.loss)
+        )
+        return np.where(self.batch.vocab_parallel, sharded, whole)
 
     def scores(self, layer: LayerSpec) -> FloatArray:
         """Of attention that is written out: softmax's output, and where it is dropped out of a mask and the rest.
@@ -216,9 +221,9 @@ class _Saved:
 
     def _moe(self, layer: MoeLayer) -> FloatArray:
         """Every token's row for each expert it takes, permuted, through the expert and back; the router's logits."""
-        rows = self.tokens * layer.top_k
-        outer = (self.traits.expert_rows - 1.0) * self.size + self.input_size
+        rows = self.tokens * layer.top_k / self.tp  # of them every rank of etp has all, and its part of their width
+        outer = ((self.traits.expert_rows - 1.0) * self.size + self.input_size) * self.batch.etp
         inner = rows * (self._inner(layer.gated) * layer.expert_ffn_size + outer * layer.hidden)
-        routing = self.tokens * layer.num_experts * 4.0
+        routing = self.cut_tokens * layer.num_experts * 4.0
         shared = self._ffn(layer.shared_ffn_size, layer.gated) if layer.shared_ffn_size else 0.0
         return np.asarray(inner + routing + shared)

@@ -133,8 +133,9 @@ def _memory(blocks: list[BlockBytes], stages: Stages) -> dict[str, FloatArray]:
     device, size = stages.cluster.device, len(stages.batch)
     found = memory.peak(blocks, pipe, hop_bytes(stages.model, stages.workload, stages.batch))
     tensors = np.asarray(sum(found[f"{name}_bytes"] for name in KINDS))
+    unshared = found.pop("unshared_bytes")
     return found | {
-        "fragmentation_bytes": tensors * stages.framework.memory.fragmentation,
+        "fragmentation_bytes": tensors * stages.framework.memory.fragmentation + unshared,
         "reserved_bytes": np.full(size, float(device.reserved_bytes)),
         "capacity_bytes": np.full(size, float(device.memory_bytes)),
     }
