@@ -163,5 +163,7 @@ def assumptions(model: ModelSpec, workload: Workload, cluster: ClusterProfile, f
         said.append("tokens spread evenly over experts")
     if model.attention.window and not framework.windowed_attention:
         said.append(f"{framework.name} works out what a sliding window masks")
-    said.append("no dropout, no padding between sequences, no allocator fragmentation, no input from disk")
+    if not framework.memory.fragmentation:
+        said.append("no fragmentation in the allocator, beyond the margin")
+    said.append("no dropout, no padding between sequences, no input from disk")
     return tuple(said)

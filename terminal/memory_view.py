@@ -59,7 +59,7 @@ def fit_words(summary: Summary, plan: Plan) -> str:
     if summary.recommended:
         return f"recommended: {needed}"
     short = format_bytes(summary.needed_bytes - summary.usable_bytes)
-    return f"fits, but is NOT RECOMMENDED: {needed}, {short} too much"
+    return f"NOT RECOMMENDED, though it fits: {needed}, {short} too much"
 
 
 def _rows(plan: Plan, memory: MemoryBreakdown) -> list[tuple[str, int]]:

@@ -216,7 +216,7 @@ class TestShown:
         ("activations", "asked", "words"),
         [
             (70, True, f"recommended: {NEEDS} 77 B"),
-            (85, True, f"fits, but is NOT RECOMMENDED: {NEEDS} 94 B, 4 B too much"),
+            (85, True, f"NOT RECOMMENDED, though it fits: {NEEDS} 94 B, 4 B too much"),
             (95, True, "DOES NOT FIT, 5 B too much"),
             (85, False, "fits; no margin was asked for"),
         ],
