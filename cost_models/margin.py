@@ -20,6 +20,8 @@ from meshwright import InputError
 from meshwright.cost_models.framework import Framework
 from meshwright.profiler.record import record
 
+ASKED_FOR = "asked for"
+
 
 @record
 class MemoryMargin:
@@ -38,7 +40,7 @@ def margin_of(framework: Framework, asked: float | None = None) -> MemoryMargin 
         return MemoryMargin(share=framework.memory.margin, source=framework.memory.margin_source)
     if not 0 <= asked < 1:
         raise InputError(f"the memory margin is a share from 0 up to 1, found {asked}")
-    return MemoryMargin(share=asked, source="asked for") if asked else None
+    return MemoryMargin(share=asked, source=ASKED_FOR) if asked else None
 
 
 def needed_bytes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from meshwright.cost_models.estimate import KINDS, Moment
+from meshwright.cost_models.margin import ASKED_FOR
 from meshwright.planner.summary import needed_of
 from meshwright.planner.tight import largest_kind, what_helps
 from meshwright.profiler.units import format_bytes
@@ -78,7 +79,8 @@ def _margin(plan: Plan) -> str:
     margin = plan.memory_margin
     if margin is None:
         return "; no margin kept"
-    return f"; margin of {margin.share:.1%}: {margin.source}" if margin.source else f"; margin of {margin.share:.1%}"
+    source = f", as {ASKED_FOR}" if margin.source == ASKED_FOR else f": {margin.source}" if margin.source else ""
+    return f"; margin of {margin.share:.1%}{source}"
 
 
 def _listed(items: tuple[str, ...]) -> str:

@@ -42,6 +42,7 @@ def test_the_first_ten_lines_answer_what_how_fast_and_whether_it_fits(run: Run, 
     assert "16 x H100" in first and f"{plan.search.num_scored:,} legal configs" in first
     for word in (plan.config.describe(), "step", "tokens", "a device", "MFU", "memory", "free", "bubble", "fit"):
         assert word in first
+    assert "recommended: with fragmentation and a margin of" in first
     for heading in ("What came next", "Where the step goes", "Memory of stage", "Not taken"):
         assert heading in out
     for each in plan.search.rejected:
@@ -91,6 +92,38 @@ def test_the_pick_estimated_again_takes_the_same_time(run: Run, tmp_path: Path) 
     code, out, _ = run("estimate", *PROBLEM, *options, "--json")
     assert code == 0 and plan.cost is not None
     assert json.loads(out)["cost"]["compute_s"] == plan.cost.compute_s
+
+
+def test_estimate_says_whether_it_fits_and_whether_it_is_recommended(run: Run) -> None:
+    config = ["--zero-stage", 2, "--micro-batch", 1]
+    code, out, err = run("estimate", *PROBLEM, *config, "--memory-margin", 0.5)
+    assert (code, err) == (0, "") and "DOES NOT FIT" not in out
+    assert "NOT RECOMMENDED, though it fits: with fragmentation and a margin of 50.0% it needs" in out
+    assert "tight: most of it is " in out and "margin of 50.0%, as asked for" in out
+    code, out, _ = run("estimate", *PROBLEM, *config, "--memory-margin", 0)
+    assert code == 0 and "fits; no margin was asked for" in out and "no margin kept" in out
+    code, out, _ = run("estimate", *PROBLEM, *config, "--memory-margin", 0.5, "--json")
+    plan = json.loads(out)
+    assert code == 0 and plan["memory_margin"] == {"share": 0.5, "source": "asked for"}
+    assert {"moment", "fragmentation_bytes", "working_bytes"} <= plan["memory"].keys()
+
+
+def test_what_fits_but_for_the_margin_is_counted_apart(run: Run) -> None:
+    code, out, _ = run("plan", *PROBLEM, "--memory-margin", 0.3)
+    assert code == 0 and "predicted memory fits, but not with the margin" in out and "MEMORY_MARGIN" in out
+    code, out, _ = run("plan", *PROBLEM, "--memory-margin", 0)
+    assert (
+        code == 0 and "MEMORY_MARGIN" not in out and " fit\n" in "\n".join(line.rstrip() for line in out.splitlines())
+    )
+
+
+def test_nothing_recommended_says_how_to_take_what_fits(run: Run) -> None:
+    fixed = ["--fix", "dp=16", "--fix", "zero_stage=2", "--fix", "recompute=none", "--fix", "micro_batch_size=1"]
+    code, out, err = run("plan", *PROBLEM, *fixed, "--memory-margin", 0.9)
+    assert (code, out) == (3, "") and err.count("\n") == 1
+    assert "nothing is recommended, though 1 config fits: nearest is dp16 zero2 mbs1, which needs" in err
+    share = err.partition("--memory-margin ")[2].split()[0]
+    assert run("plan", *PROBLEM, *fixed, "--memory-margin", share, "-q")[0] == 0
 
 
 def test_estimate_of_what_does_not_fit_is_printed_and_exits_with_3(run: Run) -> None:
