@@ -18,7 +18,7 @@ from meshwright.cost_models.framework import Framework, microbatches_per_round, 
 from meshwright.cost_models.memory_traits import UpdateTensors
 from meshwright.cost_models.residency import Numbers, StateBytes, state_bytes
 from meshwright.cost_models.saved import BlockBytes
-from meshwright.cost_models.strategy import ConfigBatch, Schedule
+from meshwright.cost_models.strategy import ConfigBatch, IntArray, Schedule
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.model import BlockKind
 
@@ -128,22 +128,24 @@ def _moments(blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: Flo
         )
     }
     if pipe.framework.memory.update:
-        moments[Moment.UPDATE] = _update(pipe.framework.memory.update, state, numbers.owned, workload)
+        moments[Moment.UPDATE] = _update(pipe.framework.memory.update, state, numbers.owned, workload, zero)
     return moments
 
 
-def _update(tensors: UpdateTensors, state: StateBytes, owned: FloatArray, workload: Workload) -> KindBytes:
+def _update(
+    tensors: UpdateTensors, state: StateBytes, owned: FloatArray, workload: Workload, zero: IntArray
+) -> KindBytes:
     """The optimizer's step over all that a rank updates at once: float32 gradients and temporaries."""
     nothing = np.zeros(len(owned))
     copied = workload.recipe.grads.num_bytes < 4.0
-    kept = nothing if tensors.frees_grads and copied else state.grads
+    kept = np.where(tensors.frees_grads & copied & (zero < 3), 0.0, state.grads)
     return KindBytes(
         params=state.params,
-        grads=kept + (4.0 * owned if copied else nothing),
+        grads=kept,
         optimizer=state.optimizer,
         activations=nothing,
         gathered=state.gathered,
-        working=4.0 * tensors.temporaries * owned,
+        working=4.0 * (tensors.temporaries + copied) * owned,
         communication=nothing,
     )
 

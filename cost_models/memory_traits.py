@@ -20,7 +20,7 @@ class UpdateTensors:
     """What an optimizer's step holds beside states and master weights, of the parameters that a rank updates.
 
     ``temporaries`` are float32 tensors of theirs all at once; gradients in fewer bits are copied to float32 besides.
-    ``frees_grads``: the gradients that were copied are gone by then.
+    ``frees_grads``: the gradients that were copied are gone by then, below ZeRO 3.
     """
 
     temporaries: float = 0.0
@@ -33,8 +33,8 @@ class MemoryTraits:
 
     ``fragmentation`` is what the caching allocator holds on top of all tensors at the peak, as a share of them.
 
-    ``margin`` is the share by which measured peaks exceed predicted ones (``margin_fit.derive_margins``), ``margin_source``
-    the peaks that say so; both are read from ``memory_margins.json``.
+    ``margin`` is the share by which measured peaks exceed predicted ones (``margin_fit.derive_margins``) and
+    ``margin_source`` the peaks that say so; both are read from ``memory_margins.json``.
     """
 
     fragmentation: float = 0.0

@@ -188,6 +188,8 @@ def _variant(row: Row, target: str) -> str:
     notes = row.text("notes").lower()
     if target == "megatron-lm" and _before_flash(row):
         return "megatron-lm-2021" if _date(row) < (2022, 1) else "megatron-lm-2022"
+    if target == "megatron-lm" and (vocab := re.search(r"vocab-?([12])\b", row.text("schedule").lower())):
+        return f"megatron-lm-vocab-{vocab[1]}"
     if target == "deepspeed" and _before_flash(row):
         return "deepspeed-2021"
     if target == "llm-foundry" and re.search(r"precision label bf16\b", notes):
@@ -204,6 +206,10 @@ def _variant(row: Row, target: str) -> str:
     compiled = re.search(r"compile(?!=n)", f"{notes} {row.text('framework')}".lower())
     if target == "torchtitan" and not compiled and "fp8" not in row.text("precision").lower():
         return "torchtitan-eager"  # float8 wants the compiler
+    if target == "torchtitan" and re.search(
+        r"_2024\d\d_|arxiv 24", f"{row.text('source_path')} {row.text('source')}".lower()
+    ):
+        return "torchtitan-2024"
     return target
 
 

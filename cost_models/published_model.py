@@ -34,6 +34,12 @@ SENTENCEPIECE_VOCAB = 32000  # T5's, Llama's and those of many papers' own token
 BF16_GRADIENTS = r"internevo|fms-fsdp|\bnemo\b|megatron-bridge"
 
 
+# the forks of Megatron-LM for zero-bubble schedules and for vocabulary parallelism in pipelines, whose scripts pass
+# --fp16 unless told to train in float32 (sail-sg/zero-bubble-pipeline-parallelism, examples/pretrain_zero_bubble.sh;
+# sail-sg/VocabularyParallelism, pretrain_gpt.sh)
+HALF_FORKS = r"megatron-lm fork"
+
+
 @record
 class Shape:
     """Sizes and habits of an architecture, from which its ``ModelSpec`` is built."""
@@ -214,15 +220,15 @@ def _spec(shape: Shape, tied: bool) -> ModelSpec:
 def workload_of(row: Row) -> tuple[Workload, tuple[str, ...]]:
     """Sequence length, batch and dtypes of a row, and what had to be assumed. Raises ``Skip``."""
     precision, notes = row.text("precision").lower(), list[str]()
+    framework = row.text("framework").lower()
     if "not stated" in precision or not precision:
-        notes.append("bf16 assumed")
-        precision = "bf16"
+        precision = "fp16" if re.search(HALF_FORKS, framework) else "bf16"
+        notes.append(f"{precision} assumed")
     words = _words(precision)
     names = ("mxfp8", "nvfp4", "fp8", "fp16", "bf16", "fp32")
     found = next((name for name in names if name in words), None)
     if found == "fp8" and "rowwise" in words:
         found = "fp8-rowwise"
-    framework = row.text("framework").lower()
     if found is None:
         raise Skip(f"no dtype recipe for precision {row.text('precision')!r}")
     recipe = RECIPES[found]

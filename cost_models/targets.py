@@ -18,7 +18,7 @@ from meshwright.cost_models.framework import (
     HostCost,
     Selective,
 )
-from meshwright.cost_models.memory_traits import LossTensors, MemoryTraits
+from meshwright.cost_models.memory_traits import LossTensors, MemoryTraits, UpdateTensors
 from meshwright.cost_models.pointwise import (
     COMPILED,
     EAGER_TORCH,
@@ -91,9 +91,12 @@ _MEGATRON = Framework(
 # rate 0, hold a byte a number more twice a layer: 40 rows), gate and up in one tensor, exponentials of float32 logits
 # (megatron/core/tensor_parallel/cross_entropy.py, beside which their float32 copy and the logits still exist)
 _MEGATRON_LM_MEMORY = MemoryTraits(
+    fragmentation=0.095,  # median of 16 runs of arXiv 2411.05288 that publish both peaks, 5.7 to 12.2 %
     gated_tensors=3.0,
     masks_always=True,
     loss=LossTensors(kept_float32=1.0, beside=1.0, beside_float32=1.0),
+    update=UpdateTensors(),  # megatron/optimizer/optimizer.py: _copy_model_grads_to_main_grads
+    reduces_in_place=True,  # megatron/model/distributed.py: one contiguous buffer
 )
 
 # Megatron-LM with --use-flash-attn (since January 2023), and its forks; dropout off. Since 2022 a column-cut matmul
@@ -108,6 +111,18 @@ MEGATRON_LM = replace(
     host=HostCost(launch_factor=3.0, microbatch_s=1e-3, step_s=0.01),
     pointwise_factor=1.2,
     memory=_MEGATRON_LM_MEMORY,
+)
+
+# embedding and head split over all stages of a pipeline (sail-sg/VocabularyParallelism; arXiv 2411.05288, section 5):
+# their passes lie between those of the stages, and two micro-batches more are in flight, or one where a rank waits once
+MEGATRON_LM_VOCAB_1, MEGATRON_LM_VOCAB_2 = (
+    replace(
+        MEGATRON_LM,
+        name=f"megatron-lm-vocab-{number}",
+        version_of="megatron-lm",
+        memory=replace(_MEGATRON_LM_MEMORY, held_more=3 - number),
+    )
+    for number in (1, 2)
 )
 
 # with attention written out, as in arXiv 2205.05198 and 2401.10241
@@ -170,7 +185,15 @@ MEGATRON_DEEPSPEED = replace(
 # layernorm_linear.py, linear.py, grouped_linear.py: saved as columns alone); SwiGLU is one kernel, weighted by the
 # router, so that what experts put out is not needed again (megatron/core/fusions/fused_bias_swiglu.py); the loss
 # writes its gradient over the logits (transformer_engine/pytorch/triton/cross_entropy.py)
-_TE_MEMORY = MemoryTraits(gated_tensors=3.0, expert_rows=1.0, float8_inputs=True, loss=LossTensors(kept=1.0))
+_TE_MEMORY = MemoryTraits(
+    fragmentation=_MEGATRON_LM_MEMORY.fragmentation,
+    gated_tensors=3.0,
+    expert_rows=1.0,
+    float8_inputs=True,
+    loss=LossTensors(kept=1.0),
+    update=UpdateTensors(),  # megatron/core/optimizer/distrib_optimizer.py: _copy_model_grads_to_main_grads
+    reduces_in_place=True,  # megatron/core/distributed/param_and_grad_buffer.py
+)
 
 MEGATRON_BRIDGE = replace(
     _MEGATRON,
@@ -260,9 +283,22 @@ NANOTRON_2024 = replace(
     dp_factor=5.0,
 )
 
+# blocks and the loss compiled: gate and up are kept, not the activated gate, logits in bf16 and their gradient
+_COMPILED_MEMORY = MemoryTraits(
+    fragmentation=0.05,  # reserved peaks of 8B over 8, 32, 64 and 128 GPUs, 4 runs of December 2024 and June 2025
+    gated_tensors=3.0,
+    loss=LossTensors(kept=1.0, beside=1.0),
+    # torch/distributed/tensor/parallel/loss.py, kernel by kernel in float32: the log-softmax is kept, and in backward
+    # its gradient, its exponential, their sum and the product exist
+    sharded_loss=LossTensors(kept_float32=1.0, beside_float32=4.0),
+)
+# the loss was not compiled from December 2024 to April 2025 (torchtitan e8977b0): a float32 copy and its log-softmax
+_EAGER_LOSS = LossTensors(kept_float32=1.0, beside=1.0, beside_float32=1.0)
+
 TORCHTITAN = replace(
     MESHWRIGHT,
     name="torchtitan",
+    memory=_COMPILED_MEMORY,
     context_parallel=True,
     partial_sharding=True,
     pointwise=COMPILED,
@@ -276,6 +312,13 @@ TORCHTITAN = replace(
     sequence_copies=2.0,  # sequences are split by tokens: chunked and concatenated around each collective
 )
 
+TORCHTITAN_2024 = replace(
+    TORCHTITAN,
+    name="torchtitan-2024",
+    version_of="torchtitan",
+    memory=replace(_COMPILED_MEMORY, loss=_EAGER_LOSS),
+)
+
 # as it was before blocks were compiled by default: Triton's fused RMSNorm, all else kernel by kernel
 TORCHTITAN_EAGER = replace(
     TORCHTITAN,
@@ -283,6 +326,7 @@ TORCHTITAN_EAGER = replace(
     version_of="torchtitan",
     pointwise=replace(EAGER_TORCH, rms_norm=FUSED.rms_norm),
     float8=False,
+    memory=replace(_COMPILED_MEMORY, gated_tensors=4.0, loss=_EAGER_LOSS),
 )
 
 # matmuls cut along the sequence, each part beside the exchange of the next (torch.distributed._symmetric_memory)
@@ -293,6 +337,7 @@ TORCHTITAN_ASYNC_TP = replace(
     differs_in=("overlap_tp",),
     overlap_tp=0.2,  # smaller matmuls lose most of what is hidden
     sequence_copies=1.0,  # tokens still move to the front and back
+    memory=TORCHTITAN_2024.memory,
 )
 
 LLM_FOUNDRY = replace(
@@ -364,6 +409,16 @@ _INTERNLM_LOSS = P(
 INTERNEVO = replace(
     _MEGATRON,
     name="internevo",
+    memory=MemoryTraits(
+        gated_tensors=3.0,
+        # logits cast to float32, over which the loss writes its gradient, then cast back; the metrics' differences and
+        # exponentials
+        loss=LossTensors(kept_float32=1.0, beside=1.0, beside_float32=2.0),
+        # all that a rank updates is one flat tensor of float32 gradients, with torch's AdamW over it: the square root
+        # and the denominator (torch/optim/adamw.py)
+        update=UpdateTensors(temporaries=2.0, frees_grads=True),
+        reuses_blocks=False,
+    ),
     zero_stages=(0, 1, 3),
     partial_sharding=True,
     attention=AttentionKernel.FLASH,
@@ -388,6 +443,8 @@ ASSUMED: dict[str, Framework] = {
     for target in (
         MESHWRIGHT,
         MEGATRON_LM,
+        MEGATRON_LM_VOCAB_1,
+        MEGATRON_LM_VOCAB_2,
         MEGATRON_LM_2022,
         MEGATRON_LM_2021,
         MEGASCALE,
@@ -399,6 +456,7 @@ ASSUMED: dict[str, Framework] = {
         NANOTRON,
         NANOTRON_2024,
         TORCHTITAN,
+        TORCHTITAN_2024,
         TORCHTITAN_EAGER,
         TORCHTITAN_ASYNC_TP,
         LLM_FOUNDRY,
