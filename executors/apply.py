@@ -73,7 +73,9 @@ def _split_stage(index: int, module: StageModule, plan: Plan, mesh: Mesh, rules:
     """Stage ``index`` on its device, split over tp, then recomputing, then sharded over dp."""
     config, recipe, stage = plan.config, plan.workload.recipe, plan.stages[index]
     on_meta = any(weight.device.type == "meta" for weight in module.parameters())
-    module.to(None if on_meta else mesh.device, torch_dtype(recipe.master) if recipe.has_master else None)
+    module.to(
+        None if on_meta else mesh.device, torch_dtype(recipe.master) if recipe.master and recipe.has_master else None
+    )
     split = no_tensor_parallel(module.model)
     if rules:
         tp_mesh = mesh.axis("tp")

@@ -92,12 +92,12 @@ class _Stage(PipelineStage):
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[Any, ...]:
-        received = super()._retrieve_recv_activations(fwd_chunk_id)
+        received: tuple[Any, ...] = super()._retrieve_recv_activations(fwd_chunk_id)
         _drop_buffers(self.args_recv_info[fwd_chunk_id])
         return received
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[Any, ...]:
-        received = super()._retrieve_recv_grads(bwd_chunk_id)
+        received: tuple[Any, ...] = super()._retrieve_recv_grads(bwd_chunk_id)
         _drop_buffers(self.grad_recv_info[bwd_chunk_id])
         return received
 
