@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ class TestRule:
             margin_of(target, -0.1)
 
 
-def rows(framework: str, exceeding: list[float], **fields: str) -> list[RowScore]:
+def rows(framework: str, exceeding: list[float], status: str = "ok") -> list[RowScore]:
     """Runs whose measured peak is ``1 + exceeding`` times the predicted one."""
     return [
         RowScore(
@@ -57,7 +58,7 @@ def rows(framework: str, exceeding: list[float], **fields: str) -> list[RowScore
             family="f",
             framework=framework,
             peak_error=1.0 / (1.0 + each) - 1.0,
-            **{"status": "ok", **fields},
+            status=status,
         )
         for index, each in enumerate(exceeding)
     ]
@@ -128,7 +129,7 @@ def priced(config: ParallelConfig, target: str = "meshwright", **kinds: int) -> 
     """A plan with a device of 100 bytes, 10 of them reserved, and that memory at its peak."""
     plan = plan_for(config, load_model("llama3-8b"), Workload(seq_len=4096, global_batch_size=64), CLUSTER)
     assert plan.memory is not None
-    given = {f"{kind}_bytes": kinds.get(kind, 0) for kind in (*KINDS, "fragmentation")}
+    given: dict[str, Any] = {f"{kind}_bytes": kinds.get(kind, 0) for kind in (*KINDS, "fragmentation")}
     memory: MemoryBreakdown = replace(plan.memory, capacity_bytes=100, reserved_bytes=10, **given)
     return replace(plan, framework=target, memory=memory, memory_margin=MemoryMargin(share=0.1, source="peaks"))
 
