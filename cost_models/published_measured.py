@@ -14,14 +14,15 @@ from meshwright.cost_models.workload import Workload
 from meshwright.profiler.layers import AttentionLayer, HeadLayer
 from meshwright.profiler.model import ModelSpec
 from meshwright.profiler.record import record
-from meshwright.profiler.units import GIB
+from meshwright.profiler.units import GB, GIB
 
 
 class PeakKind(StrEnum):
-    """What a published peak counts: tensors, or the blocks that torch's caching allocator holds for them too."""
+    """What a published peak counts: tensors, the blocks that torch's caching allocator holds, or all of the device."""
 
     ALLOCATED = "allocated"
     RESERVED = "reserved"
+    DEVICE = "device"  # with context and communicators, as the driver shows it
     UNSPECIFIED = "unspecified"
 
 
@@ -42,7 +43,7 @@ class Measured:
 
 
 def measured_of(row: Row, model: ModelSpec, workload: Workload, config: ParallelConfig, cluster: str) -> Measured:
-    """The measured columns of a row; memory is read as GiB, which is what allocators print as GB."""
+    """The measured columns of a row; memory is GiB, which allocators print as GB, but for ``DECIMAL``."""
     step = row.number("step_time_s_derived") or row.number("step_time_s")
     if step is None and (tokens_per_s := row.number("tokens_per_s_per_gpu")):
         step = workload.tokens_per_step / (tokens_per_s * config.world_size)
@@ -54,9 +55,21 @@ def measured_of(row: Row, model: ModelSpec, workload: Workload, config: Parallel
         step_s=step if timed and not utilisation else None,
         utilisation_step_s=(step or _utilisation_step(row, model, workload, config, cluster)) if utilisation else None,
         mfu=mfu / 100 if mfu else None,
-        peak_bytes=peak * GIB if peak else None,
+        peak_bytes=peak * (GB if DECIMAL.search(_said_of(row)) else GIB) if peak else None,
         peak_kind=_peak_kind(row) if peak else PeakKind.UNSPECIFIED,
     )
+
+
+# who writes GB for 10^9 bytes: Megatron-Bridge's log (training/utils/train_utils.py: report_memory), the zero-bubble
+# fork's schedules (megatron/core/pipeline_parallel/schedules.py). Others that we know divide by 1024
+DECIMAL = re.compile(r"zero bubble|megatron-bridge")
+
+# whose logs hold no figure of the allocator's: their tables are what the driver shows (InternEvo v0.2.1dev20231121)
+DRIVER = re.compile(r"internevo|internlm")
+
+
+def _said_of(row: Row) -> str:
+    return f"{row.text('source')} {row.text('framework')}".lower()
 
 
 def _peak_kind(row: Row) -> PeakKind:
@@ -66,6 +79,8 @@ def _peak_kind(row: Row) -> PeakKind:
         return PeakKind.UNSPECIFIED
     if re.search(r"allocated|params\+optimizer", said):
         return PeakKind.ALLOCATED
+    if not said and DRIVER.search(_said_of(row)):
+        return PeakKind.DEVICE
     return PeakKind.RESERVED if "reserved" in said else PeakKind.UNSPECIFIED
 
 

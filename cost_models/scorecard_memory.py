@@ -1,7 +1,7 @@
 """Memory in the scorecard: errors of peaks, who is called out of memory, and whether picks among failures ran.
 
 A peak is compared with what its source counts: *allocated* with the predicted tensors, *reserved* with those and the
-allocator's fragmentation, and one that does not say with the tensors.
+allocator's fragmentation, *device* with the context besides, and one that does not say with the tensors.
 
 **Picks among failures.** A cell's candidates are its runs that ran and its runs that failed. The pick is the one
 predicted fastest of those recommended; of equal predictions one that failed, so that no order helps. Repeats of a
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meshwright.cost_models.published import PublishedRun
+from meshwright.cost_models.published_hardware import cluster_named
 from meshwright.cost_models.published_measured import PeakKind
 from meshwright.cost_models.scorecard_cells import MIN_PLANS, geometric_mean
 from meshwright.cost_models.scorecard_rows import ErrorScore, RowScore, error_score
@@ -78,6 +79,8 @@ class MemoryScore:
 
 def compared_peak(run: PublishedRun, tensors: int, fragmentation: int) -> int:
     """The predicted bytes that a run's measured peak is compared with."""
+    if run.measured.peak_kind is PeakKind.DEVICE:
+        return tensors + fragmentation + cluster_named(run.cluster).device.reserved_bytes
     return tensors + fragmentation if run.measured.peak_kind is PeakKind.RESERVED else tensors
 
 
