@@ -20,8 +20,8 @@ all_reduce      dp     zero 0: 1 a unit, ``w P``
 all_gather      dp     zero 1, 2: 1 a unit, ``w P``; zero 3: ``2 n`` a block and ``n`` for the outer unit
 reduce_scatter  dp     zero 1: 1 a unit, ``w P``; zero 2, 3: ``n`` a unit
 all_reduce      dp     1 of 8 bytes: the number of targets
-send            pp     ``n`` to the next stage, ``n`` to the previous one, ``a b s h`` (with sp: ``/tp``)
-send            pp     a tied embedding over two stages: 1 of this rank's shard of its gradient, on both
+send            pp     ``n`` to the next stage, ``n`` to the previous one, ``a b s h`` (with sp: ``/tp``), if elsewhere
+send            pp     a tied embedding over two ranks: 1 of this rank's shard of its gradient, on both
 all_reduce      world  1 of 16 bytes: the loss; ``clip_grad_norm_`` adds 1 of 8 bytes
 ==============  =====  ===============================================================================
 

@@ -18,6 +18,10 @@ between them) and this module sets the switches before each backward. At stage 3
 and again for its backward; the outer unit is used at both ends of the forward and right at the start of the backward,
 so it is freed only after a backward.
 
+Schedules that split backward run with stages 0 and 1: gradients of weights then come for all units at once, out of
+sight of FSDP's hooks, and ``after_weight_gradients`` does what these would; after a backward that is whole, as the
+first stage's always is, the hooks have done it.
+
 Gradients are sums: the loss is already divided by the global token count (``apply.ParallelModel.step``), so FSDP2,
 which would average, is told to divide by 1. Stages 1 to 3 are FSDP2 (``torch.distributed.fsdp.fully_shard``). Stage 0
 is ours: after the last backward one all_reduce of each unit's gradients, flattened; no second copy of weights or
