@@ -54,7 +54,7 @@ def dry_run_peak(
         stack.enter_context(fake_world(plan.config.world_size, rank))
         parallel = parallelize(model, plan, loss_fn)
         stack.enter_context(fake_tensors())
-        make_fake([chunk.module for chunk in parallel._chunks])
+        make_fake(parallel)
         stack.enter_context(cuda_kernels() if kernels == "cuda" else nullcontext())
         return track_steps(Trained(parallel, plan, torch.device("cpu")), STEPS, kernels=kernels)
 

@@ -12,18 +12,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.pipelining.stage import InferenceMode
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meshwright import InputError
+
+if TYPE_CHECKING:
+    from meshwright.executors.apply import ParallelModel
 
 
 @contextmanager
@@ -77,7 +82,33 @@ def _held(batch: Callable[..., list[Any]], operations: list[Any], desc: str | No
     return [_Sending(works, [operation.tensor for operation in operations])] if works else []
 
 
-def make_fake(modules: list[torch.nn.Module]) -> None:
-    """Give modules on the meta device fake memory; call inside ``fake_tensors``."""
-    for module in modules:
-        module.to_empty(device="cpu")
+def make_fake(parallel: ParallelModel) -> None:
+    """Give a model that was split on the meta device fake memory; call inside ``fake_tensors``, before the first step.
+
+    Parameters become new objects (ties are kept), so the few places that hold on to parameters are told.
+    """
+    made: dict[int, nn.Parameter] = {}
+
+    def new(weight: nn.Parameter) -> nn.Parameter:
+        if id(weight) not in made:
+            made[id(weight)] = nn.Parameter(_made(weight), weight.requires_grad)
+        return made[id(weight)]
+
+    before = list(parallel.parameters())  # alive until all are replaced, so that no id is used again
+    for chunk in parallel._chunks:
+        for part in chunk.module.modules():
+            part._parameters.update(
+                {name: new(weight) for name, weight in part._parameters.items() if weight is not None}
+            )
+            part._buffers.update({name: _made(value) for name, value in part._buffers.items() if value is not None})
+        chunk.data_parallel._units = [
+            [made.get(id(weight), weight) for weight in unit] for unit in chunk.data_parallel._units
+        ]
+    parallel._tied = [made.get(id(weight), weight) for weight in parallel._tied]
+    del before
+
+
+def _made(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        return torch.empty_like(tensor, device="cpu")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)

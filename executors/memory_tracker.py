@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,6 +84,8 @@ class MemoryTracker(TorchDispatchMode):
     ) -> Any:
         if any(kind is not Tensor and kind.__name__ == "DTensor" for kind in types):
             return NotImplemented  # DTensor takes itself apart into local operators, which come back here
+        if func is torch.ops._c10d_functional.wait_tensor.default and isinstance(args[0], FakeTensor):
+            return args[0]  # as on real tensors; torch's stand-in for fake ones makes another
         result = func(*args, **(kwargs or {}))
         if self._places.label == IGNORED:
             return result
