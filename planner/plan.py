@@ -47,7 +47,10 @@ class RejectedCount:
 
 @record
 class SearchReport:
-    """How the plan was found: what was scored, why the rest was rejected, and what came next."""
+    """How the plan was found: what was scored, why the rest was rejected, and what came next.
+
+    Feasible is what may be picked: recommended configs, or those that fit where no margin is kept.
+    """
 
     method: str
     num_scored: int
