@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meshwright.cost_models.estimate import KINDS, Moment
+from meshwright.cost_models.estimate import KINDS
 from meshwright.cost_models.margin import ASKED_FOR
 from meshwright.planner.summary import needed_of
 from meshwright.planner.tight import largest_kind, what_helps
@@ -27,13 +27,18 @@ KIND_WORDS = {
     "working": "working",
     "communication": "communication",
 }
-MOMENT_WORDS = {Moment.BACKWARD: "in backward", Moment.UPDATE: "in the optimizer's step"}
+MOMENT_WORDS = {
+    "backward": "in backward",
+    "update": "in the optimizer's step",
+    "loss": "around the loss",
+    "reduction": "while gradients are reduced",
+}
 
 
 def show_memory(plan: Plan, memory: MemoryBreakdown, console: Console) -> None:
     """Print kinds, fragmentation, margin, what others hold and what is left, which together are the device."""
     capacity = memory.capacity_bytes
-    when = MOMENT_WORDS.get(memory.moment, memory.moment.value)
+    when = MOMENT_WORDS.get(memory.moment.value, memory.moment.value)
     title = f"Memory of stage {memory.stage} at its peak, {when}"
     table = plain_table(title, ("", ""), (">", ""), (">", ""), ("", "magenta"))
     for words, num_bytes in _rows(plan, memory):
@@ -69,7 +74,7 @@ def _rows(plan: Plan, memory: MemoryBreakdown) -> list[tuple[str, int]]:
     rows = [(KIND_WORDS[kind], int(getattr(memory, f"{kind}_bytes"))) for kind in KINDS]
     rows.append(("fragmentation", on_top))
     rows.append(("margin", max(needed - memory.peak_bytes - on_top, 0)))
-    rows.append(("context, other processes", memory.reserved_bytes))
+    rows.append(("context, others", memory.reserved_bytes))
     held = sum(num_bytes for _, num_bytes in rows)
     rows.append(("free", memory.capacity_bytes - held))
     return rows

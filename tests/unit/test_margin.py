@@ -203,7 +203,7 @@ class TestShown:
         shares = {words: float(line.split("%")[0].split()[-1]) for words, line in lines.items()}
         assert shares == {
             "parameters": 20.0, "activations": 30.0, "fragmentation": 10.0, "margin": 6.0,
-            "context, other processes": 10.0, "free": 24.0,
+            "context, others": 10.0, "free": 24.0,
         }  # fmt: skip
         assert sum(shares.values()) == 100.0
         assert "margin of 10.0%: peaks" in text
