@@ -45,6 +45,8 @@ class Moment(StrEnum):
     """When in a step a device holds the most."""
 
     BACKWARD = "backward"
+    LOSS = "loss"  # logits and their loss, forward or backward
+    REDUCTION = "reduction"  # a unit's gradients in a flat buffer
     UPDATE = "update"  # the optimizer's step
 
 

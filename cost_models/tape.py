@@ -1,0 +1,308 @@
+"""How many bytes of tensors are alive while operators run forward, and while autograd runs them backward.
+
+A ``Tape`` lists the operators of one block in the order they run, each with the tensors that it reads, makes and saves
+for backward; ``play`` follows every tensor from birth to death by the rules of torch's autograd, for many configs at
+once: sizes are arrays of shape ``[num_configs]``, the list is the same for all of them.
+
+The rules (``torch/csrc/autograd/engine.cpp``, ``input_buffer.cpp``, ``accumulate_grad.cpp``): a tensor lives until its
+last reader has run, or, saved, until the backward of the last operator that saved it has; backwards run in the
+opposite order; one makes the gradients of all that its operator read, while its own gradient and what it saved are
+still there; a second gradient of a tensor is added into the first, unless another tensor shares that one: then the sum
+is a third. Gradients of weights live on.
+
+Under recompute (``torch/utils/checkpoint.py``, without reentry) forward leaves the block's input and, selective, what
+is kept; backward first runs the operators again, up to the last that saves anything, whose own output is not made.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost_models.strategy import Recompute
+
+FloatArray = NDArray[np.float64]
+Bytes = FloatArray | float
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One operator: tensors by number; ``forward`` and ``backward`` are bytes that exist only while it runs."""
+
+    reads: tuple[int, ...]  # those that get a gradient
+    makes: int
+    saves: tuple[int, ...]  # storages
+    uses: tuple[int, ...]  # storages that must be there: what it reads or looks at, and what it makes
+    weights: Bytes | None  # gradients of its weights; None without any
+    forward: Bytes
+    backward: Bytes
+    passes: bool  # its gradient is what it read's gradient too, without a copy
+    kept: bool  # selective recompute keeps its output
+
+
+@dataclass(slots=True)
+class Tape:
+    """Operators in the order they run. Tensor 0 is what the block is given."""
+
+    given: Bytes
+    sizes: list[Bytes] = field(default_factory=list)  # of storages
+    storage: list[int] = field(default_factory=list)  # of tensors
+    gradients: list[Bytes] = field(default_factory=list)  # of tensors
+    operators: list[Operator] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._new(self.given)
+
+    def _new(self, num_bytes: Bytes) -> int:
+        self.storage.append(len(self.sizes))
+        self.sizes.append(num_bytes)
+        self.gradients.append(num_bytes)
+        return len(self.storage) - 1
+
+    def run(
+        self,
+        reads: int | Sequence[int],
+        num_bytes: Bytes = 0.0,
+        *,
+        saves: Iterable[int] = (),
+        saves_output: bool = False,
+        looks: Iterable[int] = (),
+        view_of: int | None = None,
+        passes: bool = False,
+        weights: Bytes | None = None,
+        forward: Bytes = 0.0,
+        backward: Bytes = 0.0,
+        kept: bool = False,
+    ) -> int:
+        """Add an operator; returns the number of the tensor it makes.
+
+        ``view_of``: the tensor of which the output is a view, of ``num_bytes``. ``looks`` are tensors needed without a
+        gradient.
+        """
+        read = (reads,) if isinstance(reads, int) else tuple(reads)
+        if view_of is None:
+            made = self._new(num_bytes)
+        else:
+            self.storage.append(self.storage[view_of])
+            self.gradients.append(num_bytes)
+            made = len(self.storage) - 1
+        saved = [self.storage[tensor] for tensor in saves] + ([self.storage[made]] if saves_output else [])
+        used = {self.storage[tensor] for tensor in (*read, *looks, made)} | set(saved)
+        self.operators.append(
+            Operator(
+                reads=read, makes=made, saves=tuple(saved), uses=tuple(used), weights=weights, forward=forward,
+                backward=backward, passes=passes, kept=kept,
+            )
+        )  # fmt: skip
+        return made
+
+
+@dataclass(slots=True)
+class Most:
+    """The fullest moment so far: its bytes in all, and of them what forward left and the gradients of weights."""
+
+    total: FloatArray
+    activations: FloatArray
+    weights: FloatArray
+
+    def meet(self, total: Bytes, activations: Bytes, weights: Bytes) -> None:
+        """Take another moment, if it holds more."""
+        more = total > self.total
+        self.total = np.where(more, total, self.total)
+        self.activations = np.where(more, activations, self.activations)
+        self.weights = np.where(more, weights, self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """Bytes of one block and micro-batch, arrays of shape ``[num_configs]``.
+
+    ``saved``: what forward leaves for backward. ``forward``: the most that is alive in forward, the block's input among
+    it. ``backward``: the fullest moment of the backward where gradients of the block's weights stay until its end;
+    ``adding``: the same where each is added to earlier ones as it comes. ``weights``: the gradients of all weights.
+    ``waiting``: where gradients of weights come later, those of what their operators put out. ``keeps_input``: 1
+    where the block's input is among what is saved.
+    """
+
+    saved: FloatArray
+    forward: FloatArray
+    backward: Most
+    adding: Most
+    weights: FloatArray
+    waiting: FloatArray
+    keeps_input: FloatArray
+
+    def take(self, rows: NDArray[np.int64]) -> Lifetimes:
+        """The configs at these positions."""
+        return self.assembled([(slice(None), self)], len(rows), rows)
+
+    @staticmethod
+    def assembled(
+        parts: Sequence[tuple[Any, Lifetimes]], num_configs: int, rows: NDArray[np.int64] | None = None
+    ) -> Lifetimes:
+        """Those of several groups of configs, each with the positions it belongs to; or some rows of one group."""
+
+        def whole(read: Callable[[Lifetimes], FloatArray]) -> FloatArray:
+            if rows is not None:
+                return read(parts[0][1])[rows]
+            column = np.empty(num_configs)
+            for positions, part in parts:
+                column[positions] = read(part)
+            return column
+
+        def most(read: Callable[[Lifetimes], Most]) -> Most:
+            return Most(
+                whole(lambda part: read(part).total),
+                whole(lambda part: read(part).activations),
+                whole(lambda part: read(part).weights),
+            )
+
+        return Lifetimes(
+            saved=whole(lambda part: part.saved),
+            forward=whole(lambda part: part.forward),
+            backward=most(lambda part: part.backward),
+            adding=most(lambda part: part.adding),
+            weights=whole(lambda part: part.weights),
+            waiting=whole(lambda part: part.waiting),
+            keeps_input=whole(lambda part: part.keeps_input),
+        )
+
+
+def play(tape: Tape, recompute: Recompute, num_configs: int) -> Lifetimes:
+    """Follow every tensor of the block through forward and backward."""
+    return _Play(tape, recompute, num_configs).lifetimes()
+
+
+class _Play:
+    def __init__(self, tape: Tape, recompute: Recompute, num_configs: int) -> None:
+        self.tape, self.recompute, self.num_configs = tape, recompute, num_configs
+        self.zero = np.zeros(num_configs)
+        self.saves = Counter(storage for operator in tape.operators for storage in operator.saves)
+        self.last = max((number for number, operator in enumerate(tape.operators) if operator.saves), default=-1)
+        made = {tape.storage[operator.makes] for operator in tape.operators if operator.kept}
+        again = recompute is not Recompute.NONE
+        kept = made if recompute is Recompute.SELECTIVE else set()
+        self.left = {0} | kept if again else set(self.saves)  # storages that forward leaves
+
+    def _most(self) -> Most:
+        return Most(self.zero - 1.0, self.zero, self.zero)
+
+    def _bytes(self, storages: Iterable[int]) -> FloatArray:
+        return self.zero + sum((self.tape.sizes[storage] for storage in storages), self.zero)
+
+    def lifetimes(self) -> Lifetimes:
+        operators = self.tape.operators
+        forward = self._run(operators, {0}, self.left)
+        backward, adding = self._most(), self._most()
+        gradient = self.zero + self.tape.gradients[operators[-1].makes]
+        if self.recompute is not Recompute.NONE:
+            # selective: a block's last kept output is never asked for again, and stays
+            again = self._run(operators[: self.last + 1], set(self.left), {*self.left, *self.saves}, stops=True)
+            for most in (backward, adding):
+                most.meet(again + gradient, self._bytes(self.left), self.zero)
+        self._backward(gradient, backward, adding)
+        with_weights = [operator for operator in operators if operator.weights is not None]
+        weights = sum((operator.weights for operator in with_weights), self.zero)
+        waiting = sum((self.tape.gradients[operator.makes] for operator in with_weights), self.zero)
+        return Lifetimes(
+            self._bytes(self.left), forward, backward, adding, weights, waiting, self.zero + (0 in self.left)
+        )
+
+    def _run(
+        self, operators: Sequence[Operator], alive: set[int], stays: set[int], *, stops: bool = False
+    ) -> FloatArray:
+        """The most alive while operators run forward; ``stays`` are storages that outlive their last reader."""
+        sizes = self.tape.sizes
+        until = {storage: number for number, operator in enumerate(operators) for storage in operator.uses}
+        now = self._bytes(alive)
+        most = now
+        for number, operator in enumerate(operators):
+            makes = self.tape.storage[operator.makes]
+            if makes not in alive and not (stops and number == len(operators) - 1):
+                alive.add(makes)
+                now = now + sizes[makes]
+            most = np.maximum(most, now + operator.forward)
+            for storage in operator.uses:
+                if until[storage] == number and storage in alive and storage not in stays:
+                    alive.remove(storage)
+                    now = now - sizes[storage]
+        return most
+
+    def _backward(self, gradient: FloatArray, backward: Most, adding: Most) -> None:
+        tape, sizes = self.tape, self.tape.sizes
+        references = self.saves.copy()
+        if self.recompute is not Recompute.NONE:  # the checkpoint holds its input, and kept outputs not asked for
+            references.update({0: 1})
+            asked = {storage for operator in tape.operators[: self.last] for storage in operator.uses}
+            references.update({storage: 1 for storage in self.left - asked})
+        activations = self._bytes(self.left & set(references))
+        now = self._bytes(references) + gradient
+        grads = _Gradients(tape.operators[-1].makes, gradient)
+        weights = self.zero
+
+        def meet(beside: Bytes, own: Bytes) -> None:
+            backward.meet(now + beside + weights + own, activations, weights + own)
+            adding.meet(now + beside + own, activations, self.zero + own)
+
+        for operator in reversed(tape.operators):
+            number = grads.pending.pop(operator.makes, None)
+            if number is None:
+                continue
+            if operator.passes:
+                for tensor in operator.reads:
+                    grads.shares[number] += 1
+                    now = now + grads.take(tensor, number, meet)
+                now = now - grads.drop(number)
+                for storage in operator.saves:
+                    references[storage] -= 1
+                continue
+            new = [(tensor, grads.make(tape.gradients[tensor])) for tensor in operator.reads]
+            now = now + sum((grads.sizes[each] for _, each in new), self.zero)
+            own = 0.0 if operator.weights is None else operator.weights
+            meet(operator.backward, own)
+            weights = weights + own
+            for storage in operator.saves:
+                references[storage] -= 1
+                if not references[storage]:
+                    now = now - sizes[storage]
+                    activations = activations - (sizes[storage] if storage in self.left else 0.0)
+            now = now - grads.drop(number)
+            for tensor, each in new:
+                now = now + grads.take(tensor, each, meet)
+
+
+class _Gradients:
+    """Gradients that wait for the operators they belong to; tensors may share one."""
+
+    def __init__(self, tensor: int, gradient: Bytes) -> None:
+        self.sizes: dict[int, Bytes] = {0: gradient}
+        self.shares = Counter({0: 1})
+        self.pending = {tensor: 0}
+
+    def make(self, num_bytes: Bytes) -> int:
+        number = len(self.sizes)
+        self.sizes[number], self.shares[number] = num_bytes, 1
+        return number
+
+    def drop(self, number: int) -> Bytes:
+        """One holder less; returns the bytes freed."""
+        self.shares[number] -= 1
+        return 0.0 if self.shares[number] else self.sizes[number]
+
+    def take(self, tensor: int, number: int, meet: object) -> Bytes:
+        """Give a tensor a gradient, its first or one more; returns the bytes by which what is alive changes."""
+        first = self.pending.get(tensor)
+        if first is None:
+            self.pending[tensor] = number
+            return 0.0
+        if self.shares[first] == 1:
+            return -self.drop(number)
+        total = self.make(self.sizes[first])
+        meet(self.sizes[total], 0.0)  # type: ignore[operator]
+        self.pending[tensor] = total
+        return self.sizes[total] - self.drop(first) - self.drop(number)
