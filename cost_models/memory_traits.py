@@ -20,11 +20,26 @@ class UpdateTensors:
     """What an optimizer's step holds beside states and master weights, of the parameters that a rank updates.
 
     ``temporaries`` are float32 tensors of theirs all at once; gradients in fewer bits are copied to float32 besides.
-    ``frees_grads``: the gradients that were copied are gone by then, below ZeRO 3.
+    ``frees_grads``: below ZeRO 3 they go through one flat tensor in their own dtype, and are gone by then.
     """
 
     temporaries: float = 0.0
     frees_grads: bool = False
+
+
+@record
+class HeldBlocks:
+    """What torch's allocator holds on top of tensors where gradients wait for the end of a backward (``held_blocks``).
+
+    ``activations`` is a share of them, lost between blocks that do not fit each other; ``grads`` of a micro-batch's
+    gradients, whose blocks activations do not use; ``pending_outputs`` how many outputs at most wait for their
+    reduce-scatter; ``base_bytes`` workspaces of libraries and the ends of segments.
+    """
+
+    activations: float
+    grads: float
+    pending_outputs: float
+    base_bytes: float
 
 
 @record
@@ -37,6 +52,7 @@ class MemoryTraits:
     ``margin_source`` the peaks that say so; both are read from ``memory_margins.json``.
     """
 
+    by_operator: bool = False  # eager blocks of Hugging Face, as our executors run them (``eager``, ``moments``)
     fragmentation: float = 0.0
     margin: float = 0.0
     margin_source: str = ""
@@ -48,5 +64,10 @@ class MemoryTraits:
     sharded_loss: LossTensors | None = None  # of logits split by vocabulary, where they are worked on otherwise
     update: UpdateTensors | None = None  # where all at once is updated, not tensor by tensor
     reduces_in_place: bool = False  # gradients are reduced inside the buffer that holds them all
+    bucket_numbers: float = 0.0  # of two flat buffers that gradients are reduced in; 0: of units
+    units: float = 2.0  # decoder blocks' worth of weights gathered, and of gradients reduced, at once
+    outer_apart: bool = False  # embedding and head are units of their own
     held_more: int = 0  # micro-batches in flight beyond those of the schedule
     reuses_blocks: bool = True  # what backward frees serves the update; not where that asks for one block of everything
+    blocks: HeldBlocks | None = None  # gradients are added to float32 buffers when a backward is over (``held_blocks``)
+    communicators_bytes: float = 0.0  # what process groups hold of the device, on top of a context

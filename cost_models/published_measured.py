@@ -67,6 +67,11 @@ DECIMAL = re.compile(r"zero bubble|megatron-bridge")
 # whose logs hold no figure of the allocator's: their tables are what the driver shows (InternEvo v0.2.1dev20231121)
 DRIVER = re.compile(r"internevo|internlm")
 
+# whose benchmark writes allocated and reserved bytes of rank 0, where its source shows one of them: allocated bytes are
+# counted from the end of the last backward on (nanotron, logging.py: log_memory resets them), and what is shown grows
+# with the micro batch
+NANOTRON = re.compile(r"nanotron")
+
 
 def _said_of(row: Row) -> str:
     return f"{row.text('source')} {row.text('framework')}".lower()
@@ -76,7 +81,7 @@ def _peak_kind(row: Row) -> PeakKind:
     """As the column says: sums of tensors (parameters, optimizer, activations) are allocated."""
     said = row.text("mem_kind").lower()
     if said.startswith("unspecified"):
-        return PeakKind.UNSPECIFIED
+        return PeakKind.RESERVED if NANOTRON.search(_said_of(row)) else PeakKind.UNSPECIFIED
     if re.search(r"allocated|params\+optimizer", said):
         return PeakKind.ALLOCATED
     if not said and DRIVER.search(_said_of(row)):

@@ -136,7 +136,7 @@ def _memory(blocks: list[BlockBytes], stages: Stages) -> dict[str, FloatArray]:
     unshared = found.pop("unshared_bytes")
     return found | {
         "fragmentation_bytes": tensors * stages.framework.memory.fragmentation + unshared,
-        "reserved_bytes": np.full(size, float(device.reserved_bytes)),
+        "reserved_bytes": np.full(size, device.reserved_bytes + stages.framework.memory.communicators_bytes),
         "capacity_bytes": np.full(size, float(device.memory_bytes)),
     }
 

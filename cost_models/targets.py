@@ -18,7 +18,7 @@ from meshwright.cost_models.framework import (
     HostCost,
     Selective,
 )
-from meshwright.cost_models.memory_traits import LossTensors, MemoryTraits, UpdateTensors
+from meshwright.cost_models.memory_traits import HeldBlocks, LossTensors, MemoryTraits, UpdateTensors
 from meshwright.cost_models.pointwise import (
     COMPILED,
     EAGER_TORCH,
@@ -30,6 +30,7 @@ from meshwright.cost_models.pointwise import (
     P,
 )
 from meshwright.cost_models.strategy import Partition, Recompute, Schedule
+from meshwright.profiler.units import GIB
 
 MESHWRIGHT = Framework(
     name="meshwright",
@@ -54,6 +55,7 @@ MESHWRIGHT = Framework(
     pointwise=EAGER_TORCH,
     reduce_copies=1.5,  # read in bf16, written in float32
     copies_exposed=True,  # torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py: copy-in and copy-out
+    memory=MemoryTraits(by_operator=True),
 )
 
 _MEGATRON = Framework(
@@ -243,6 +245,12 @@ MEGATRON_BRIDGE_NCCL, NEMO_NCCL = (
     for target in (MEGATRON_BRIDGE, NEMO)
 )
 
+_NANOTRON_MEMORY = MemoryTraits(
+    blocks=HeldBlocks(activations=0.125, grads=0.95, pending_outputs=48.0, base_bytes=0.18 * GIB),
+    communicators_bytes=7.7 * GIB,
+    loss=LossTensors(kept_float32=1.0, beside_float32=1.0),
+)
+
 # eager torch, launches slow to come: Python between kernels, a coalesced call for every gather and scatter of tensor
 # parallelism; ZeRO 1 scatters and gathers between steps, with nothing beside it
 NANOTRON = replace(
@@ -270,6 +278,7 @@ NANOTRON = replace(
     splits_hops=False,
     vocab_multiple=1,
     half_precision=False,
+    memory=_NANOTRON_MEMORY,
 )
 
 # as it was when 64 nodes were measured: sends of 0.2 s, held-up micro-batches, slow reductions that nothing hides
@@ -281,6 +290,7 @@ NANOTRON_2024 = replace(
     host=replace(NANOTRON.host, hop_s=0.2, microbatch_s=0.1),
     overlap_dp_reduce=0.0,
     dp_factor=5.0,
+    memory=replace(_NANOTRON_MEMORY, blocks=HeldBlocks(activations=0.125, grads=0.95, pending_outputs=2.4, base_bytes=0.18 * GIB)),
 )
 
 # blocks and the loss compiled: gate and up are kept, not the activated gate, logits in bf16 and their gradient
@@ -343,6 +353,7 @@ TORCHTITAN_ASYNC_TP = replace(
 LLM_FOUNDRY = replace(
     MESHWRIGHT,
     name="llm-foundry",
+    memory=MemoryTraits(),
     shards_rows=False,
     schedules=(Schedule.ONE_F_ONE_B,),
     tensor_parallel=False,
@@ -368,6 +379,10 @@ LLM_FOUNDRY_TORCH1 = replace(
 DEEPSPEED = replace(
     MESHWRIGHT,
     name="deepspeed",
+    # modules are gathered one by one, with what is prefetched at most a billion numbers: about half a block
+    # (deepspeed/runtime/zero/config.py: max_live_parameters)
+    memory=MemoryTraits(units=0.5, outer_apart=True),
+    masters_are_parameters=False,
     shards_rows=False,
     schedules=(Schedule.ONE_F_ONE_B,),
     tensor_parallel=False,
@@ -418,7 +433,11 @@ INTERNEVO = replace(
         # and the denominator (torch/optim/adamw.py)
         update=UpdateTensors(temporaries=2.0, frees_grads=True),
         reuses_blocks=False,
+        bucket_numbers=512 * 1024**2,  # configs/7B_sft.py: reduce_bucket_size
+        units=1.0,  # internlm/train/training_internlm.py: wrap_FSDP_model, attention and feed-forward each
+        outer_apart=True,
     ),
+    partition=Partition.LATER,
     zero_stages=(0, 1, 3),
     partial_sharding=True,
     attention=AttentionKernel.FLASH,
