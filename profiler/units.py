@@ -89,8 +89,8 @@ def format_count(count: float) -> str:
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
-    rounded = float(f"{value:.3g}")  # so that 999.9 KB becomes 1.00 MB
-    scale, unit = next(((scale, unit) for scale, unit in units if abs(rounded) >= scale), units[-1])
-    number = rounded / scale if abs(rounded) < 1000 * scale else value / scale
-    whole = abs(number) >= 100 or value == 0 or (unit != "s" and scale == 1 and float(number).is_integer())
-    return f"{number:.0f} {unit}" if whole else f"{number:#.3g} {unit}"
+    # the largest unit of which there is one at least, rounded: 999.9 KB are 1.00 MB, 10 GiB are not 9.97
+    places = [(value / scale, float(f"{value / scale:.3g}"), scale, unit) for scale, unit in units]
+    exact, number, scale, unit = next((place for place in places if abs(place[1]) >= 1), places[-1])
+    whole = abs(number) >= 100 or value == 0 or (unit != "s" and scale == 1 and number.is_integer())
+    return f"{exact:.0f} {unit}" if whole else f"{number:#.3g} {unit}"

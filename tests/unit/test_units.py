@@ -71,6 +71,8 @@ def test_times_that_cannot_be_read_are_refused(text: str) -> None:
 def test_formats_have_three_figures() -> None:
     assert format_bytes(63.4 * GIB) == "63.4 GiB"
     assert format_bytes(8 * MIB) == "8.00 MiB"
+    assert format_bytes(10 * GIB) == "10.0 GiB"
+    assert format_bytes(GIB) == "1.00 GiB"
     assert format_bytes(-13.5 * GIB) == "-13.5 GiB"
     assert (format_bytes(0), format_bytes(512)) == ("0 B", "512 B")
     assert format_seconds(12.4) == "12.4 s"
