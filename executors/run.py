@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,12 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from meshwright import InputError, RunError
-from meshwright.executors.apply import ParallelModel, parallelize
+from meshwright.cost_models.estimate import KINDS
+from meshwright.executors.apply import parallelize
 from meshwright.executors.data_parallel import torch_dtype
+from meshwright.executors.memory_peak import Peak
 from meshwright.executors.spec_model import build_spec_model
+from meshwright.executors.trained import Trained
 from meshwright.planner.plan import Plan
 from meshwright.profiler.artifact import to_json
 from meshwright.profiler.clock import DeviceClock
@@ -33,12 +36,11 @@ from meshwright.profiler.launch import Rank, RankError, run_ranks
 from meshwright.profiler.model import ModelSpec
 from meshwright.profiler.peers import launcher_ranks, lost_a_peer, silent_ranks
 from meshwright.profiler.profile import core_shares
-from meshwright.profiler.steps import RankMeasurement, StepMeasurement
+from meshwright.profiler.steps import KindBytes, RankMeasurement, StepMeasurement
 from meshwright.profiler.units import format_bytes
 from meshwright.profiler.virtual_name import DEVICE_VARIABLE
 
-MAX_NORM = 1.0
-LEARNING_RATE = 1e-4
+COUNTED = 2  # steps whose tensors are counted one by one on a CPU: the second has optimizer states from the start
 REPLY_S = 50.0  # how long a rank among a launcher's waits for another before it is taken for dead
 
 BuildModel = Callable[[ModelSpec], nn.Module]
@@ -61,7 +63,10 @@ class _Sample:
     compute_s: float | None
     loss: float
     peak_bytes: int | None
+    reserved_bytes: int | None
+    kinds: tuple[KindBytes, ...]
     host: str
+    backend: str
 
 
 def measure_plans(
@@ -75,6 +80,9 @@ def measure_plans(
     on_step: OnStep | None = None,
 ) -> tuple[StepMeasurement, ...]:
     """Run ``warmup + steps`` steps of each plan and time the last ``steps``, on random tokens.
+
+    The peak of memory is what the device's allocator says; on a CPU, which has none, tensors are counted during the
+    first two of the steps to warm up, if there are two.
 
     Called on ranks that torchrun or Slurm started, or in a process group, it runs on those, and every rank gets the
     result. Else it starts the ranks on this machine, each kept to its own cores where there are enough. ``build_model``
@@ -95,8 +103,8 @@ def measure_plans(
     if joined and joined[1] != num_ranks:
         raise InputError(f"{plans[0].config.describe()} is for {num_ranks} ranks, this run has {joined[1]}")
     _check_host_memory(plans, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if joined else num_ranks)
-    record = _Record(plans, warmup, on_step if not joined or joined[0] == 0 else None)
-    job = (plans, build_model, warmup + steps, device)
+    record = _Record(plans, on_step if not joined or joined[0] == 0 else None)
+    job = (plans, build_model, warmup, steps, device)
     try:
         if joined:
             _join_ranks(joined, device)
@@ -119,18 +127,18 @@ def measure_plans(
 class _Record:
     """The samples of all ranks, ``[plan][step][rank]``, turned into measurements."""
 
-    def __init__(self, plans: Sequence[Plan], warmup: int, on_step: OnStep | None) -> None:
-        self._plans, self._warmup, self._on_step = plans, warmup, on_step
+    def __init__(self, plans: Sequence[Plan], on_step: OnStep | None) -> None:
+        self._plans, self._on_step = plans, on_step
         self._rows: list[list[list[_Sample]]] = [[] for _ in plans]
 
     def add(self, plan: int, row: list[_Sample]) -> None:
         self._rows[plan].append(row)
-        if self._on_step and plan == len(self._plans) - 1 and len(self._rows[plan]) > self._warmup:
+        if self._on_step and plan == len(self._plans) - 1:
             self._on_step(self.measurements())
 
     def measurements(self) -> tuple[StepMeasurement, ...]:
         pairs = zip(self._plans, self._rows, strict=True)
-        return tuple(_measurement(plan, rows[self._warmup :]) for plan, rows in pairs if rows[self._warmup :])
+        return tuple(_measurement(plan, rows) for plan, rows in pairs if rows)
 
 
 def _measurement(plan: Plan, rows: list[list[_Sample]]) -> StepMeasurement:
@@ -141,6 +149,7 @@ def _measurement(plan: Plan, rows: list[list[_Sample]]) -> StepMeasurement:
         samples = [row[rank] for row in rows]
         stated = [sample.compute_s for sample in samples if sample.compute_s is not None]
         peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
+        reserved = [sample.reserved_bytes for sample in samples if sample.reserved_bytes is not None]
         ranks.append(
             RankMeasurement(
                 rank=rank,
@@ -149,9 +158,10 @@ def _measurement(plan: Plan, rows: list[list[_Sample]]) -> StepMeasurement:
                 step_s=tuple(sample.seconds for sample in samples),
                 peak_bytes=max(peaks) if peaks else None,
                 compute_s=float(np.median(stated)) if stated else None,
+                reserved_bytes=max(reserved) if reserved else None,
+                kinds=first.kinds,
             )
         )
-    backend = "nccl" if rows[0][0].peak_bytes is not None else "gloo"
     return StepMeasurement(
         plan_digest=plan.digest,
         framework=plan.framework,
@@ -162,7 +172,7 @@ def _measurement(plan: Plan, rows: list[list[_Sample]]) -> StepMeasurement:
         predicted_peak_bytes=plan.memory.peak_bytes if plan.memory else None,
         losses=tuple(row[0].loss for row in rows),
         ranks=tuple(ranks),
-        environment=capture_environment(backend=backend, hosts=sorted({sample.host for sample in rows[0]})),
+        environment=capture_environment(backend=rows[0][0].backend, hosts=sorted({sample.host for sample in rows[0]})),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         plan=json.loads(to_json(replace(plan, search=None, assumptions=()))),
     )
@@ -171,44 +181,81 @@ def _measurement(plan: Plan, rows: list[list[_Sample]]) -> StepMeasurement:
 # -- on a rank ------------------------------------------------------------------------------------------------------
 
 
-class _Trained:
-    """One plan's model, optimizer and batch on this rank."""
+class _Rank:
+    """One plan on this rank: what is trained, and what it alone holds of the device."""
 
     def __init__(self, plan: Plan, build_model: BuildModel, device: torch.device) -> None:
+        self._device = device
+        before = self._allocated()
         torch.manual_seed(0)
         recipe = plan.workload.recipe
         model = build_model(plan.model).to(torch_dtype(recipe.master or recipe.params))
-        self.parallel: ParallelModel = parallelize(model, plan)
-        self.optimizer = torch.optim.AdamW(self.parallel.parameter_groups(), lr=LEARNING_RATE, fused=True)
-        rows = self.parallel.num_microbatches * plan.config.micro_batch_size
-        draw = torch.Generator().manual_seed(self.parallel.data_rank)
-        tokens = torch.randint(plan.model.vocab_size, (rows, plan.workload.seq_len + 1), generator=draw).to(device)
-        self.batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        self.trained = Trained(parallelize(model, plan), plan, device)
+        self.counted: Peak | None = None
+        self._resident = self._allocated() - before
 
-    def step(self) -> Tensor:
-        loss = self.parallel.step(self.batch)
-        self.parallel.clip_grad_norm_(MAX_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss
+    def count(self) -> None:
+        """``COUNTED`` steps with every tensor counted."""
+        from meshwright.executors.dry_run import track_steps
+
+        self.counted = track_steps(self.trained, COUNTED, kernels="cpu")
+
+    def timed(self, clock: DeviceClock, virtual: Any, *, alone: bool) -> _Sample:
+        """One step; ``alone`` where no other plan's tensors are on the device."""
+        on_cuda = self._device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        before = self._allocated()
+        stated = virtual.charged_s if virtual is not None else 0.0
+        dist.barrier()
+        with virtual if virtual is not None else nullcontext():
+            start = clock.now()
+            loss = self.trained.step()
+            seconds = clock.now() - start
+        others = before - self._resident
+        self._resident = self._allocated() - others
+        peak = torch.cuda.max_memory_allocated() - others if on_cuda else None
+        if self.counted is not None:
+            peak = self.counted.peak_bytes
+        return _Sample(
+            seconds=seconds,
+            compute_s=virtual.charged_s - stated if virtual is not None else None,
+            loss=float(loss),
+            peak_bytes=peak,
+            reserved_bytes=torch.cuda.max_memory_reserved() if on_cuda and alone else None,
+            kinds=_kinds(self.counted),
+            host=socket.gethostname(),
+            backend=dist.get_backend(),
+        )
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self._device.type == "cuda" else 0
 
 
-def _started(rank: Rank, plans: Sequence[Plan], build_model: BuildModel, num_steps: int, device: str) -> None:
+def _kinds(peak: Peak | None) -> tuple[KindBytes, ...]:
+    if peak is None:
+        return ()
+    pairs = zip(KINDS, peak.bytes_by_kind, strict=True)
+    return tuple(KindBytes(kind=kind, num_bytes=num_bytes) for kind, num_bytes in pairs)
+
+
+def _started(rank: Rank, plans: Sequence[Plan], build_model: BuildModel, warmup: int, steps: int, device: str) -> None:
     def tell(plan: int, row: list[_Sample]) -> None:
         if rank.rank == 0:
             rank.report((plan, row))
 
-    _run(plans, build_model, num_steps, device, tell=tell)
+    _run(plans, build_model, warmup, steps, device, tell=tell)
 
 
 def _run(
     plans: Sequence[Plan],
     build_model: BuildModel,
-    num_steps: int,
+    warmup: int,
+    steps: int,
     device_name: str,
     tell: Callable[[int, list[_Sample]], None],
 ) -> None:
-    """All steps of all plans on this rank; ``tell`` gets every rank's samples of a step."""
+    """All steps of all plans on this rank; ``tell`` gets every rank's samples of a measured step."""
     virtual: Any = None
     if device_name.startswith("virtual:"):
         from meshwright.profiler.virtual import virtual_device
@@ -219,42 +266,31 @@ def _run(
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     clock = DeviceClock(device, virtual)
-    trained = [_Trained(plan, build_model, device) for plan in plans]
-    host = socket.gethostname()
-    for number in range(num_steps):
-        for index, model in enumerate(trained):
-            try:
-                sample = _timed(model, clock, virtual, host)
+    ranks = [_Rank(plan, build_model, device) for plan in plans]
+    if device.type == "cpu" and warmup >= COUNTED:
+        for plan, each in zip(plans, ranks, strict=True):
+            with _naming_lost_peers(f"the first steps of {plan.config.describe()}"):
+                each.count()
+        warmup -= COUNTED
+    for number in range(warmup + steps):
+        for index, each in enumerate(ranks):
+            with _naming_lost_peers(f"step {number + 1} of {plans[index].config.describe()}"):
+                sample = each.timed(clock, virtual, alone=len(ranks) == 1)
                 row: list[Any] = [None] * dist.get_world_size()
                 dist.all_gather_object(row, sample)
-            except RuntimeError as error:
-                if not lost_a_peer(error):
-                    raise
-                where = f"step {number + 1} of {plans[index].config.describe()}"
-                who = ", ".join(map(str, silent_ranks())) or "none of them"
-                raise RankError(
-                    f"{where}: rank {dist.get_rank()} lost its peers; no sign of life from rank {who}"
-                ) from error
-            tell(index, row)
+            if number >= warmup:
+                tell(index, row)
 
 
-def _timed(model: _Trained, clock: DeviceClock, virtual: Any, host: str) -> _Sample:
-    on_cuda = clock.device.type == "cuda"
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    stated = virtual.charged_s if virtual is not None else 0.0
-    dist.barrier()
-    with virtual if virtual is not None else nullcontext():
-        start = clock.now()
-        loss = model.step()
-        seconds = clock.now() - start
-    return _Sample(
-        seconds=seconds,
-        compute_s=virtual.charged_s - stated if virtual is not None else None,
-        loss=float(loss),
-        peak_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
-        host=host,
-    )
+@contextmanager
+def _naming_lost_peers(where: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not lost_a_peer(error):
+            raise
+        who = ", ".join(map(str, silent_ranks())) or "none of them"
+        raise RankError(f"{where}: rank {dist.get_rank()} lost its peers; no sign of life from rank {who}") from error
 
 
 # -- where ranks run ------------------------------------------------------------------------------------------------

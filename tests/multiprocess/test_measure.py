@@ -60,6 +60,24 @@ def test_several_plans_in_one_start() -> None:
     assert measured[1].losses == pytest.approx(measured[2].losses, rel=1e-4)
 
 
+def test_a_cpu_counts_tensors_while_it_warms_up() -> None:
+    plans = [plan_of(dp=2, zero_stage=3, dp_shard=2), plan_of(pp=2)]
+    counted = measure_plans(plans, steps=1, warmup=2)
+    for one in counted:
+        for rank in one.ranks:
+            assert rank.peak_bytes == sum(kind.num_bytes for kind in rank.kinds)
+            assert rank.reserved_bytes is None and rank.fragmentation is None
+        assert one.peak_bytes == max(rank.peak_bytes or 0 for rank in one.ranks)
+    kinds = {kind.kind: kind.num_bytes for kind in counted[0].ranks[0].kinds}
+    # halves of 2 * 64 * 32 + 2 * (32 * 32 * 3 + 3 * 32 * 48 + 2 * 32) + 32 numbers in float32, and AdamW's two of each;
+    # beyond them every small tensor is rounded up to 512 bytes
+    half = (2 * 64 * 32 + 2 * (32 * 32 * 3 + 3 * 32 * 48 + 2 * 32) + 32) * 4 // 2
+    assert half <= kinds["params"] < half + 21 * 512
+    assert 2 * half <= kinds["optimizer"] < 2 * half + 63 * 512
+    (uncounted,) = measure_plans(plans[:1], steps=1, warmup=1)
+    assert uncounted.peak_bytes is None and uncounted.ranks[0].kinds == ()
+
+
 def _measured_here(rank: Rank) -> list[float]:
     return list(measure_plans([plan_of(dp=2)], steps=2, warmup=0)[0].losses)
 
