@@ -66,6 +66,7 @@ def track_steps(trained: Trained, steps: int, *, kernels: Kernels) -> Peak:
     tracker = MemoryTracker(trained.parallel, cuda=kernels == "cuda")
     try:
         with tracker:
+            tracker.take_up(trained.batch)
             for _ in range(steps):
                 tracker.begin_step()
                 trained.parallel.step(trained.batch)

@@ -23,6 +23,7 @@ from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.pipelining.stage import InferenceMode
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meshwright import InputError
@@ -53,6 +54,7 @@ def fake_tensors() -> Iterator[None]:
     """All tensors made inside are fake and on the CPU; so are those on the meta device once ``to_empty`` moved them."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(_PipelineSchedule, "_warmup_p2p", _know_shapes))
+        stack.enter_context(patch.object(functional, "grouped_mm", partial(_grouped_mm, functional.grouped_mm)))
         stack.enter_context(patch.object(schedules, "_batch_p2p", partial(_held, schedules._batch_p2p)))
         masking = sys.modules.get("transformers.masking_utils")
         if masking is not None:
@@ -64,6 +66,28 @@ def fake_tensors() -> Iterator[None]:
 def _know_shapes(schedule: Any, stages: list[Any], has_backward: bool, p2p_done: bool) -> None:
     for stage in stages:
         stage._inference_mode = InferenceMode.STATIC
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """``grouped_mm`` of rows ``[rows, inputs]`` sorted by expert with ``[experts, inputs, outputs]``."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        return rows.new_empty(rows.shape[0], weights.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        rows, weights = ctx.saved_tensors
+        return torch.empty_like(rows), torch.empty_like(weights)
+
+
+def _grouped_mm(original: Callable[..., Tensor], rows: Tensor, weights: Tensor, **options: Any) -> Tensor:
+    """torch's stand-in for fake tensors knows bfloat16 alone, the kernels know more."""
+    if rows.dtype is torch.bfloat16:
+        return original(rows, weights, **options)
+    product: Tensor = _GroupedProduct.apply(rows, weights)
+    return product
 
 
 class _Sending:

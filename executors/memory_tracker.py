@@ -89,7 +89,8 @@ class MemoryTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self._places.label == IGNORED:
             return result
-        for value in tree_leaves(result):
+        aliased = any(given.alias_info is not None for given in func._schema.returns)
+        for value in () if aliased else tree_leaves(result):  # a view, or written in place: no memory of its own
             if isinstance(value, Tensor):
                 self._note(value, func._schema.name, None)
         workspace = workspace_bytes(func, args) if self._cuda else 0
@@ -165,6 +166,11 @@ class MemoryTracker(TorchDispatchMode):
         return resized
 
     # -- what the tensors are ---------------------------------------------------------------------------------------
+
+    def take_up(self, tensors: Sequence[Tensor]) -> None:
+        """Count tensors that were made before the tracker was entered; call inside of it."""
+        for tensor in tensors:
+            self._note(local(tensor), "", None)
 
     def mark(self, tensors: Sequence[Tensor], kind: str) -> None:
         """Say what tensors are, wherever they were born."""
