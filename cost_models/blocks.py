@@ -46,13 +46,14 @@ def stage_counts(kinds: BlockKinds, pp: int, vpp: int, partition: Partition = Pa
 
     Stage ``s`` is chunk ``s // pp`` of rank ``s % pp``. ``Partition.BY_COST`` is nanotron's: blocks in order, each on
     the stage at hand, which is full once the matmul weights so far pass its share of all (nanotron, ``models/base.py:
-    build_model`` and the models' ``get_block_compute_costs``; embedding and norms count nothing).
+    build_model`` and the models' ``get_block_compute_costs``; embedding and norms count nothing). ``Partition.LATER``
+    is InternEvo's (``internlm/solver/pipeline_utils.py: partition_uniform``).
     """
     costs: tuple[int, ...] = ()
     if partition is Partition.BY_COST:
         weights = [sum(matmul_params(layer) for layer in kind.layers) for kind in kinds.kinds]
         costs = tuple(weights[kind] for kind in [0, *kinds.of_layer, len(kinds) - 1])
-    return _stage_counts(tuple(kinds.of_layer.tolist()), len(kinds), pp, vpp, costs)
+    return _stage_counts(tuple(kinds.of_layer.tolist()), len(kinds), pp, vpp, partition is Partition.LATER, costs)
 
 
 def matmul_params(layer: LayerSpec) -> int:
@@ -68,7 +69,7 @@ def matmul_params(layer: LayerSpec) -> int:
 
 @lru_cache(maxsize=256)
 def _stage_counts(
-    of_layer: tuple[int, ...], num_kinds: int, pp: int, vpp: int, costs: tuple[int, ...] = ()
+    of_layer: tuple[int, ...], num_kinds: int, pp: int, vpp: int, later: bool, costs: tuple[int, ...] = ()
 ) -> IntArray:
     counts, first = np.zeros((pp, vpp, num_kinds), dtype=np.int64), 0
     if costs:
@@ -79,7 +80,8 @@ def _stage_counts(
             if so_far * pp * vpp > sum(costs) * (stage + 1) and stage < pp * vpp - 1:
                 stage += 1
         return counts
-    for stage, size in enumerate(even_stages(len(of_layer), pp * vpp)):
+    sizes = even_stages(len(of_layer), pp * vpp)
+    for stage, size in enumerate(sorted(sizes) if later else sizes):
         for kind in of_layer[first : first + size]:
             counts[stage % pp, stage // pp, kind] += 1
         first += size

@@ -6,53 +6,27 @@ micro-batches in flight (``saved`` times ``pipeline.held_microbatches``), and wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models import pipeline
-from meshwright.cost_models.blocks import BlockKinds
 from meshwright.cost_models.estimate import KINDS, MOMENTS, Moment
-from meshwright.cost_models.framework import Framework, microbatches_per_round, num_microbatches
-from meshwright.cost_models.memory_traits import UpdateTensors
+from meshwright.cost_models.framework import microbatches_per_round, num_microbatches
+from meshwright.cost_models.held_blocks import held_bytes, late_moments
+from meshwright.cost_models.memory_traits import HeldBlocks, UpdateTensors
+from meshwright.cost_models.moments import KindBytes, Pipeline, rank_moments, unlike_ranks
 from meshwright.cost_models.residency import Numbers, StateBytes, state_bytes
 from meshwright.cost_models.saved import BlockBytes
-from meshwright.cost_models.strategy import ConfigBatch, IntArray, Schedule
+from meshwright.cost_models.strategy import IntArray
 from meshwright.cost_models.workload import Workload
+from meshwright.profiler.layers import AttentionLayer, MlpLayer
 from meshwright.profiler.model import BlockKind
 
 FloatArray = NDArray[np.float64]
 
-
-@dataclass(frozen=True, slots=True)
-class KindBytes:
-    """Bytes of one pipeline rank at one moment, by kind: arrays of shape ``[num_configs]``."""
-
-    params: FloatArray
-    grads: FloatArray
-    optimizer: FloatArray
-    activations: FloatArray
-    gathered: FloatArray
-    working: FloatArray
-    communication: FloatArray
-
-    @property
-    def total(self) -> FloatArray:
-        """Their sum."""
-        return np.asarray(sum(getattr(self, field.name) for field in fields(self)))
-
-
-@dataclass(frozen=True, slots=True)
-class Pipeline:
-    """Configs of one pipeline shape: ``counts`` ``[pp, vpp, num_kinds]`` blocks of ``kinds`` on each chunk."""
-
-    kinds: BlockKinds
-    counts: FloatArray
-    schedule: Schedule
-    workload: Workload
-    framework: Framework
-    batch: ConfigBatch
+# micro-batches whose logits exist where embedding and head are split over all stages: forward and backward of the loss
+# follow each other within two passes (arXiv 2411.05288, section 4)
+SPLIT_HEAD = 2
 
 
 def peak(blocks: list[BlockBytes], pipe: Pipeline, hop_bytes: FloatArray) -> dict[str, FloatArray]:
@@ -65,10 +39,18 @@ def peak(blocks: list[BlockBytes], pipe: Pipeline, hop_bytes: FloatArray) -> dic
     best = {f"{name}_bytes": np.zeros(size) for name in KINDS}
     best |= {"stage": np.zeros(size), "moment": np.zeros(size), "unshared_bytes": np.zeros(size)}
     largest = np.full(size, -1.0)
-    for rank in range(pipe.counts.shape[0]):
-        moments = _moments(blocks, pipe, rank, hop_bytes)
-        unshared = np.zeros(size) if pipe.framework.memory.reuses_blocks else _unshared(list(moments.values()))
-        for moment, held in moments.items():
+    by_operator = pipe.framework.memory.by_operator
+    for rank in unlike_ranks(pipe) if by_operator else range(pipe.counts.shape[0]):
+        unshared = np.zeros(size)
+        if by_operator:
+            moments = rank_moments(blocks, pipe, rank, hop_bytes)
+        elif pipe.framework.memory.blocks:
+            moments, unshared = _late(blocks, pipe, rank, hop_bytes, pipe.framework.memory.blocks)
+        else:
+            moments = list(_moments(blocks, pipe, rank, hop_bytes).items())
+            if not pipe.framework.memory.reuses_blocks:
+                unshared = _unshared([held for _, held in moments])
+        for moment, held in moments:
             total = held.total
             more = total > largest
             largest = np.where(more, total, largest)
@@ -80,7 +62,7 @@ def peak(blocks: list[BlockBytes], pipe: Pipeline, hop_bytes: FloatArray) -> dic
 
 
 def _numbers(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> tuple[Numbers, Numbers, Numbers]:
-    """Parameters of a pipeline rank: all, those of its largest decoder block, those outside blocks."""
+    """Parameters of a pipeline rank: all, those of its largest decoder block, those of the largest unit outside."""
     on_rank = pipe.counts[rank].sum(axis=0)
     everything = largest = outer = Numbers.zeros(len(pipe.batch))
     for number, kind, block in zip(on_rank, pipe.kinds.kinds, blocks, strict=True):
@@ -89,6 +71,8 @@ def _numbers(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> tuple[Numbe
         everything = everything + block.params * float(number)
         if kind.kind is BlockKind.DECODER:
             largest = largest.larger(block.params)
+        elif pipe.framework.memory.outer_apart:
+            outer = outer.larger(block.params)
         else:
             outer = outer + block.params
     return everything, largest, outer
@@ -109,12 +93,17 @@ def _moments(blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: Flo
         share = min(float(pipe.counts[rank, :, index].sum()), 1.0)  # of a head split over stages
         working = np.maximum(working, share * block.working)
     weight, grad = float(recipe.params.num_bytes), float(recipe.grads.num_bytes)
-    units = outer.gathered + np.minimum(2.0 * largest.gathered, numbers.gathered - outer.gathered)
+    traits = pipe.framework.memory
+    units = outer.gathered + np.minimum(traits.units * largest.gathered, numbers.gathered - outer.gathered)
     unit = np.maximum(largest.gathered, outer.gathered)
-    reducing = np.where(zero >= 1, np.minimum(2.0 * unit, numbers.gathered) * grad, 0.0)
+    reduced = units if traits.outer_apart else np.minimum(2.0 * unit, numbers.gathered)
+    reducing = np.where(zero >= 1, reduced * grad, 0.0)
     flattened = np.where((zero == 0) & (batch.dp * batch.cp > 1), unit * grad, 0.0)
-    if pipe.framework.memory.reduces_in_place:
+    if traits.reduces_in_place:
         reducing, flattened = np.where(zero == 3, reducing, 0.0), np.zeros(len(batch))
+    if traits.bucket_numbers:
+        buckets = np.minimum(2.0 * traits.bucket_numbers, numbers.whole) * grad
+        reducing = np.where(zero == 3, reducing, buckets)
     momentary = np.maximum(working + reducing, flattened)
     moments = {
         Moment.BACKWARD: KindBytes(
@@ -127,9 +116,37 @@ def _moments(blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: Flo
             communication=momentary - np.minimum(working, momentary) + _received(pipe, rank, hop_bytes),
         )
     }
-    if pipe.framework.memory.update:
-        moments[Moment.UPDATE] = _update(pipe.framework.memory.update, state, numbers.owned, workload, zero)
+    if traits.update:
+        moments[Moment.UPDATE] = _update(traits.update, state, numbers.owned, workload, zero)
     return moments
+
+
+def _late(
+    blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: FloatArray, held_blocks: HeldBlocks
+) -> tuple[list[tuple[Moment, KindBytes]], FloatArray]:
+    """A rank's moments where gradients wait for the end of a backward, and what the allocator holds on top."""
+    batch, numbers = pipe.batch, _numbers(blocks, pipe, rank)[0]
+    on_rank = pipe.counts[rank].sum(axis=0)
+    state = state_bytes(numbers, pipe.workload, pipe.framework, batch)
+    activations = _activations(blocks, pipe, rank)
+    at_hand, working, outputs = np.zeros(len(batch)), np.zeros(len(batch)), 0.0
+    for number, kind, block in zip(on_rank, pipe.kinds.kinds, blocks, strict=True):
+        at_hand = at_hand + number * block.saved
+        working = np.maximum(working, min(float(number), 1.0) * block.working)
+        outputs += float(number) * sum(isinstance(layer, AttentionLayer | MlpLayer) for layer in kind.layers)
+    hidden_bytes = hop_bytes * np.where(batch.sequence_parallel, batch.tp, 1)
+    loss = KindBytes(
+        params=state.params,
+        grads=state.grads,
+        optimizer=state.optimizer,
+        activations=activations,
+        gathered=state.gathered,
+        working=working,
+        communication=_received(pipe, rank, hop_bytes),
+    )
+    flying = activations / np.maximum(at_hand, 1.0)
+    on_top = held_bytes(held_blocks, pipe, activations, numbers, hidden_bytes, outputs, flying)
+    return late_moments(pipe, loss, at_hand, numbers, hidden_bytes), on_top
 
 
 def _update(
@@ -151,10 +168,14 @@ def _update(
 
 
 def _unshared(moments: list[KindBytes]) -> FloatArray:
-    """What all moments but the largest hold for themselves: beside what is there in every one."""
+    """What all moments but the largest hold for themselves: beside what is there in every one.
+
+    Gradients that an update does without went through a flat tensor: their blocks and its own are there for nobody.
+    """
     common = [np.minimum.reduce([getattr(held, name) for held in moments]) for name in ("params", "grads", "optimizer")]
     own = np.array([held.total for held in moments]) - sum(common)
-    return np.asarray(own.sum(axis=0) - own.max(axis=0))
+    flat = np.maximum.reduce([held.grads for held in moments]) - common[1]
+    return np.asarray(own.sum(axis=0) - own.max(axis=0) + flat)
 
 
 def _activations(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> FloatArray:
@@ -168,7 +189,9 @@ def _activations(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> FloatAr
     total = np.zeros(len(pipe.batch))
     for index, block in enumerate(blocks):
         for chunk in np.flatnonzero(pipe.counts[rank, :, index]):
-            total = total + pipe.counts[rank, chunk, index] * flying[:, chunk] * block.saved
+            share = pipe.counts[rank, chunk, index]
+            held = np.minimum(flying[:, chunk], SPLIT_HEAD) if share < 1.0 else flying[:, chunk]
+            total = total + share * held * block.saved
     return total
 
 

@@ -216,6 +216,7 @@ def _variant(row: Row, target: str) -> str:
 def target_of(row: Row) -> str:
     """The name of the target. Raises ``Skip`` for a framework without one."""
     framework, gpu = row.text("framework").lower(), row.text("gpu_type").lower()
+    framework = framework or "".join(re.findall(r"deepspeed", row.text("optimizer_sharding").lower())[:1])
     for said, on, target in TARGETS:
         if re.search(said, framework) and re.search(on, gpu):
             if not target:

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from meshwright.cost_models.eager import block_lifetimes
 from meshwright.cost_models.framework import AttentionKernel, Framework
 from meshwright.cost_models.residency import Numbers, block_numbers
 from meshwright.cost_models.strategy import ConfigBatch, Recompute
+from meshwright.cost_models.tape import Lifetimes
 from meshwright.cost_models.weights import vocab_rows
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.layers import (
@@ -40,20 +42,27 @@ class BlockBytes:
     """Bytes of one block on one rank, arrays of shape ``[num_configs]``.
 
     ``params`` are counts, not bytes. ``saved`` is kept for backward of one micro-batch; ``working`` is what exists
-    beside it for a moment: a recomputed block's activations, the loss's intermediates.
+    beside it for a moment: a recomputed block's activations, the loss's intermediates. ``lifetimes`` tell more where
+    the target's blocks are followed operator by operator.
     """
 
     params: Numbers
     saved: FloatArray
     working: FloatArray
+    lifetimes: Lifetimes | None = None
 
     def take(self, rows: NDArray[np.int64]) -> BlockBytes:
         """The configs at these positions."""
-        return BlockBytes(self.params.take(rows), self.saved[rows], self.working[rows])
+        lifetimes = self.lifetimes.take(rows) if self.lifetimes else None
+        return BlockBytes(self.params.take(rows), self.saved[rows], self.working[rows], lifetimes)
 
 
 def block_bytes(block: Block, workload: Workload, framework: Framework, batch: ConfigBatch) -> BlockBytes:
     """What a block holds of one micro-batch under each config's recompute choice."""
+    if framework.memory.by_operator:
+        lifetimes = block_lifetimes(block, workload, batch)
+        beside = lifetimes.backward.total - lifetimes.saved
+        return BlockBytes(block_numbers(block, framework, batch), lifetimes.saved, beside, lifetimes)
     few, inverse = batch.distinct(
         "tp", "cp", "pp", "micro_batch_size", "sequence_parallel", "recompute", "vocab_parallel", "ep", "etp"
     )

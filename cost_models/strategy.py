@@ -56,6 +56,7 @@ class Partition(StrEnum):
     """How a target cuts layers into stages when it is not told."""
 
     EVEN = "even"  # equal numbers of layers
+    LATER = "later"  # the same, and where they do not divide the last stages have one more
     BY_COST = "by cost"  # equal matmul weights, the head counted among them
 
 
