@@ -59,7 +59,7 @@ def plan(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score every legal way to split MODEL over the cluster, and pick the fastest that is sure to fit."""
+    """Score every legal way to split MODEL over the cluster, and pick the fastest that fits with a margin."""
     from meshwright.planner.constraints import parse_constraints
     from meshwright.planner.plan import save_candidates, save_plan
     from meshwright.planner.search import search

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from meshwright.cost_models.estimate import KINDS
 from meshwright.cost_models.framework import Framework
 from meshwright.cost_models.strategy import SPLIT_BACKWARD, ParallelConfig, Recompute
-from meshwright.cost_models.targets import framework_named
+from meshwright.cost_models.targets import FRAMEWORKS
 from meshwright.planner.plan import Plan
 from meshwright.planner.summary import needed_of
 
@@ -29,11 +29,10 @@ def largest_kind(plan: Plan) -> str | None:
 
 
 def what_helps(plan: Plan, kind: str) -> tuple[str, ...]:
-    """Changes of the plan, open to its target, that shrink a kind; those that cost least time first, at most three.
-
-    Raises ``InputError`` for a plan whose target is not known.
-    """
-    target = framework_named(plan.framework)
+    """Changes of the plan, open to its target, that shrink a kind: at most three, none for a target not known here."""
+    target = FRAMEWORKS.get(plan.framework)
+    if target is None:
+        return ()
     found = (lever(plan.config, target) for lever in LEVERS[kind])
     return tuple(words for words in found if words)[:SHOWN]
 

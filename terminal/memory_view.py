@@ -48,10 +48,9 @@ def show_memory(plan: Plan, memory: MemoryBreakdown, console: Console) -> None:
     console.print(f"  of {format_bytes(capacity)}{_margin(plan)}", markup=False, highlight=False)
     kind = largest_kind(plan)
     if kind is not None:
-        words = KIND_WORDS[kind]
         changes = what_helps(plan, kind)
-        advice = f"less of it with {_listed(changes)}" if changes else "nothing in the plan makes less of it"
-        console.print(f"  tight: most of it is {words}; {advice}", markup=False)
+        advice = f"; less of it with {_listed(changes)}" if changes else ""
+        console.print(f"  tight: most of it is {KIND_WORDS[kind]}{advice}", markup=False)
 
 
 def fit_words(summary: Summary, plan: Plan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from meshwright.planner.reasons import SENTENCES
-from meshwright.planner.summary import summarize
+from meshwright.planner.summary import needed_of, summarize
 from meshwright.profiler.units import format_bytes, format_count, format_seconds
 from meshwright.terminal.memory_view import fit_words, show_memory
 from meshwright.terminal.tables import bar, plain_table
@@ -48,7 +48,17 @@ def show_plan(plan: Plan, cluster: ClusterProfile, console: Console) -> None:
 def pick_line(plan: Plan) -> str:
     """The pick in one line, for ``--quiet``."""
     step = f": {format_seconds(plan.cost.step_s)} a step" if plan.cost else ""
-    return f"{plan.config.describe()}{step}"
+    return f"{plan.config.describe()}{step}{_unless_recommended(plan)}"
+
+
+def _unless_recommended(plan: Plan) -> str:
+    memory = plan.memory
+    if memory is None:
+        return ""
+    usable = memory.capacity_bytes - memory.reserved_bytes
+    if memory.peak_bytes > usable:
+        return ", does not fit"
+    return "" if needed_of(memory, plan.memory_margin) <= usable else ", fits but is not recommended"
 
 
 def shortage(plan: Plan, cluster: ClusterProfile) -> str:

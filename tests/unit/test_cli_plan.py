@@ -100,6 +100,8 @@ def test_estimate_says_whether_it_fits_and_whether_it_is_recommended(run: Run) -
     assert (code, err) == (0, "") and "DOES NOT FIT" not in out
     assert "NOT RECOMMENDED, though it fits: with fragmentation and a margin of 50.0% it needs" in out
     assert "tight: most of it is " in out and "margin of 50.0%, as asked for" in out
+    code, out, _ = run("estimate", *PROBLEM, *config, "--memory-margin", 0.5, "-q")
+    assert code == 0 and out.endswith(" a step, fits but is not recommended\n")
     code, out, _ = run("estimate", *PROBLEM, *config, "--memory-margin", 0)
     assert code == 0 and "fits; no margin was asked for" in out and "no margin kept" in out
     code, out, _ = run("estimate", *PROBLEM, *config, "--memory-margin", 0.5, "--json")
@@ -130,6 +132,8 @@ def test_estimate_of_what_does_not_fit_is_printed_and_exits_with_3(run: Run) -> 
     code, out, err = run("estimate", *PROBLEM)
     assert code == 3 and "DOES NOT FIT" in out
     assert err.startswith("meshwright: dp16 mbs1 does not fit: stage 0 needs ") and err.endswith("too much\n")
+    code, out, _ = run("estimate", *PROBLEM, "-q")
+    assert code == 3 and out.endswith(" a step, does not fit\n")
 
 
 BAD_INPUT = [

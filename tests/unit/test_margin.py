@@ -177,6 +177,11 @@ class TestTight:
         plan = plan_for(config, load_model("llama3-8b"), Workload(seq_len=4096, global_batch_size=64), CLUSTER)
         assert what_helps(plan, "activations") == ("more tp",)
 
+    def test_a_target_of_ones_own_has_no_levers(self) -> None:
+        plan = replace(priced(ParallelConfig(dp=16), activations=80), framework="my-trainer")
+        assert what_helps(plan, "activations") == ()
+        assert TestShown().shown(plan).rstrip().endswith("tight: most of it is activations")
+
     def test_every_kind_has_levers_and_words(self) -> None:
         assert set(LEVERS) == set(KIND_WORDS) == set(KINDS)
 
