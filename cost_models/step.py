@@ -163,7 +163,7 @@ def assumptions(model: ModelSpec, workload: Workload, cluster: ClusterProfile, f
         said.append("tokens spread evenly over experts")
     if model.attention.window and not framework.windowed_attention:
         said.append(f"{framework.name} works out what a sliding window masks")
-    if not framework.memory.fragmentation:
+    if not framework.memory.fragmentation and framework.memory.blocks is None:
         said.append("no fragmentation in the allocator, beyond the margin")
     said.append("no dropout, no padding between sequences, no input from disk")
     return tuple(said)
