@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from meshwright import InputError
+from meshwright.cost_models.strategy import SPLIT_BACKWARD
 from meshwright.executors.checks import check_cluster, check_environment, check_model, check_plan
 from meshwright.executors.clip import global_grad_norm, scale_grads
 from meshwright.executors.data_parallel import DataParallel, local, torch_dtype
@@ -31,6 +32,7 @@ from meshwright.executors.tensor_parallel import (
     find_tensor_parallel_rules,
     no_tensor_parallel,
 )
+from meshwright.executors.weight_gradients import WeightGradients
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy, find_anatomy
 from meshwright.profiler.cluster import ClusterProfile
@@ -80,10 +82,13 @@ def _split_stage(index: int, module: StageModule, plan: Plan, mesh: Mesh, rules:
     if rules:
         tp_mesh = mesh.axis("tp")
         split = apply_tensor_parallel(module.model, rules, tp_mesh, sequence_parallel=config.sequence_parallel)
+    put_off = None
+    if config.schedule in SPLIT_BACKWARD:
+        put_off = WeightGradients(module.blocks.values(), tensor_parallel=config.tp > 1)
     for layer, block in module.blocks.items():
         apply_recompute(block, stage.recompute[layer - stage.first_layer])
     sharded = DataParallel(module, list(module.blocks.values()), mesh, config.zero_stage, recipe)
-    return Chunk(index, module, split, sharded)
+    return Chunk(index, module, split, sharded, put_off)
 
 
 def _own_stages(

@@ -9,7 +9,7 @@ from torch import nn
 
 from meshwright import InputError
 from meshwright.cost_models.schedules import stage_indices
-from meshwright.cost_models.strategy import SPLIT_BACKWARD, ParallelConfig, Recompute, Schedule
+from meshwright.cost_models.strategy import SPLIT_BACKWARD, ParallelConfig, Schedule
 from meshwright.executors.data_parallel import torch_dtype
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy
@@ -67,11 +67,6 @@ def _check_stages(plan: Plan) -> None:
         raise InputError(
             f"{config.schedule.value} works out gradients of weights for a whole stage at a time, so that zero_stage="
             f"{config.zero_stage} saves nothing: use zero_stage 0 or 1, or another schedule"
-        )
-    if any(choice is not Recompute.NONE for stage in plan.stages for choice in stage.recompute):
-        raise InputError(
-            f"{config.schedule.value} splits backward, in which torch would recompute a block once for each of its "
-            f"weights: use recompute none, or another schedule"
         )
 
 

@@ -5,9 +5,8 @@ the sequence) and their gradients point to point; shapes are given to torch befo
 Tokens and targets are not sent: pipeline peers are given the same batch. The runtime accumulates gradients and leaves
 them unscaled.
 
-``zb-h1``, ``zbv`` and ``dualpipev`` split some backwards: gradients of a stage's input first, those of its weights
-later (``torch/distributed/pipelining/_backward.py``). The first stage, whose input has no gradient, runs its whole
-backward in the place of the latter; the other stages work out gradients of weights where FSDP's hooks do not see them.
+``zb-h1``, ``zbv`` and ``dualpipev`` split some backwards: gradients of a stage's input first, those of its matrices
+later (``weight_gradients``), where FSDP's hooks do not see them.
 """
 
 from __future__ import annotations
@@ -33,18 +32,25 @@ from meshwright.executors.data_parallel import DataParallel
 from meshwright.executors.mesh import Mesh
 from meshwright.executors.stage import StageModule
 from meshwright.executors.tensor_parallel import TensorParallel
+from meshwright.executors.weight_gradients import WeightGradients
 
 
 class Chunk:
     """One stage on this rank, ready to run: its place in the pipeline, its module, and how that was split."""
 
     def __init__(
-        self, index: int, module: StageModule, tensor_parallel: TensorParallel, data_parallel: DataParallel
+        self,
+        index: int,
+        module: StageModule,
+        tensor_parallel: TensorParallel,
+        data_parallel: DataParallel,
+        weight_gradients: WeightGradients | None,
     ) -> None:
         self.index = index
         self.module = module
         self.tensor_parallel = tensor_parallel
         self.data_parallel = data_parallel
+        self.weight_gradients = weight_gradients  # where the schedule splits backward
 
 
 class _Unsharded(nn.Module):
@@ -69,7 +75,8 @@ _STAGES_OF_A_RANK: dict[Schedule, Any] = {
 
 class _Stage(PipelineStage):
     def __init__(self, chunk: Chunk, *args: Any, **kwargs: Any) -> None:
-        super().__init__(_Unsharded(chunk.module), chunk.index, *args, **kwargs)
+        put_off = chunk.weight_gradients.take if chunk.weight_gradients else None
+        super().__init__(_Unsharded(chunk.module), chunk.index, *args, dw_builder=put_off, **kwargs)
         self._chunk = chunk
 
     # torch makes a buffer for each micro-batch of a step beforehand, of hidden states and of gradients, and keeps them;
@@ -105,17 +112,13 @@ class _Stage(PipelineStage):
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         self._chunk.data_parallel.before_backward(last=last_backward)
+        if self._chunk.weight_gradients:
+            self._chunk.weight_gradients.put_off = not full_backward
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
-        if not full_backward:  # the gradient is sent from elsewhere; torch would keep it here too until the next step
-            for given in self.backward_state[bwd_chunk_id][0]:
-                given.grad = None
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        sharded = self._chunk.data_parallel
-        sharded.before_backward(last=last_backward and self.is_first)
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        if not self.is_first:
-            sharded.after_weight_gradients(last=last_backward)
+        self._chunk.data_parallel.after_weight_gradients(last=last_backward)
 
 
 @contextmanager

@@ -5,7 +5,7 @@
     included, up to the last tensor that the backward needs: what follows it (the last projection of the block, the
     residual addition, and the collective behind them) is not repeated.
 ``selective``
-    The outputs of 2-D matrix products (every projection), of fused attention (with its log-sum-exp) and of collectives
+    The outputs of 2-D and grouped matrix products (every projection, experts' too), of fused attention (with its log-sum-exp) and of collectives
     are kept, with the block's input. Norms, rotary positions, activations, residual additions, reshapes, casts and
     dropout are computed again. Batched matrix products and softmax, which are attention where it is not fused, are
     computed again too: their outputs grow with the square of the sequence (Korthikanti et al., arXiv 2205.05198). So
@@ -41,6 +41,7 @@ KEPT: frozenset[Any] = frozenset(
     {
         _aten.mm.default,
         _aten.addmm.default,
+        _aten._grouped_mm.default,
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._scaled_dot_product_efficient_attention.default,
@@ -79,15 +80,22 @@ def partial_product(x: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
+def unkept_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``partial_product`` without its gradient."""
+    if not isinstance(_get_current_dispatch_mode(), SELECTIVE_PASSES):
+        return nn.functional.linear(x, weight)
+    # torch matches the operators of both passes by their order: those of one pass alone must go unseen
+    with _pop_mode_temporarily() as mode:
+        if isinstance(mode, _CachedTorchDispatchMode):
+            return x.new_empty(*x.shape[:-1], weight.shape[0])
+        return nn.functional.linear(x, weight)
+
+
 class _PartialProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        # torch matches the operators of both passes by their order: those of one pass alone must go unseen
-        with _pop_mode_temporarily() as mode:
-            if isinstance(mode, _CachedTorchDispatchMode):
-                return x.new_empty(*x.shape[:-1], weight.shape[0])
-            return nn.functional.linear(x, weight)
+        return unkept_product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:

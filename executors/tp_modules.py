@@ -72,14 +72,20 @@ class VocabularySplit:
 def _column_forward(self: Any, x: Tensor) -> Tensor:
     split: ColumnSplit = self.tensor_parallel
     x = x if split.entry is None else split.entry(x)
+    if gradients := vars(self).get("weight_gradients"):
+        return gradients.product(self, x, transposed=split.transposed)  # type: ignore[no-any-return]
     weight = self.weight
     return functional.linear(x, weight.t() if split.transposed else weight, self.bias)
 
 
 def _row_forward(self: Any, x: Tensor) -> Tensor:
     split: RowSplit = self.tensor_parallel
-    weight = self.weight
-    x = split.leave(partial_product(x, weight.t() if split.transposed else weight))
+    if gradients := vars(self).get("weight_gradients"):
+        x = gradients.product(self, x, transposed=split.transposed, with_bias=False, kept=False)
+    else:
+        weight = self.weight
+        x = partial_product(x, weight.t() if split.transposed else weight)
+    x = split.leave(x)
     bias = self.bias
     return x if bias is None else x + bias
 
