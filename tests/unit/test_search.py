@@ -209,7 +209,7 @@ def test_constraints_and_fewer_devices_are_kept_to() -> None:
 def test_nothing_fits_names_the_nearest_miss_and_by_how_much() -> None:
     gpt3 = load_model("gpt3-175b")
     with pytest.raises(
-        InfeasibleError, match=r"nothing fits: the nearest miss is tp4 dp2 zero3 .* needs \d+ GiB of .* too much"
+        InfeasibleError, match=r"nothing fits: the nearest miss is .* zero3 .* needs \d+ GiB of .* too much"
     ):
         make_plan(gpt3, Workload(seq_len=2048, global_batch_size=64), CLUSTER, gpus=8)
 
