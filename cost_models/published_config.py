@@ -10,6 +10,7 @@ import re
 
 from meshwright.cost_models.blocks import block_kinds
 from meshwright.cost_models.framework import Framework
+from meshwright.cost_models.published_hardware import cluster_named, cluster_of
 from meshwright.cost_models.published_rows import Row, Skip
 from meshwright.cost_models.strategy import ParallelConfig, Partition, Recompute, Schedule
 from meshwright.cost_models.workload import Workload
@@ -43,6 +44,9 @@ def config_of(row: Row, model: ModelSpec, workload: Workload, target: str) -> tu
         raise Skip(f"dp*micro_batch={dp * micro} does not divide global_batch={workload.global_batch_size}")
     schedule, vpp, schedule_notes = _schedule(row, pp, target, model.num_layers)
     stage, shard = _sharding(row, dp * cp)
+    sharding_notes: tuple[str, ...] = ()
+    if target == "megatron-deepspeed" and row.number("zero_stage") is None and _exceeds(row, model, tp * pp):
+        stage, shard, sharding_notes = 1, dp * cp, (UNSHARDED_EXCEEDS,)
     if target.startswith("torchtitan") and pp > 1 and stage > 1:
         stage = 1  # parallelize_llama.py: with pp weights stay gathered; torch reduces with the last micro-batch
     sequence_parallel, sp_notes = _sequence_parallel(row, tp, target)
@@ -64,7 +68,7 @@ def config_of(row: Row, model: ModelSpec, workload: Workload, target: str) -> tu
         schedule=schedule,
         recompute=recompute,
     )
-    return config, (*recompute_notes, *sp_notes, *micro_notes, *schedule_notes)
+    return config, (*recompute_notes, *sp_notes, *micro_notes, *schedule_notes, *sharding_notes)
 
 
 def _experts(row: Row, model: ModelSpec, tp: int, data_ranks: int) -> tuple[int, int]:
@@ -80,12 +84,23 @@ def _experts(row: Row, model: ModelSpec, tp: int, data_ranks: int) -> tuple[int,
     return ep, etp
 
 
+# accumulation steps of a line of Megatron-Bridge's tables, and of its variant in parentheses, which shares all other
+# columns but for those that have parentheses too
+ACCUMULATION = re.compile(r"published ga=(\d+)(?: \((\d+)\))?")
+
+
 def _micro_batch(row: Row, dp: int, pp: int, target: str) -> tuple[int, tuple[str, ...]]:
     """Sequences of a micro-batch; torchtitan of 2024 cuts a rank's batch into ``pp`` micro-batches where not told.
 
     (torchtitan/parallelisms/pipeline_llama.py: ``pipeline_parallel_microbatches or parallel_dims.pp``.)
     """
-    assumed = re.search(r"microbatch \d+ assumed", row.text("notes").lower()) or row.number("micro_batch") is None
+    notes = row.text("notes").lower()
+    accumulates = ACCUMULATION.search(notes)
+    if accumulates and accumulates[2] and "parenthesised" in notes:
+        share, left = divmod(row.integer("global_batch"), dp * int(accumulates[2]))
+        if share and not left and share != row.number("micro_batch"):
+            return share, (f"micro batch {share}, by the accumulation published for the variant in parentheses",)
+    assumed = re.search(r"microbatch \d+ assumed", notes) or row.number("micro_batch") is None
     share, left = divmod(row.integer("global_batch"), dp * pp)
     if target.startswith("torchtitan") and pp > 1 and assumed and share and not left:
         return share, (f"micro batch not published: {share}, so that there are pp of them, as torchtitan has it",)
@@ -145,6 +160,18 @@ def _schedule(row: Row, pp: int, target: str, num_layers: int) -> tuple[Schedule
     return (Schedule.INTERLEAVED if vpp > 1 else Schedule.ONE_F_ONE_B), vpp, notes
 
 
+# DeepSpeed's pipelines allow ZeRO 1 at most (deepspeed/runtime/pipe/engine.py)
+UNSHARDED_EXCEEDS = (
+    "ZeRO not published: stage 1, since weights, gradients and states exceed the device's memory without"
+)
+
+
+def _exceeds(row: Row, model: ModelSpec, model_ranks: int) -> bool:
+    """Whether float16 weights and gradients and float32 master weights and states, 16 bytes each, exceed a device."""
+    device = cluster_named(cluster_of(row)[0]).device
+    return 16.0 * model.params / model_ranks > device.memory_bytes
+
+
 def _sharding(row: Row, ranks: int) -> tuple[int, int]:
     """``zero_stage`` and the ranks of a shard group; a group of one shards nothing."""
     stage = int(row.number("zero_stage") or 0)
@@ -182,10 +209,25 @@ SIMULATED = re.compile(r"^\[single-node\] recompute=full .*taken from config")
 SIMULATED_RECOMPUTE = "recompute published as its simulator's input: none assumed, which the measured steps fit"
 
 
+# the 530B model at tp 8, pp 35 with three chunks each is that of arXiv 2205.05198, table 3, where it runs with
+# selective recompute; without it scores alone exceed 80 GB
+MT_NLG_RECOMPUTE = "recompute not published: selective, as in Megatron-LM's own runs of this model"
+
+# "selective" in fms-fsdp is a share of blocks recomputed whole (fms_fsdp/config: selective_checkpointing), and hardware
+# over model FLOPs say which: 4/3 is all of them
+FULL_AGAIN = 1.2
+WHOLE_BLOCKS = "selective recompute repeats whole blocks here, nearly all by the published hardware FLOPs"
+
+
 def _recompute(row: Row) -> tuple[Recompute, tuple[str, ...]]:
-    said = row.text("recompute").lower()
+    said, framework, notes = (row.text(name).lower() for name in ("recompute", "framework", "notes"))
+    if not said and "megatron-lm" in framework and re.search(r"\b530b\b", row.text("model").lower()):
+        return Recompute.SELECTIVE, (MT_NLG_RECOMPUTE,)
     if not said:
         return Recompute.NONE, (NO_RECOMPUTE,)
+    mfu, hardware = row.number("mfu_pct"), re.search(r"\bhfu (\d+)", notes)
+    if said == "selective" and "fms-fsdp" in framework and mfu and hardware and float(hardware[1]) / mfu > FULL_AGAIN:
+        return Recompute.FULL, (WHOLE_BLOCKS,)
     if SIMULATED.search(row.text("notes")):
         return Recompute.NONE, (SIMULATED_RECOMPUTE,)
     known = {"none": Recompute.NONE, "false": Recompute.NONE, "full": Recompute.FULL, "true": Recompute.FULL}

@@ -84,18 +84,24 @@ def compared_peak(run: PublishedRun, tensors: int, fragmentation: int) -> int:
     return tensors + fragmentation if run.measured.peak_kind is PeakKind.RESERVED else tensors
 
 
+def _worked_out(run: PublishedRun) -> bool:
+    """Whether the peak is more than the device has: a paper's sum of what would be needed, which nobody ran."""
+    return (run.measured.peak_bytes or 0.0) > cluster_named(run.cluster).device.memory_bytes
+
+
 def score_memory(runs: Sequence[PublishedRun], rows: Mapping[str, RowScore]) -> MemoryScore | None:
     """Of runs that are predicted, with their rows by id; ``None`` where none says whether it ran."""
-    ran = [rows[run.row_id] for run in runs if run.status in RAN and run.has_measurement]
+    said = [run for run in runs if run.status in RAN and run.has_measurement]
+    ran, held = [rows[run.row_id] for run in said], [rows[run.row_id] for run in said if not _worked_out(run)]
     failed = [rows[run.row_id] for run in runs if run.status == FAILED]
     oom = [rows[run.row_id] for run in runs if run.status == OOM]
     if not ran and not failed and not oom:
         return None
     return MemoryScore(
         peak=error_score([row.peak_error for row in ran if row.peak_error is not None]),
-        succeeded=len(ran),
-        succeeded_called_out=sum(not row.fits for row in ran),
-        succeeded_recommended=sum(bool(row.recommended) for row in ran),
+        succeeded=len(held),
+        succeeded_called_out=sum(not row.fits for row in held),
+        succeeded_recommended=sum(bool(row.recommended) for row in held),
         failed=len(failed),
         failed_called_out=sum(not row.fits for row in failed),
         failed_recommended=sum(bool(row.recommended) for row in failed),
