@@ -142,7 +142,7 @@ def rejected_for(plan: Plan, reason: Reason) -> int:
 
 
 def test_the_funnel_tells_what_fits_without_the_margin_apart() -> None:
-    plans = {share: make_plan(LLAMA, WORKLOAD, CLUSTER, memory_margin=share) for share in (0.0, 0.1, 0.3)}
+    plans = {share: make_plan(LLAMA, WORKLOAD, CLUSTER, memory_margin=share, gpus=8) for share in (0.0, 0.1, 0.3)}
     unfit = {rejected_for(plan, Reason.OUT_OF_MEMORY) for plan in plans.values()}
     narrow = [rejected_for(plan, Reason.MEMORY_MARGIN) for plan in plans.values()]
     assert len(unfit) == 1 and unfit.pop() > 0
@@ -154,9 +154,9 @@ def test_the_funnel_tells_what_fits_without_the_margin_apart() -> None:
 
 def test_the_margin_of_a_target_is_kept_by_default() -> None:
     wide = replace(MESHWRIGHT, memory=replace(MESHWRIGHT.memory, margin=0.3, margin_source="eleven peaks"))
-    plan = make_plan(LLAMA, WORKLOAD, CLUSTER, framework=wide)
+    plan = make_plan(LLAMA, WORKLOAD, CLUSTER, framework=wide, gpus=8)
     assert plan.memory_margin == MemoryMargin(share=0.3, source="eleven peaks")
-    assert plan.config == make_plan(LLAMA, WORKLOAD, CLUSTER, memory_margin=0.3).config
+    assert plan.config == make_plan(LLAMA, WORKLOAD, CLUSTER, memory_margin=0.3, gpus=8).config
 
 
 def test_plan_is_the_fastest_that_fits_and_counts_everything() -> None:
