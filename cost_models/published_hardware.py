@@ -203,6 +203,8 @@ def _variant(row: Row, target: str) -> str:
     )
     if target in ("megatron-bridge", "nemo") and row.text("tp") not in ("", "1") and exposed:
         return f"{target}-nccl"  # recipes without userbuffers: see targets.MEGATRON_BRIDGE_NCCL
+    if target == "megatron-bridge" and "bridge" in row.text("framework").lower() and row.number("zero_stage") == 3:
+        return "megatron-bridge-offload"  # as its recipes with FSDP do
     compiled = re.search(r"compile(?!=n)", f"{notes} {row.text('framework')}".lower())
     if target == "torchtitan" and not compiled and "fp8" not in row.text("precision").lower():
         return "torchtitan-eager"  # float8 wants the compiler

@@ -21,6 +21,7 @@ from meshwright.cost_models.framework import (
     Framework,
     supported,
 )
+from meshwright.cost_models.offload import kept_activations
 from meshwright.cost_models.parts import BlockParts, block_parts
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.saved import BlockBytes, block_bytes
@@ -133,6 +134,10 @@ def _memory(blocks: list[BlockBytes], stages: Stages) -> dict[str, FloatArray]:
     device, size = stages.cluster.device, len(stages.batch)
     found = memory.peak(blocks, pipe, hop_bytes(stages.model, stages.workload, stages.batch))
     tensors = np.asarray(sum(found[f"{name}_bytes"] for name in KINDS))
+    if stages.framework.memory.offloads and stages.counts.shape[0] == 1:
+        room = device.memory_bytes - device.reserved_bytes - stages.framework.memory.communicators_bytes
+        kept = kept_activations(found["activations_bytes"], tensors - room, stages.model.num_layers)
+        tensors, found["activations_bytes"] = tensors - found["activations_bytes"] + kept, kept
     unshared = found.pop("unshared_bytes")
     return found | {
         "fragmentation_bytes": tensors * stages.framework.memory.fragmentation + unshared,

@@ -219,6 +219,15 @@ MEGATRON_BRIDGE = replace(
     memory=_TE_MEMORY,
 )
 
+# recipes with FSDP keep activations of some layers on the host: 5 to 40 of 80 (Llama 3 70B), 10 to 92 of 126 (Llama 3.1
+# 405B), by the memory of the GPU (scripts/performance/configs/llama: cpu_offloading_num_layers)
+MEGATRON_BRIDGE_OFFLOAD = replace(
+    MEGATRON_BRIDGE,
+    name="megatron-bridge-offload",
+    version_of="megatron-bridge",
+    memory=replace(_TE_MEMORY, offloads=True),
+)
+
 # NeMo 2 on the same Megatron-Core: Megatron's own fused cross entropy (nemo/collections/llm/gpt/model/base.py:
 # cross_entropy_loss_fusion), squared ReLU as two operators of torch (nemo/collections/llm/fn/activation.py)
 NEMO = replace(
@@ -475,6 +484,7 @@ ASSUMED: dict[str, Framework] = {
         MEGASCALE,
         MEGATRON_DEEPSPEED,
         MEGATRON_BRIDGE,
+        MEGATRON_BRIDGE_OFFLOAD,
         NEMO,
         MEGATRON_BRIDGE_NCCL,
         NEMO_NCCL,
