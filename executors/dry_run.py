@@ -1,38 +1,202 @@
-"""A plan proven on no GPU at all: one rank of it, real steps on fake tensors, every byte counted.
+"""A plan proven without its GPUs: one rank of it, real steps on fake tensors, every byte counted.
 
-    report = meshwright.dry_run(model, plan, rank=0)      # model on the meta device, or None: built from the plan
-    report.memory                                         # bytes by kind at the peak, as a prediction is written
-    report.fits
+    report = meshwright.dry_run(None, plan, rank=0)       # None: the model is built from the plan's own description
+    report.peak_bytes, report.module, report.fits
 
 The model is built without memory, ``parallelize`` splits it as on the real rank, under a fake process group of the
 plan's world size, and ``ParallelModel.step``, clipping and AdamW run on fake tensors, twice: optimizer states exist
-from the first step's end on. ``memory_tracker`` counts. What is not torch's to hand out (context, communicators,
-workspaces) is the device's ``reserved_bytes``, shown apart.
+from the first step's end on. ``memory_tracker`` counts. Context, communicators and workspaces are not torch's to hand
+out: they are the device's ``reserved_bytes``, shown apart.
+
+Each rank runs in a forked process of its own, since torch keeps one process group and one mesh apiece. A step of many
+micro-batches is not run whole where fewer reach the same peak (``enough_microbatches``).
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import nn
 
+from meshwright import InputError
+from meshwright.cost_models.estimate import MemoryBreakdown
+from meshwright.cost_models.placement import rank_grid
+from meshwright.cost_models.strategy import Schedule
 from meshwright.executors.apply import parallelize
+from meshwright.executors.checks import check_cluster
 from meshwright.executors.data_parallel import torch_dtype
 from meshwright.executors.fake_kernels import cuda_kernels
 from meshwright.executors.fake_ranks import fake_tensors, fake_world, make_fake
 from meshwright.executors.loss import LossFunction
-from meshwright.executors.memory_peak import Peak
-from meshwright.executors.memory_tracker import MemoryTracker
+from meshwright.executors.memory_peak import LiveTensor, Peak, TimePoint
+from meshwright.executors.memory_steps import track_steps
 from meshwright.executors.spec_model import build_spec_model
 from meshwright.executors.trained import Trained
 from meshwright.planner.plan import Plan
+from meshwright.profiler.cluster import ClusterProfile
+from meshwright.profiler.launch import Rank, run_ranks
+from meshwright.profiler.record import record
 
 STEPS = 2
+NUM_LARGEST = 12
+TIMEOUT_S = 1800.0
+
 Kernels = Literal["cuda", "cpu"]
+OnProgress = Callable[[float, str], None]
+
+
+@record
+class DryRun:
+    """What one rank holds at its peak, and where that is.
+
+    ``phase`` and ``module`` (its dotted name in the model) are those of the tensor whose birth makes the peak. Bytes by
+    kind are of that moment. ``reserved_bytes`` and ``capacity_bytes`` are the device's, None when nothing says.
+    """
+
+    rank: int
+    pp_rank: int
+    stages: tuple[int, ...]  # those that this rank holds
+    params_bytes: int
+    grads_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    gathered_bytes: int
+    working_bytes: int
+    communication_bytes: int
+    reserved_bytes: int | None
+    capacity_bytes: int | None
+    phase: str
+    module: str
+    operator: str
+    step: int  # from 0
+    step_peaks_bytes: tuple[int, ...]
+    largest: tuple[LiveTensor, ...]
+    timeline: tuple[TimePoint, ...]  # of the step with the peak
+    num_microbatches: int  # of a step of this rank ...
+    microbatches_run: int  # ... and how many were run
+    kernels: Kernels
+    predicted: MemoryBreakdown | None  # the plan's, of the stage that it says binds
+    seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """All tensors at the peak, as ``torch.cuda.max_memory_allocated`` counts them."""
+        return (
+            self.params_bytes
+            + self.grads_bytes
+            + self.optimizer_bytes
+            + self.activations_bytes
+            + self.gathered_bytes
+            + self.working_bytes
+            + self.communication_bytes
+        )
+
+    @property
+    def headroom_bytes(self) -> int | None:
+        """Capacity less reserved less peak; negative where it does not fit, None where the capacity is unknown."""
+        if self.capacity_bytes is None or self.reserved_bytes is None:
+            return None
+        return self.capacity_bytes - self.reserved_bytes - self.peak_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak is at most capacity less reserved."""
+        return None if self.headroom_bytes is None else self.headroom_bytes >= 0
+
+
+def dry_run(
+    model: nn.Module | Callable[[], nn.Module] | None,
+    plan: Plan,
+    rank: int = 0,
+    *,
+    loss_fn: LossFunction | None = None,
+    cluster: ClusterProfile | None = None,
+    kernels: Kernels = "cuda",
+    all_microbatches: bool = False,
+    on_progress: OnProgress = lambda share, text: None,
+) -> DryRun:
+    """Run ``rank`` of ``plan`` on fake tensors, in a process of its own, and say what it holds at its peak.
+
+    ``model`` is best on the meta device (its values are not looked at, and it is left as it was), or a function that
+    makes it; None is a plain decoder made from the plan's ``ModelSpec``. ``kernels`` says whose saved tensors and
+    workspaces attention and norms have: the GPU's, or those of the CPU that real ranks without a GPU run.
+    ``cluster`` gives capacity and reserved memory where the plan has no prediction; with ``all_microbatches`` a step is
+    run whole.
+
+    Raises:
+        InputError: the plan cannot be applied: another framework, model or world size, or an operator that fails, with
+            the module it fails in; ``rank`` is not one of the plan's.
+    """
+    return dry_run_ranks(
+        model,
+        plan,
+        [rank],
+        loss_fn=loss_fn,
+        cluster=cluster,
+        kernels=kernels,
+        all_microbatches=all_microbatches,
+        on_progress=on_progress,
+    )[0]
+
+
+def dry_run_ranks(
+    model: nn.Module | Callable[[], nn.Module] | None,
+    plan: Plan,
+    ranks: Sequence[int],
+    *,
+    loss_fn: LossFunction | None = None,
+    cluster: ClusterProfile | None = None,
+    kernels: Kernels = "cuda",
+    all_microbatches: bool = False,
+    at_once: int = 2,
+    on_progress: OnProgress = lambda share, text: None,
+) -> tuple[DryRun, ...]:
+    """``dry_run`` of several ranks, ``at_once`` of them at a time. Raises as it does."""
+    world = plan.config.world_size
+    for rank in ranks:
+        if not 0 <= rank < world:
+            raise InputError(f"rank must be 0 to {world - 1}, found {rank}")
+    if cluster is not None:
+        check_cluster(plan, cluster)
+    done: list[DryRun] = []
+
+    def show(worker: int, value: tuple[float, str]) -> None:
+        share, text = value
+        on_progress((len(done) + share) / len(ranks), text)
+
+    for first in range(0, len(ranks), at_once):
+        several = ranks[first : first + at_once]
+        job = (model, plan, several, loss_fn, cluster, kernels, all_microbatches)
+        done += run_ranks(_one_rank, len(several), *job, timeout_s=TIMEOUT_S, backend=None, on_report=show)
+    return tuple(done)
+
+
+def stage_ranks(plan: Plan) -> tuple[int, ...]:
+    """For each pipeline rank the one of its ranks that holds the most: the first, of the data rank with most to do."""
+    busiest = int(np.argmax(plan.micro_batches_per_data_rank))
+    return tuple(int(rank) for rank in rank_grid(plan.config, plan.placement)[:, busiest, 0, 0])
+
+
+def enough_microbatches(plan: Plan, pp_rank: int, num_microbatches: int) -> int:
+    """How many micro-batches of a step reach the peak that all of them reach.
+
+    Without a pipeline three: the first makes gradients, the second adds to them, the last reduces them. Under 1F1B
+    three more than the rank has in flight (``schedules.rank_actions``): its second and third backward find as many in
+    flight as any later one, and gradients to add to. Other schedules run whole: gpipe has all in flight, and torch's
+    runtime of the rest keeps what it sent until the step ends.
+    """
+    config = plan.config
+    if config.pp == 1:
+        return min(num_microbatches, 3)
+    if config.schedule is Schedule.ONE_F_ONE_B:
+        return min(num_microbatches, max(config.pp, config.pp - pp_rank + 3))
+    return num_microbatches
 
 
 def dry_run_peak(
@@ -42,9 +206,14 @@ def dry_run_peak(
     *,
     loss_fn: LossFunction | None = None,
     kernels: Kernels = "cuda",
-    on_progress: Callable[[float, str], None] = lambda share, text: None,
+    whole_rows: int | None = None,
+    on_progress: OnProgress = lambda share, text: None,
 ) -> Peak:
-    """The peak of ``rank``; see ``dry_run``. Uses up ``model``. One call per process."""
+    """The peak of ``rank`` of ``plan``, all micro-batches run, in this process: call it once, as it leaves traces.
+
+    Uses up ``model``. ``whole_rows`` are the sequences that a real step of this rank has, of which the plan's are a
+    part. Raises ``InputError`` as ``dry_run`` does.
+    """
     recipe = plan.workload.recipe
     if model is None:
         with torch.device("meta"):
@@ -52,31 +221,81 @@ def dry_run_peak(
     model = model.to("meta").to(torch_dtype(recipe.master or recipe.params))
     with ExitStack() as stack:
         stack.enter_context(fake_world(plan.config.world_size, rank))
+        on_progress(0.1, f"rank {rank}: splitting")
         parallel = parallelize(model, plan, loss_fn)
+        parallel._check_count = False  # fake counts have no values
         stack.enter_context(fake_tensors())
         make_fake(parallel)
         stack.enter_context(cuda_kernels() if kernels == "cuda" else nullcontext())
-        return track_steps(Trained(parallel, plan, torch.device("cpu")), STEPS, kernels=kernels)
+        trained = Trained(parallel, plan, torch.device("cpu"))
+        missing = max(0, (whole_rows or 0) - trained.batch[0].shape[0])
+        rest = torch.empty((2, missing, plan.workload.seq_len), dtype=torch.int64)
+
+        def show(step: int) -> None:
+            on_progress(0.3 + 0.7 * step / STEPS, f"rank {rank}: step {step + 1}")
+
+        return track_steps(trained, STEPS, kernels=kernels, beside=[rest], on_step=show)
 
 
-def track_steps(trained: Trained, steps: int, *, kernels: Kernels) -> Peak:
-    """``steps`` whole training steps under a tracker, on tensors real or fake."""
-    gc.collect()
-    gc.disable()  # what only a cycle keeps alive counts as alive
-    tracker = MemoryTracker(trained.parallel, cuda=kernels == "cuda")
-    try:
-        with tracker:
-            tracker.take_up(trained.batch)
-            for _ in range(steps):
-                tracker.begin_step()
-                trained.parallel.step(trained.batch)
-                tracker.mark_gradients()
-                with tracker.phase("clip"):
-                    trained.clip()
-                with tracker.phase("optimizer"):
-                    trained.optimizer.step()
-                tracker.mark_optimizer(trained.optimizer)
-                trained.optimizer.zero_grad()
-    finally:
-        gc.enable()
-    return tracker.peak()
+def _one_rank(
+    worker: Rank,
+    model: nn.Module | Callable[[], nn.Module] | None,
+    plan: Plan,
+    ranks: Sequence[int],
+    loss_fn: LossFunction | None,
+    cluster: ClusterProfile | None,
+    kernels: Kernels,
+    all_microbatches: bool,
+) -> DryRun:
+    torch.set_num_threads(1)
+    start, rank = time.perf_counter(), ranks[worker.rank]
+    pp_rank, data_rank = (int(axis[0]) for axis in np.nonzero(rank_grid(plan.config, plan.placement) == rank)[:2])
+    whole = plan.micro_batches_per_data_rank[data_rank]
+    enough = whole if all_microbatches else enough_microbatches(plan, pp_rank, whole)
+    peak = dry_run_peak(
+        model if model is None or isinstance(model, nn.Module) else model(),
+        _shortened(plan, enough),
+        rank,
+        loss_fn=loss_fn,
+        kernels=kernels,
+        whole_rows=whole * plan.config.micro_batch_size,
+        on_progress=lambda share, text: worker.report((share, text)),
+    )
+    device = _device_bytes(plan, cluster)
+    names = ("params", "grads", "optimizer", "activations", "gathered", "working", "communication")
+    return DryRun(
+        rank=rank,
+        pp_rank=pp_rank,
+        stages=tuple(index for index, stage in enumerate(plan.stages) if stage.pp_rank == pp_rank),
+        **{f"{name}_bytes": peak.kind(name) for name in names},
+        reserved_bytes=device[0],
+        capacity_bytes=device[1],
+        phase=peak.phase,
+        module=peak.module,
+        operator=peak.operator,
+        step=peak.step,
+        step_peaks_bytes=peak.step_peaks,
+        largest=peak.tensors[:NUM_LARGEST],
+        timeline=peak.timeline,
+        num_microbatches=whole,
+        microbatches_run=enough,
+        kernels=kernels,
+        predicted=plan.memory,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _shortened(plan: Plan, num_microbatches: int) -> Plan:
+    """The plan with at most so many micro-batches a data rank."""
+    shares = tuple(min(share, num_microbatches) for share in plan.micro_batches_per_data_rank)
+    batch = sum(shares) * plan.config.micro_batch_size
+    return replace(plan, micro_batches_per_data_rank=shares, workload=replace(plan.workload, global_batch_size=batch))
+
+
+def _device_bytes(plan: Plan, cluster: ClusterProfile | None) -> tuple[int | None, int | None]:
+    """(reserved, capacity) of a device."""
+    if cluster is not None:
+        return cluster.device.reserved_bytes, cluster.device.memory_bytes
+    if plan.memory is not None:
+        return plan.memory.reserved_bytes, plan.memory.capacity_bytes
+    return None, None

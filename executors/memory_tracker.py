@@ -56,6 +56,7 @@ class MemoryTracker(TorchDispatchMode):
     def __init__(self, parallel: ParallelModel, *, cuda: bool = False) -> None:
         super().__init__()
         self._cuda = cuda
+        self.failed_at = ""  # where the first operator failed
         self._parallel = parallel
         self._blocks: list[Block] = []
         self._alive: dict[int, tuple[Block, weakref.ref[Any]]] = {}  # by the address of the storage
@@ -86,7 +87,13 @@ class MemoryTracker(TorchDispatchMode):
             return NotImplemented  # DTensor takes itself apart into local operators, which come back here
         if func is torch.ops._c10d_functional.wait_tensor.default and isinstance(args[0], FakeTensor):
             return args[0]  # as on real tensors; torch's stand-in for fake ones makes another
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except RuntimeError:
+            if not self.failed_at:
+                phase, module = self._places.now()
+                self.failed_at = f"in the {phase} of {module or 'the stage'} ({func._schema.name})"
+            raise
         if self._places.label == IGNORED:
             return result
         aliased = any(given.alias_info is not None for given in func._schema.returns)

@@ -196,7 +196,7 @@ class _Rank:
 
     def count(self) -> None:
         """``COUNTED`` steps with every tensor counted."""
-        from meshwright.executors.dry_run import track_steps
+        from meshwright.executors.memory_steps import track_steps
 
         self.counted = track_steps(self.trained, COUNTED, kernels="cpu")
 
