@@ -81,30 +81,37 @@ def _numbers(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> tuple[Numbe
 def _moments(blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: FloatArray) -> dict[Moment, KindBytes]:
     """What a rank holds at each moment at which it may hold the most.
 
-    ZeRO 3 holds two gathered units (the one in use and the one prefetched) beside the unit outside the blocks; from 1
-    on two whole units are being reduced; a recomputed block's activations, or the loss's intermediates, exist beside.
+    ZeRO 3 holds two gathered units (the one in use and the one prefetched) beside the unit outside the blocks. The loss
+    works beside the gradient of the head, a block's backward beside what it recomputes and, from ZeRO 1 on, two whole
+    units that are being reduced.
     """
     batch, workload, recipe = pipe.batch, pipe.workload, pipe.workload.recipe
     numbers, largest, outer = _numbers(blocks, pipe, rank)
     zero = batch.zero_stage
     state = state_bytes(numbers, workload, pipe.framework, batch)
-    working = np.zeros(len(batch))
-    for index, block in enumerate(blocks):
+    loss, working, head = np.zeros(len(batch)), np.zeros(len(batch)), np.zeros(len(batch))
+    for index, (kind, block) in enumerate(zip(pipe.kinds.kinds, blocks, strict=True)):
         share = min(float(pipe.counts[rank, :, index].sum()), 1.0)  # of a head split over stages
-        working = np.maximum(working, share * block.working)
+        if kind.kind is BlockKind.HEAD:
+            loss, head = share * block.working, share * block.params.gathered
+        else:
+            working = np.maximum(working, share * block.working)
     weight, grad = float(recipe.params.num_bytes), float(recipe.grads.num_bytes)
-    traits = pipe.framework.memory
+    traits, sharded = pipe.framework.memory, zero >= 1
     units = outer.gathered + np.minimum(traits.units * largest.gathered, numbers.gathered - outer.gathered)
     unit = np.maximum(largest.gathered, outer.gathered)
-    reduced = units if traits.outer_apart else np.minimum(2.0 * unit, numbers.gathered)
-    reducing = np.where(zero >= 1, reduced * grad, 0.0)
+    reducing = np.where(sharded, traits.units * largest.gathered * grad, 0.0)  # beside a block's backward
+    made = np.where(sharded, head * weight, 0.0)  # beside the loss
     flattened = np.where((zero == 0) & (batch.dp * batch.cp > 1), unit * grad, 0.0)
+    if traits.outer_apart:
+        reducing = made = np.where(sharded, units * grad, 0.0)
     if traits.reduces_in_place:
-        reducing, flattened = np.where(zero == 3, reducing, 0.0), np.zeros(len(batch))
+        reducing, made, flattened = np.where(zero == 3, reducing, 0.0), np.zeros(len(batch)), np.zeros(len(batch))
     if traits.bucket_numbers:
         buckets = np.minimum(2.0 * traits.bucket_numbers, numbers.whole) * grad
-        reducing = np.where(zero == 3, reducing, buckets)
-    momentary = np.maximum(working + reducing, flattened)
+        reducing = made = np.where(zero == 3, reducing, buckets)
+    momentary = np.maximum(np.maximum(loss + made, working + reducing), flattened)
+    working = np.minimum(np.maximum(loss, working), momentary)
     moments = {
         Moment.BACKWARD: KindBytes(
             params=state.params,
@@ -112,8 +119,8 @@ def _moments(blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: Flo
             optimizer=state.optimizer,
             activations=_activations(blocks, pipe, rank),
             gathered=state.gathered + np.where(zero == 3, units * weight, 0.0),
-            working=np.minimum(working, momentary),
-            communication=momentary - np.minimum(working, momentary) + _received(pipe, rank, hop_bytes),
+            working=working,
+            communication=momentary - working + _received(pipe, rank, hop_bytes),
         )
     }
     if traits.update:

@@ -39,6 +39,7 @@ _FSDP_FRAGMENTATION = 0.05
 MESHWRIGHT = Framework(
     name="meshwright",
     schedules=tuple(Schedule),
+    defers_products=True,
     zero_stages=(0, 1, 2, 3),
     recomputes=(Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL),
     context_parallel=False,
@@ -317,12 +318,14 @@ _COMPILED_MEMORY = MemoryTraits(
     # its gradient, its exponential, their sum and the product exist
     sharded_loss=LossTensors(kept_float32=1.0, beside_float32=4.0),
 )
-# the loss was not compiled from December 2024 to April 2025 (torchtitan e8977b0): a float32 copy and its log-softmax
-_EAGER_LOSS = LossTensors(kept_float32=1.0, beside=1.0, beside_float32=1.0)
+# the loss was not compiled from December 2024 to April 2025 (torchtitan e8977b0): log-softmax in float32, of which the
+# backward holds two gradients besides
+_EAGER_LOSS = LossTensors(kept_float32=1.0, beside_float32=2.0)
 
 TORCHTITAN = replace(
     MESHWRIGHT,
     name="torchtitan",
+    defers_products=False,
     memory=_COMPILED_MEMORY,
     context_parallel=True,
     partial_sharding=True,
@@ -330,7 +333,7 @@ TORCHTITAN = replace(
     eager_rms_norm=False,
     # torchtitan/parallelisms/parallelize_llama.py: outputs of every second matmul, of attention and of reduce-scatters
     # are kept
-    selective=Selective(rest=1.0, core=0.0, projections=0.5, gathers=True, outputs=0.45),  # k, out and up are not
+    selective=Selective(rest=1.0, core=0.0, projections=0.5, gathers=True, outputs=0.55),  # k, out, up, down are not
     float8=True,
     float8_gathers=True,
     row_scaled_factor=1.7,
