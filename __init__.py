@@ -64,6 +64,8 @@ _PUBLIC = {
     "make_plan": "meshwright.planner.search",
     "parallelize": "meshwright.executors.apply",
     "ParallelModel": "meshwright.executors.apply",
+    "DryRun": "meshwright.executors.dry_run",
+    "dry_run": "meshwright.executors.dry_run",
 }
 
 __all__ = ["Error", "InfeasibleError", "InputError", "RunError", "__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]

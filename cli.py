@@ -17,6 +17,7 @@ import typer
 
 import meshwright
 from meshwright.cli_accuracy import CALIBRATE_EXAMPLE, VALIDATE_EXAMPLE, calibrate, validate
+from meshwright.cli_dry_run import DRY_RUN_EXAMPLE, dry_run
 from meshwright.cli_plan import ESTIMATE_EXAMPLE, PLAN_EXAMPLE, AsJson, ModelName, Quiet, estimate, plan
 
 app = typer.Typer(
@@ -235,6 +236,7 @@ def measure(
         show_measurements(found, stdout_console())
 
 
+app.command(name="dry-run", epilog=DRY_RUN_EXAMPLE)(dry_run)
 app.command(epilog=VALIDATE_EXAMPLE)(validate)
 app.command(epilog=CALIBRATE_EXAMPLE)(calibrate)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshwright.cost_models.estimate import KINDS
 from meshwright.profiler.record import record
 
-NUM_LARGEST = 20
 TIMELINE_POINTS = 200
 
 
@@ -131,7 +131,7 @@ def find_peak(blocks: Sequence[Block], windows: Sequence[int], steps: Sequence[i
     )
 
 
-def _decimated(alive: np.ndarray, totals: np.ndarray, start: int, stop: int) -> tuple[TimePoint, ...]:  # type: ignore[type-arg]
+def _decimated(alive: NDArray[np.int64], totals: NDArray[np.int64], start: int, stop: int) -> tuple[TimePoint, ...]:
     """The highest moment of each of ``TIMELINE_POINTS`` equal stretches."""
     edges = np.unique(np.linspace(start, stop, TIMELINE_POINTS + 1).astype(int))
     points = [first + int(totals[first:last].argmax()) for first, last in pairwise(edges)]

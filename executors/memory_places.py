@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._C._autograd import _get_sequence_nr as _sequence_number  # pyright: ignore[reportMissingModuleSource]
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -24,7 +25,6 @@ from meshwright.executors.data_parallel import local
 
 if TYPE_CHECKING:
     from meshwright.executors.apply import ParallelModel
-    from meshwright.executors.memory_tracker import MemoryTracker
 
 IGNORED = "ignored"
 
@@ -36,7 +36,7 @@ class Places:
     wrapped to say so.
     """
 
-    def __init__(self, parallel: ParallelModel, tracker: MemoryTracker) -> None:
+    def __init__(self, parallel: ParallelModel, tracker: Any) -> None:
         self.label: str | None = None
         self.window: int | None = None
         self.steps: list[int] = []
@@ -150,5 +150,5 @@ class Places:
             self._change()
 
     def _change(self) -> None:
-        self._numbers.append(torch._C._autograd._get_sequence_nr())
+        self._numbers.append(_sequence_number())
         self._modules.append(self._stack[-1] if self._stack else "")

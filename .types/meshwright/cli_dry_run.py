@@ -1,0 +1,1 @@
+../../cli_dry_run.py
