@@ -136,6 +136,7 @@ class HostCost:
     collective_s: float = 0.0  # one call of a collective
     skew_s: float = 0.0  # a tp collective waits so long, on the device, for the last of its ranks
     pipelined_collective_s: float = 0.0  # the same for each rank of a tp group, on top, while a pipeline runs beside it
+    checked_collective_s: float = 0.0  # for each rank of its group that a collective meets before it starts, exposed
     hop_s: float = 0.0  # one send or receive between stages, exposed
     microbatch_s: float = 0.0  # one micro-batch on one stage: the schedule's own work, exposed
     step_s: float = 0.0  # one step: batch, bookkeeping, synchronisation, exposed
@@ -196,6 +197,7 @@ class Framework:
     tensor_parallel: bool = True
     pipeline_parallel: bool = True
     torch_schedules: bool = True  # its pipelines are torch's, with their rules for the number of micro-batches
+    defers_products: bool = False  # a split backward puts off the products of blocks' weights; else it is torch's own
     half_precision: bool = False  # runs float16 (loss scaling)
     float8: bool = False  # runs float8 matmuls
     float8_gathers: bool = False  # with them, gathers weights and sequence-parallel activations in float8
@@ -234,7 +236,8 @@ def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, worklo
         _runs(batch, num_microbatches(batch, workload), framework) | (_remainder(batch, workload) != 0),
     ]
     if framework.torch_schedules:
-        rules.append(~splits_backward(batch) | (batch.is_recompute(Recompute.NONE) & (batch.zero_stage < 2)))
+        recomputes = framework.defers_products | batch.is_recompute(Recompute.NONE)
+        rules.append(~splits_backward(batch) | (recomputes & (batch.zero_stage < 2)))
     elif framework.partition is Partition.EVEN:
         rules.append(model.num_layers % batch.num_stages == 0)
     if not framework.tensor_parallel:
@@ -282,13 +285,12 @@ def _runs(batch: ConfigBatch, count: IntArray, framework: Framework) -> BoolArra
 def splits_backward(batch: ConfigBatch) -> BoolArray:
     """Whether some backwards are split, into gradients of inputs and of weights; shape ``[num_configs]``.
 
-    On a target whose pipelines are torch's, these run without recompute and with ZeRO 0 or 1 only
-    (``torch/distributed/pipelining/_backward.py``):
-
-    * torch walks the graph of a stage once for its input and once more for each group of weights that meet it in one
-      place, and each walk recomputes the block: counted on real ranks, a Llama block runs 11 forwards (one, one for its
-      input, nine for its weights) under full recompute; selective recompute refuses a second walk;
-    * gradients of weights come for the whole stage at a time, so that sharding them, or the weights, saves nothing.
+    On a target whose pipelines are torch's, these run with ZeRO 0 or 1 only: gradients of weights come for the whole
+    stage at a time, so that sharding them, or the weights, saves nothing. Where the split is torch's own too
+    (``torch/distributed/pipelining/_backward.py``), they run without recompute: torch walks the graph of a stage once
+    for its input and once more for each of its weights, and each walk recomputes the block: counted on real ranks, a
+    Llama block runs 11 forwards (one, one for its input, nine for its weights) under full recompute; selective
+    recompute refuses a second walk. What ``defers_products`` says instead is in ``executors/weight_gradients.py``.
     """
     return batch.is_schedule(*SPLIT_BACKWARD)
 

@@ -124,20 +124,20 @@ def holdings(
 ) -> FloatArray:
     """What a rank holds at its fullest moments, by chunk, in micro-batches: ``[num_moments, 2, num_configs, vpp]``.
 
-    First those *held*, whose saved activations are there: from a micro-batch's forward to its backward, or to its
-    weight gradients where backward is split, as torch keeps the whole graph until then
-    (``torch/distributed/pipelining/_backward.py: stage_backward_input``). Second those of them that *wait* for their
-    weight gradients, with the gradients of what every layer with weights put out. The first stage waits with nothing:
-    its whole backward runs in the place of the weight gradients. Which moment is the peak depends on what either
-    weighs; no moment of the step has more of both than one of these, and the first of them has most held.
+    First those *held*, whose saved activations are all there: from a micro-batch's forward to its backward, or to the
+    gradient of its input where backward is split. Second those that *wait* from there to their weight gradients, with
+    what these take: inputs of blocks' matrices and gradients of their outputs (``executors/weight_gradients.py``); with
+    torch's own split (``torch/distributed/pipelining/_backward.py``) these gradients and all that was held. Which
+    moment is the peak depends on what either weighs: whatever that is, if chunks weigh alike, one of these is it. The
+    first of them has most held.
 
-    Held is what the lists of actions say:
+    They are what the lists of actions say:
 
-    * gpipe all ``m``, 1f1b ``min(pp - rank, m)``, and nothing waits;
+    * gpipe holds all ``m``, 1f1b ``min(pp - rank, m)``, and nothing waits;
     * interleaved ``(vpp - 1) * per_round + 2 (pp - 1 - rank)`` warm-up forwards and one more, at most ``vpp * m``,
       dealt to chunks ``per_round`` at a time; nothing waits;
-    * the others as counted on the lists: with zb-h1 all ranks hold ``pp``, of which ``rank + 1`` wait; with zbv all
-      hold about ``2 * pp``, and the last ranks have nearly all of them waiting in the cool-down.
+    * the others as counted on the lists: with zb-h1 ``pp - rank`` are held and up to ``rank + 1`` wait; with zbv about
+      ``2 * pp`` are held at first, and on the last ranks nearly as many wait in the cool-down.
 
     Raises ``InputError`` where the schedule does not run with these numbers.
     """
@@ -165,25 +165,30 @@ _Counts = tuple[float, ...]  # of each chunk
 def _fullest(
     schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: int
 ) -> tuple[tuple[_Counts, _Counts], ...]:
-    """(held, waiting) of the moments that no other has more than, those with most held first."""
+    """(held, waiting) of the moments one of which is the peak, those with most held first."""
     chunk_of = {int(stage): chunk for chunk, stage in enumerate(stage_indices(schedule, pp, vpp)[rank])}
     held, waiting = [0.0] * vpp, [0.0] * vpp
     moments: dict[tuple[_Counts, _Counts], None] = {}  # in the order of time
     for action in rank_actions(schedule, pp, vpp, microbatches)[rank]:
         chunk = chunk_of[action.stage]
-        waits = float(action.stage > 0)
-        if action.kind is Pass.FORWARD:
-            held[chunk] += 1.0
-        elif action.kind is Pass.INPUT_GRADIENT:
-            waiting[chunk] += waits
-        else:
-            held[chunk] -= 1.0
-            waiting[chunk] -= waits * (action.kind is Pass.WEIGHT_GRADIENT)
+        held[chunk] += {Pass.FORWARD: 1.0, Pass.WEIGHT_GRADIENT: 0.0}.get(action.kind, -1.0)
+        waiting[chunk] += {Pass.INPUT_GRADIENT: 1.0, Pass.WEIGHT_GRADIENT: -1.0}.get(action.kind, 0.0)
         moments[tuple(held), tuple(waiting)] = None
-    full = [moment for moment in moments if not any(_more(other, moment) for other in moments)]
+    corners = _corners({(sum(held), sum(waiting)) for held, waiting in moments})
+    full = [moment for moment in moments if (sum(moment[0]), sum(moment[1])) in corners]
     return tuple(sorted(full, key=lambda moment: -sum(moment[0])))
 
 
-def _more(one: tuple[_Counts, _Counts], other: tuple[_Counts, _Counts]) -> bool:
-    pairs = zip((*one[0], *one[1]), (*other[0], *other[1]), strict=True)
-    return one != other and all(a >= b for a, b in pairs)
+def _corners(points: set[tuple[float, float]]) -> set[tuple[float, float]]:
+    """Corners of the convex hull's upper right: those with the largest ``x + w y`` for some ``w`` from 0 on."""
+    corners: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (-point[0], -point[1])):  # from the right, upwards
+        if corners and y <= corners[-1][1]:
+            continue
+        while len(corners) > 1:
+            (x0, y0), (x1, y1) = corners[-2:]
+            if (x0 - x1) * (y - y1) < (x1 - x) * (y1 - y0):
+                break
+            corners.pop()
+        corners.append((x, y))
+    return set(corners)

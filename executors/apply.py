@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from meshwright import InputError
-from meshwright.cost_models.strategy import SPLIT_BACKWARD
+from meshwright.cost_models.strategy import SPLIT_BACKWARD, Recompute
 from meshwright.executors.checks import check_cluster, check_environment, check_model, check_plan
 from meshwright.executors.clip import global_grad_norm, scale_grads
 from meshwright.executors.data_parallel import DataParallel, local, torch_dtype
@@ -84,7 +84,9 @@ def _split_stage(index: int, module: StageModule, plan: Plan, mesh: Mesh, rules:
         split = apply_tensor_parallel(module.model, rules, tp_mesh, sequence_parallel=config.sequence_parallel)
     put_off = None
     if config.schedule in SPLIT_BACKWARD:
-        put_off = WeightGradients(module.blocks.values(), tensor_parallel=config.tp > 1)
+        put_off = WeightGradients(
+            module.blocks.values(), tensor_parallel=config.tp > 1, recomputed=Recompute.FULL in stage.recompute
+        )
     for layer, block in module.blocks.items():
         apply_recompute(block, stage.recompute[layer - stage.first_layer])
     sharded = DataParallel(module, list(module.blocks.values()), mesh, config.zero_stage, recipe)

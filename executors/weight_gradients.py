@@ -33,11 +33,13 @@ _Waiting = tuple[nn.Parameter, Tensor, Tensor, bool]  # weight, input, gradient 
 class WeightGradients:
     """Of one stage's ``blocks``, whose matrices are changed in place; ``put_off`` says whether the coming backward is.
 
-    Matrices that tensor parallelism has split ask for it themselves (``tp_modules``).
+    Matrices that tensor parallelism has split ask for it themselves (``tp_modules``). ``recomputed`` blocks will run
+    again as a whole.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], *, tensor_parallel: bool) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], *, tensor_parallel: bool, recomputed: bool) -> None:
         self.put_off = False
+        self._recomputed = recomputed
         self._waiting: deque[_Waiting] = deque()
         for block in blocks:
             if tensor_parallel:
@@ -63,7 +65,8 @@ class WeightGradients:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return compute(x, matrix, *([bias] if with_bias else []))
         use = _Use(self, module._parameters["weight"], transposed)
-        x = _Input.apply(x, matrix.detach(), use)
+        if self._recomputed:
+            x = _Input.apply(x, matrix.detach(), use)
         product: Tensor = _Product.apply(x, matrix.detach(), bias, use, compute)
         return product
 
@@ -85,11 +88,11 @@ class _Use:
 
     def __init__(self, owner: WeightGradients, weight: Any, transposed: bool) -> None:
         self.owner, self.weight, self.transposed = owner, weight, transposed
-        self.saved: Any = None  # the context that has input and matrix
+        self.saved: Any = None  # the context that has input and matrix, if not the product's own
 
 
 class _Input(torch.autograd.Function):
-    """Saves what backward takes ahead of the product, as torch's operators do: recompute stops there, not behind it."""
+    """Saves what backward takes ahead of the product, as torch's operators do: full recompute stops there."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, use: _Use) -> Tensor:
@@ -108,12 +111,14 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, use: _Use, compute: Callable[..., Tensor]
     ) -> Tensor:
         ctx.use = use
+        if use.saved is None:
+            ctx.save_for_backward(x, matrix)
         return compute(x, matrix) if bias is None else compute(x, matrix, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None, None, None]:
         (grad,), use = grads, ctx.use
-        x, matrix = use.saved.saved_tensors
+        x, matrix = (use.saved or ctx).saved_tensors
         use.owner.note(use.weight, x.detach(), grad, use.transposed)
         to_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return grad @ matrix, None, to_bias, None, None

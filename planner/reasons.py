@@ -139,12 +139,12 @@ def _unsupported(config: ParallelConfig, model: ModelSpec, workload: Workload, f
         return f"with tp={config.tp}, {name} runs vocab_parallel {'on' if framework.vocab_parallel else 'off'} only"
     if config.tp > 1 and model.moe is not None and not framework.tensor_parallel_moe:
         return f"{name} does not cut a model with experts by tp, found tp={config.tp}"
-    return _unsupported_schedule(config, config.num_microbatches(workload.global_batch_size), name)
+    return _unsupported_schedule(config, config.num_microbatches(workload.global_batch_size), framework)
 
 
-def _unsupported_schedule(config: ParallelConfig, number: int, name: str) -> str:
+def _unsupported_schedule(config: ParallelConfig, number: int, framework: Framework) -> str:
     schedule = config.schedule
-    if schedule in SPLIT_BACKWARD and config.recompute is not Recompute.NONE:
+    if schedule in SPLIT_BACKWARD and config.recompute is not Recompute.NONE and not framework.defers_products:
         return (
             f"{schedule.value} splits backward, in which torch would recompute a block once for each of its weights: "
             f"it runs recompute=none only, found {config.recompute.value}"
@@ -164,4 +164,4 @@ def _unsupported_schedule(config: ParallelConfig, number: int, name: str) -> str
     if schedule in (Schedule.INTERLEAVED, Schedule.ZB_H1):
         rounds = max(1, number // config.pp)
         return f"{schedule.value} over pp={config.pp} runs {rounds} rounds, which must divide {number} micro-batches"
-    return f"{name} does not run {config.describe()} with {number} micro-batches"
+    return f"{framework.name} does not run {config.describe()} with {number} micro-batches"

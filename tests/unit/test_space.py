@@ -176,7 +176,7 @@ def enumerate_legal(p: Problem, *, everything: bool) -> set[tuple[object, ...]]:
                                 continue
                             if stage >= 2 and not whole:
                                 continue
-                            for recompute in ("none", "selective", "full") if whole else ("none",):
+                            for recompute in ("none", "selective", "full"):
                                 found.add(
                                     (
                                         tp,

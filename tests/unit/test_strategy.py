@@ -189,10 +189,7 @@ def test_what_has_no_effect_is_said(config: ParallelConfig, sentence: str) -> No
     ("config", "sentence"),
     [
         (ParallelConfig(pp=2, vpp=2, schedule=Schedule.ZBV), None),
-        (
-            ParallelConfig(pp=2, vpp=2, schedule=Schedule.ZBV, recompute=Recompute.FULL),
-            "zbv splits backward, in which torch would recompute a block once for each of its weights",
-        ),
+        (ParallelConfig(pp=2, vpp=2, schedule=Schedule.ZBV, recompute=Recompute.FULL), None),
         (
             ParallelConfig(pp=2, dp=2, schedule=Schedule.ZB_H1, zero_stage=3, dp_shard=2),
             "zb-h1 works out gradients of weights for a whole stage at a time: it runs zero_stage 0 and 1, found 3",
@@ -232,6 +229,15 @@ def test_a_schedule_that_the_target_lacks_is_said() -> None:
     config = ParallelConfig(pp=2, vpp=2, schedule=Schedule.ZBV)
     found = why_illegal(config, LLAMA, WORKLOAD, framework_named("megatron-bridge"))
     assert found == "megatron-bridge does not run schedule=zbv: it runs 1f1b, interleaved"
+
+
+def test_recompute_under_torchs_own_split_is_said() -> None:
+    config = ParallelConfig(pp=2, vpp=2, schedule=Schedule.ZBV, recompute=Recompute.FULL)
+    found = why_illegal(config, LLAMA, WORKLOAD, framework_named("torchtitan"))
+    assert found == (
+        "zbv splits backward, in which torch would recompute a block once for each of its weights: "
+        "it runs recompute=none only, found full"
+    )
 
 
 def test_every_reason_has_a_sentence() -> None:
