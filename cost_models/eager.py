@@ -73,10 +73,12 @@ class _Writer:
         self.tokens = batch.micro_batch_size * (workload.seq_len / batch.cp)
         self.shard = self.tokens / self.tp if self.sequence_parallel else self.tokens
         self.several = batch.micro_batch_size > 1
+        self.in_decoder = False
         self.tape = Tape(0.0)
 
     def block(self, block: Block) -> Tape:
         hidden = block.layers[0].hidden
+        self.in_decoder = block.kind is BlockKind.DECODER
         self.tape = Tape(self.shard * hidden * self.size)
         stream = normed = 0
         for layer in block.layers:
@@ -120,10 +122,13 @@ class _Writer:
         return self.layer_norm(x) if layer.norm_kind is NormKind.LAYER else self.rms_norm(x)
 
     def layer_norm(self, x: int) -> int:
-        return self.tape.run(x, self.bytes_of(x), saves=(x,))
+        return self.tape.run(x, self.bytes_of(x), saves=(x,), weights=0.0)
 
     def rms_norm(self, x: int) -> int:
-        """``weight * (x32 * rsqrt(x32.pow(2).mean() + eps)).to(x.dtype)``; a number a row is left out."""
+        """``weight * (x32 * rsqrt(x32.pow(2).mean() + eps)).to(x.dtype)``; a number a row is left out.
+
+        In backward the weight's gradient is a whole tensor before it is summed.
+        """
         run = self.tape.run
         wide = self.wider(x)
         size = self.bytes_of(wide)
@@ -131,7 +136,7 @@ class _Writer:
         mean = run(squares, 0.0)
         normed = run((wide, mean), size, saves=(wide,), backward=size)  # a row's gradient before it is summed
         narrow = self.narrower(normed)
-        return run(narrow, self.bytes_of(narrow), saves=(narrow,), backward=self.bytes_of(narrow))  # the weight's
+        return run(narrow, self.bytes_of(narrow), saves=(narrow,), weights=0.0, backward=self.bytes_of(narrow))
 
     def linear(
         self, x: int, rows: Bytes, inputs: Bytes, outputs: Bytes, *, bias: bool = False, row_split: bool = False
@@ -139,7 +144,9 @@ class _Writer:
         """A projection of ``rows`` tokens; its weight's gradient is made beside its input's."""
         weights = (inputs * outputs + (outputs if bias else 0.0)) * self.size
         kept = not (row_split and self.split)  # of a product split by rows the sum over tp is kept
-        return self.tape.run(x, rows * outputs * self.size, saves=(x,), weights=weights, kept=kept)
+        return self.tape.run(
+            x, rows * outputs * self.size, saves=(x,), weights=weights, kept=kept, puts_off=self.in_decoder
+        )
 
     # -- ends of a region under tensor parallelism ----------------------------------------------------------------
 
@@ -253,7 +260,9 @@ class _Writer:
         run, wide = self.tape.run, self.wide / self.size
         chosen = self.tokens * layer.top_k
         row = chosen * layer.hidden * self.size
-        logits = self.linear(x, self.tokens, layer.hidden, float(layer.num_experts))
+        logits = self.tape.run(
+            x, self.tokens * layer.num_experts * self.size, saves=(x,), kept=True
+        )  # its weight is small
         scores = run(self.wider(logits), self.tokens * layer.num_experts * self.wide, saves_output=True)
         taken = run(x, row)
         ways_in = 2.0 if layer.gated else 1.0

@@ -46,6 +46,7 @@ class Moment(StrEnum):
 
     BACKWARD = "backward"
     LOSS = "loss"  # logits and their loss, forward or backward
+    WEIGHTS = "weights"  # weight gradients of a whole stage, where backward is split
     REDUCTION = "reduction"  # a unit's gradients in a flat buffer
     UPDATE = "update"  # the optimizer's step
 

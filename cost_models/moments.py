@@ -35,7 +35,7 @@ from meshwright.cost_models.framework import Framework, microbatches_per_round, 
 from meshwright.cost_models.residency import Numbers, state_bytes
 from meshwright.cost_models.saved import BlockBytes
 from meshwright.cost_models.strategy import SPLIT_BACKWARD, ConfigBatch, IntArray, Schedule
-from meshwright.cost_models.tape import Lifetimes, Most
+from meshwright.cost_models.tape import Lifetimes
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.model import BlockKind
 
@@ -77,9 +77,9 @@ class Pipeline:
 class State:
     """Where in the step a rank is when a chunk's backward starts; arrays ``[num_configs, vpp]`` or ``[num_configs]``.
 
-    ``held`` micro-batches of each chunk are in flight, the one at hand among them, ``waiting`` of them for their weight
-    gradients; ``sent`` have gone through, ``back`` of them backward too; ``resident`` chunks have gradients of earlier
-    micro-batches.
+    ``held`` micro-batches of each chunk are in flight, the one at hand among them; ``waiting`` ones wait for their
+    gradients of matrices; ``sent`` have gone through, ``back`` of them backward too; ``resident`` chunks have gradients
+    of earlier micro-batches; it is a chunk's ``last`` backward of the step.
     """
 
     chunk: int
@@ -208,6 +208,7 @@ class _Backward:
         self.resident = state.resident[:, state.chunk]
         self.last = np.broadcast_to(np.asarray(state.last), self.nothing.shape)
         self.reduces = rank.sharded & ((self.zero >= 2) | self.last)
+        self.splits = rank.pipe.schedule in SPLIT_BACKWARD
         self.in_flight = self._in_flight()
         self.grads = self._resident_grads()
         self.sent_back = self._sent_back()
@@ -223,7 +224,9 @@ class _Backward:
         for chunk in range(len(counts)):
             held = state.held[:, chunk]
             for index in np.flatnonzero(counts[chunk]):
-                total = total + counts[chunk, index] * held * self.lives[index].saved
+                lives = self.lives[index]
+                saved = held * lives.saved + state.waiting[:, chunk] * lives.inputs
+                total = total + counts[chunk, index] * saved
             if len(rank.pipe.counts) == 1:
                 continue
             if not counts[chunk, 0]:  # what it received, where its first block does not save that anyway
@@ -243,7 +246,7 @@ class _Backward:
                 back = state.back[:, chunk]
                 total = total + rank.hop * (np.minimum(back, 1.0) if one_at_a_time else back)
             for index in np.flatnonzero(counts[chunk]):
-                total = total + counts[chunk, index] * state.waiting[:, chunk] * self.lives[index].waiting
+                total = total + counts[chunk, index] * state.waiting[:, chunk] * self.lives[index].outputs
         return total
 
     def _resident_grads(self) -> FloatArray:
@@ -291,12 +294,28 @@ class _Backward:
             yield self._loss_backward(self.head)
             left = left - self.head.saved
         yield self._first_block(left)
-        yield self._reduction(left - self.lives[self.first_kind].saved)
+        if self.splits:
+            yield self._weight_gradients()
+        yield from self._reduction(left - self.lives[self.first_kind].saved)
         if self.num_blocks >= 2.0:
             yield self._second_block(left)
             yield self._last_block()
         if self.outer.whole.any():
-            yield self._outer_reduction()
+            yield from self._outer_reduction()
+
+    def _on_chunk(self, name: str) -> FloatArray:
+        """Of all blocks of the chunk."""
+        present = np.flatnonzero(self.counts)
+        return sum((self.counts[index] * getattr(self.lives[index], name) for index in present), self.nothing)
+
+    def _weight_gradients(self) -> tuple[Moment, KindBytes]:
+        """All gradients of matrices of a stage at once, before they are added to those of earlier micro-batches."""
+        rank, chunk = self.rank, self.state.chunk
+        inner, waits = rank.chunks[chunk][1].whole, self.state.waiting[:, chunk] > 0
+        own = np.where(rank.unit_grads, inner * rank.weight, 0.0) - self._on_chunk("outputs")
+        grads = np.where(self.resident, 0.0, inner * rank.grad)
+        working = np.where(waits, own, -np.inf)
+        return self._at(Moment.WEIGHTS, self.in_flight - self._on_chunk("inputs"), working, grads=grads)
 
     def _flat(self, unit: Numbers) -> FloatArray:
         return unit.gathered * self.rank.weight
@@ -314,9 +333,9 @@ class _Backward:
             Moment.LOSS, self.in_flight, head.forward - head.saved, gathered=gathered, communication=self.carried
         )
 
-    def _split(self, most: tuple[Most, Most]) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def _parted(self, lives: Lifetimes) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Activations, gradients that stay and the rest of a block's fullest moment."""
-        backward, adding = most
+        backward, adding = (lives.deferring, lives.deferring) if self.splits else (lives.backward, lives.adding)
         kept = self.rank.unit_grads | ~self.resident
         activations = np.where(kept, backward.activations, adding.activations)
         weights = np.where(kept & ~self.rank.unit_grads, backward.weights, 0.0)
@@ -326,7 +345,7 @@ class _Backward:
     def _loss_backward(self, head: Lifetimes) -> tuple[Moment, KindBytes]:
         """The same backward; ZeRO 3 gathers the last block already."""
         unit = self.rank.blocks[self.first_kind].params
-        activations, grads, working = self._split((head.backward, head.adding))
+        activations, grads, working = self._parted(head)
         gathered = np.where(self.zero == 3, self._flat(unit), 0.0) + self._outer_gathered()
         return self._at(
             Moment.LOSS,
@@ -348,7 +367,7 @@ class _Backward:
         self, index: int, left: FloatArray, *, gathered: FloatArray, communication: FloatArray, done: FloatArray
     ) -> tuple[Moment, KindBytes]:
         lives = self.lives[index]
-        activations, grads, working = self._split((lives.backward, lives.adding))
+        activations, grads, working = self._parted(lives)
         stay, under_way = self._head_grads()
         received = self.nothing if self.head is not None else self.rank.hop  # the gradient it starts from
         return self._at(
@@ -366,23 +385,39 @@ class _Backward:
         gathered = np.where(self.zero == 3, units * self._flat(unit), 0.0) + self._outer_gathered()
         return self._block(self.first_kind, left, gathered=gathered, communication=self.carried, done=self.nothing)
 
-    def _reduction(self, left: FloatArray) -> tuple[Moment, KindBytes]:
+    def _reduction(self, left: FloatArray) -> Iterator[tuple[Moment, KindBytes]]:
         """The first block's gradients are copied into a flat buffer and reduced."""
         rank, unit = self.rank, self.rank.blocks[self.first_kind].params
         stay, under_way = self._head_grads()
-        flat = unit.gathered * rank.grad
-        grads = np.where(self.rank.unit_grads, unit.whole * rank.weight, 0.0)
         units = 1.0 if self.num_blocks >= 2.0 else 0.0
-        freed = np.where(self.last & (self.zero < 3), -self._flat(unit), 0.0)
-        gathered = np.where(self.zero == 3, units * self._flat(unit), np.where(rank.sharded, freed, 0.0))
-        beside = np.where(self.zero == 0, unit.whole * rank.grad, 0.0)  # the quotient
-        return self._at(
+        freed = np.where(self.last & rank.sharded, -self._flat(unit), 0.0)
+        gathered = np.where(self.zero == 3, units * self._flat(unit), freed) + self._outer_gathered()
+        yield from self._reduced(unit, left, gathered, stay, under_way)
+
+    def _reduced(
+        self, unit: Numbers, activations: FloatArray, gathered: FloatArray, done: FloatArray, under_way: FloatArray
+    ) -> Iterator[tuple[Moment, KindBytes]]:
+        """A unit's gradients beside their copy in the flat buffer; then that beside what it is reduced into."""
+        rank, flat = self.rank, unit.gathered * self.rank.grad
+        summed = self.resident & (self.zero <= 1)  # in the whole gradients
+        own = np.where(rank.unit_grads & ~summed, unit.whole * rank.weight, 0.0)
+        kept = np.where(rank.unit_grads | self.resident, 0.0, unit.whole * rank.grad)
+        yield self._at(
             Moment.REDUCTION,
-            left,
-            np.where(self.resident & (self.zero <= 1), 0.0, grads) + under_way,
-            grads=stay + self._taken_up(unit),
-            gathered=gathered + self._outer_gathered(),
-            communication=np.where(self.reduces, flat + beside, 0.0),
+            activations,
+            own + under_way,
+            grads=done + kept,
+            gathered=gathered,
+            communication=np.where(self.reduces, flat, 0.0),
+        )
+        quotient = np.where(self.zero == 0, unit.whole * rank.grad, 0.0)
+        yield self._at(
+            Moment.REDUCTION,
+            activations,
+            under_way,
+            grads=done + self._taken_up(unit),
+            gathered=gathered,
+            communication=np.where(self.reduces, flat + quotient, 0.0),
         )
 
     def _second_block(self, left: FloatArray) -> tuple[Moment, KindBytes]:
@@ -406,37 +441,22 @@ class _Backward:
 
     def _last_block(self) -> tuple[Moment, KindBytes]:
         rank, unit, others = self.rank, self.rank.blocks[self.last_kind].params, self._others()
-        at_hand = sum(
-            (self.counts[index] * self.lives[index].saved for index in np.flatnonzero(self.counts)), self.nothing
-        )
         freed = np.where(self.last & rank.sharded, -self._flat(others), 0.0)
         gathered = np.where(self.zero == 3, self._flat(unit), freed) + self._outer_gathered()
         return self._block(
             self.last_kind,
-            self.in_flight - at_hand + self.lives[self.last_kind].saved,
+            self.in_flight - self._on_chunk("saved") + self.lives[self.last_kind].saved,
             gathered=gathered,
             communication=np.where(self.reduces, unit.gathered * rank.grad, 0.0),
             done=self._taken_up(others),
         )
 
-    def _outer_reduction(self) -> tuple[Moment, KindBytes]:
+    def _outer_reduction(self) -> Iterator[tuple[Moment, KindBytes]]:
         """What stands outside the blocks comes last."""
-        rank, outer = self.rank, self.outer
-        at_hand = sum(
-            (self.counts[index] * self.lives[index].saved for index in np.flatnonzero(self.counts)), self.nothing
-        )
-        inner = rank.chunks[self.state.chunk][1]
-        freed = np.where(self.last & rank.sharded & (self.zero < 3), -self._flat(inner + outer), 0.0)
-        grads = np.where(rank.unit_grads & ~(self.resident & (self.zero <= 1)), outer.whole * rank.weight, 0.0)
-        beside = np.where(self.zero == 0, outer.whole * rank.grad, 0.0)
-        return self._at(
-            Moment.REDUCTION,
-            self.in_flight - at_hand,
-            grads,
-            grads=self._taken_up(inner) + self._taken_up(outer),
-            gathered=freed,
-            communication=np.where(self.reduces, outer.gathered * rank.grad + beside, 0.0),
-        )
+        rank, inner = self.rank, self.rank.chunks[self.state.chunk][1]
+        freed = np.where(self.last & rank.sharded & (self.zero < 3), -self._flat(inner + self.outer), 0.0)
+        left = self.in_flight - self._on_chunk("saved")
+        yield from self._reduced(self.outer, left, freed, self._taken_up(inner), self.nothing)
 
 
 def _lifetimes(block: BlockBytes) -> Lifetimes:

@@ -41,6 +41,7 @@ class Operator:
     weights: Bytes | None  # gradients of its weights; None without any
     forward: Bytes
     backward: Bytes
+    puts_off: bool  # a matrix whose gradient a split backward works out later
     passes: bool  # its gradient is what it read's gradient too, without a copy
     kept: bool  # selective recompute keeps its output
 
@@ -78,6 +79,7 @@ class Tape:
         forward: Bytes = 0.0,
         backward: Bytes = 0.0,
         kept: bool = False,
+        puts_off: bool = False,
     ) -> int:
         """Add an operator; returns the number of the tensor it makes.
 
@@ -96,7 +98,7 @@ class Tape:
         self.operators.append(
             Operator(
                 reads=read, makes=made, saves=tuple(saved), uses=tuple(used), weights=weights, forward=forward,
-                backward=backward, passes=passes, kept=kept,
+                backward=backward, puts_off=puts_off, passes=passes, kept=kept,
             )
         )  # fmt: skip
         return made
@@ -125,16 +127,19 @@ class Lifetimes:
     ``saved``: what forward leaves for backward. ``forward``: the most that is alive in forward, the block's input among
     it. ``backward``: the fullest moment of the backward where gradients of the block's weights stay until its end;
     ``adding``: the same where each is added to earlier ones as it comes. ``weights``: the gradients of all weights.
-    ``waiting``: where gradients of weights come later, those of what their operators put out. ``keeps_input``: 1
-    where the block's input is among what is saved.
+    ``deferring``: where those of matrices come later, and input and gradient of each are kept for them; ``inputs`` and
+    ``outputs`` are these, the former as far as forward left them. ``keeps_input``: 1 where the block's input is among
+    what is saved.
     """
 
     saved: FloatArray
     forward: FloatArray
     backward: Most
     adding: Most
+    deferring: Most
     weights: FloatArray
-    waiting: FloatArray
+    inputs: FloatArray
+    outputs: FloatArray
     keeps_input: FloatArray
 
     def take(self, rows: NDArray[np.int64]) -> Lifetimes:
@@ -167,8 +172,10 @@ class Lifetimes:
             forward=whole(lambda part: part.forward),
             backward=most(lambda part: part.backward),
             adding=most(lambda part: part.adding),
+            deferring=most(lambda part: part.deferring),
             weights=whole(lambda part: part.weights),
-            waiting=whole(lambda part: part.waiting),
+            inputs=whole(lambda part: part.inputs),
+            outputs=whole(lambda part: part.outputs),
             keeps_input=whole(lambda part: part.keeps_input),
         )
 
@@ -185,6 +192,8 @@ class _Play:
         self.saves = Counter(storage for operator in tape.operators for storage in operator.saves)
         self.last = max((number for number, operator in enumerate(tape.operators) if operator.saves), default=-1)
         made = {tape.storage[operator.makes] for operator in tape.operators if operator.kept}
+        # inputs of matrices
+        self.put_off = {storage for operator in tape.operators if operator.puts_off for storage in operator.saves}
         again = recompute is not Recompute.NONE
         kept = made if recompute is Recompute.SELECTIVE else set()
         self.left = {0} | kept if again else set(self.saves)  # storages that forward leaves
@@ -198,19 +207,25 @@ class _Play:
     def lifetimes(self) -> Lifetimes:
         operators = self.tape.operators
         forward = self._run(operators, {0}, self.left)
-        backward, adding = self._most(), self._most()
+        backward, adding, deferring = self._most(), self._most(), self._most()
         gradient = self.zero + self.tape.gradients[operators[-1].makes]
         if self.recompute is not Recompute.NONE:
             # selective: a block's last kept output is never asked for again, and stays
             again = self._run(operators[: self.last + 1], set(self.left), {*self.left, *self.saves}, stops=True)
-            for most in (backward, adding):
+            for most in (backward, adding, deferring):
                 most.meet(again + gradient, self._bytes(self.left), self.zero)
-        self._backward(gradient, backward, adding)
-        with_weights = [operator for operator in operators if operator.weights is not None]
-        weights = sum((operator.weights for operator in with_weights), self.zero)
-        waiting = sum((self.tape.gradients[operator.makes] for operator in with_weights), self.zero)
+        self._backward(gradient, backward, adding, deferring)
+        outputs = sum((self.tape.gradients[operator.makes] for operator in operators if operator.puts_off), self.zero)
         return Lifetimes(
-            self._bytes(self.left), forward, backward, adding, weights, waiting, self.zero + (0 in self.left)
+            saved=self._bytes(self.left),
+            forward=forward,
+            backward=backward,
+            adding=adding,
+            deferring=deferring,
+            weights=sum((operator.weights for operator in operators if operator.weights is not None), self.zero),
+            inputs=self._bytes(self.put_off & self.left),
+            outputs=outputs + self._bytes(self.put_off - self.left),
+            keeps_input=self.zero + (0 in self.left),
         )
 
     def _run(
@@ -233,7 +248,7 @@ class _Play:
                     now = now - sizes[storage]
         return most
 
-    def _backward(self, gradient: FloatArray, backward: Most, adding: Most) -> None:
+    def _backward(self, gradient: FloatArray, backward: Most, adding: Most, deferring: Most) -> None:
         tape, sizes = self.tape, self.tape.sizes
         references = self.saves.copy()
         if self.recompute is not Recompute.NONE:  # the checkpoint holds its input, and kept outputs not asked for
@@ -244,10 +259,13 @@ class _Play:
         now = self._bytes(references) + gradient
         grads = _Gradients(tape.operators[-1].makes, gradient)
         weights = self.zero
+        other, later, later_activations = self.zero, self.zero, self.zero  # of what is not put off; what is kept for it
 
-        def meet(beside: Bytes, own: Bytes) -> None:
+        def meet(beside: Bytes, own: Bytes, own_other: Bytes = 0.0) -> None:
             backward.meet(now + beside + weights + own, activations, weights + own)
             adding.meet(now + beside + own, activations, self.zero + own)
+            total = now + beside + other + own_other + later
+            deferring.meet(total, activations + later_activations, other + own_other)
 
         for operator in reversed(tape.operators):
             number = grads.pending.pop(operator.makes, None)
@@ -264,13 +282,19 @@ class _Play:
             new = [(tensor, grads.make(tape.gradients[tensor])) for tensor in operator.reads]
             now = now + sum((grads.sizes[each] for _, each in new), self.zero)
             own = 0.0 if operator.weights is None else operator.weights
-            meet(operator.backward, own)
-            weights = weights + own
+            own_other = 0.0 if operator.puts_off else own
+            meet(operator.backward, own, own_other)
+            weights, other = weights + own, other + own_other
+            if operator.puts_off:
+                later = later + tape.gradients[operator.makes]
             for storage in operator.saves:
                 references[storage] -= 1
                 if not references[storage]:
                     now = now - sizes[storage]
-                    activations = activations - (sizes[storage] if storage in self.left else 0.0)
+                    left = sizes[storage] if storage in self.left else 0.0
+                    activations = activations - left
+                    if storage in self.put_off:
+                        later, later_activations = later + sizes[storage], later_activations + left
             now = now - grads.drop(number)
             for tensor, each in new:
                 now = now + grads.take(tensor, each, meet)
