@@ -186,20 +186,22 @@ def _unshared(moments: list[KindBytes]) -> FloatArray:
 
 
 def _activations(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> FloatArray:
-    """Of all micro-batches in flight on a rank: ``[num_configs]``."""
+    """Of all micro-batches in flight on a rank, and of those that wait for weight gradients: ``[num_configs]``."""
     pp, vpp = pipe.counts.shape[:2]
     count = num_microbatches(pipe.batch, pipe.workload)
     per_round = microbatches_per_round(pipe.batch, pipe.workload)
-    flying = pipeline.held_microbatches(pipe.schedule, pp, vpp, rank, count, per_round)
-    if more := pipe.framework.memory.held_more:
-        flying = np.minimum(flying + more, count[:, None])
-    total = np.zeros(len(pipe.batch))
-    for index, block in enumerate(blocks):
-        for chunk in np.flatnonzero(pipe.counts[rank, :, index]):
-            share = pipe.counts[rank, chunk, index]
-            held = np.minimum(flying[:, chunk], SPLIT_HEAD) if share < 1.0 else flying[:, chunk]
-            total = total + share * held * block.saved
-    return total
+    most = np.zeros(len(pipe.batch))
+    for flying, waiting in pipeline.holdings(pipe.schedule, pp, vpp, rank, count, per_round):
+        if more := pipe.framework.memory.held_more:
+            flying = np.minimum(flying + more, count[:, None])
+        total = np.zeros(len(pipe.batch))
+        for index, block in enumerate(blocks):
+            for chunk in np.flatnonzero(pipe.counts[rank, :, index]):
+                share = pipe.counts[rank, chunk, index]
+                held = np.minimum(flying[:, chunk], SPLIT_HEAD) if share < 1.0 else flying[:, chunk]
+                total = total + share * (held * block.saved + waiting[:, chunk] * block.waiting)
+        most = np.maximum(most, total)
+    return most
 
 
 def _received(pipe: Pipeline, rank: int, hop_bytes: FloatArray) -> FloatArray:

@@ -42,19 +42,21 @@ class BlockBytes:
     """Bytes of one block on one rank, arrays of shape ``[num_configs]``.
 
     ``params`` are counts, not bytes. ``saved`` is kept for backward of one micro-batch; ``working`` is what exists
-    beside it for a moment: a recomputed block's activations, the loss's intermediates. ``lifetimes`` tell more where
-    the target's blocks are followed operator by operator.
+    beside it for a moment: a recomputed block's activations, the loss's intermediates. ``waiting`` is kept from the
+    gradient of its input to those of its weights, where backward is split: what matrices read, and gradients of what
+    they put out. ``lifetimes`` tell more where the target's blocks are followed operator by operator.
     """
 
     params: Numbers
     saved: FloatArray
     working: FloatArray
+    waiting: FloatArray
     lifetimes: Lifetimes | None = None
 
     def take(self, rows: NDArray[np.int64]) -> BlockBytes:
         """The configs at these positions."""
         lifetimes = self.lifetimes.take(rows) if self.lifetimes else None
-        return BlockBytes(self.params.take(rows), self.saved[rows], self.working[rows], lifetimes)
+        return BlockBytes(self.params.take(rows), self.saved[rows], self.working[rows], self.waiting[rows], lifetimes)
 
 
 def block_bytes(block: Block, workload: Workload, framework: Framework, batch: ConfigBatch) -> BlockBytes:
@@ -62,7 +64,8 @@ def block_bytes(block: Block, workload: Workload, framework: Framework, batch: C
     if framework.memory.by_operator:
         lifetimes = block_lifetimes(block, workload, batch)
         beside = lifetimes.backward.total - lifetimes.saved
-        return BlockBytes(block_numbers(block, framework, batch), lifetimes.saved, beside, lifetimes)
+        numbers = block_numbers(block, framework, batch)
+        return BlockBytes(numbers, lifetimes.saved, beside, np.zeros(len(batch)), lifetimes)
     few, inverse = batch.distinct(
         "tp", "cp", "pp", "micro_batch_size", "sequence_parallel", "recompute", "vocab_parallel", "ep", "etp"
     )
@@ -80,7 +83,10 @@ def block_bytes(block: Block, workload: Workload, framework: Framework, batch: C
     else:
         saved = everything
         working = sum((saver.loss_working(layer) for layer in block.layers), np.zeros(len(few)))
-    held = (np.broadcast_to(array, (len(few),))[inverse] for array in (saved, working))
+    waiting = sum((saver.waiting(layer) for layer in block.layers), np.zeros(len(few)))
+    if framework.torch_schedules:  # torch's own split of backward lets go of nothing before
+        waiting = waiting + saved
+    held = (np.broadcast_to(array, (len(few),))[inverse] for array in (saved, working, waiting))
     return BlockBytes(block_numbers(block, framework, batch), *held)
 
 
@@ -146,6 +152,26 @@ class _Saved:
             shared = self.tokens * ways_in * layer.shared_ffn_size / self.tp
             return (inner + shared + self.tokens * layer.hidden) * self.size
         return np.zeros(len(self.batch))
+
+    def waiting(self, layer: LayerSpec) -> FloatArray:
+        """Inputs of projections, and gradients of their outputs."""
+        if isinstance(layer, AttentionLayer):
+            heads, kv_heads = layer.num_heads / self.tp, np.maximum(layer.num_kv_heads / self.tp, 1.0)
+            read = heads * layer.value_head_dim * self.input_size
+            made = heads * layer.head_dim + kv_heads * (layer.head_dim + layer.value_head_dim)
+            inner = self.tokens * (read + made * self.size)
+        elif isinstance(layer, MlpLayer):
+            inner = self.tokens * layer.ffn_size / self.tp * (self.input_size + (1.0 + layer.gated) * self.size)
+        elif isinstance(layer, MoeLayer):
+            rows = self.tokens * layer.top_k / self.tp
+            inner = rows * layer.expert_ffn_size * (self.input_size + (1.0 + layer.gated) * self.size)
+            return np.asarray(inner + rows * layer.hidden * self.batch.etp * (self.input_size + self.size))
+        elif isinstance(layer, HeadLayer):
+            inner = self.tokens * vocab_rows(layer.vocab_size, self.batch) * self.size
+            return np.asarray(inner + self.stream_input(layer.hidden, self.size))
+        else:
+            return np.zeros(len(self.batch))
+        return np.asarray(inner + self._projected_input(layer.hidden) + self.stream(layer.hidden))
 
     def loss_working(self, layer: LayerSpec) -> FloatArray:
         """The loss beside what it keeps: two float32 copies of the logits and their gradient in the compute dtype.
