@@ -13,7 +13,7 @@ from meshwright.cost_models.flops import model_flops
 from meshwright.cost_models.margin import MemoryMargin
 from meshwright.cost_models.step import estimate
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Reason, Recompute, Schedule
-from meshwright.cost_models.targets import MESHWRIGHT
+from meshwright.cost_models.targets import FRAMEWORKS, MESHWRIGHT
 from meshwright.cost_models.workload import Workload
 from meshwright.planner import exhaustive
 from meshwright.planner.exhaustive import rank
@@ -168,7 +168,7 @@ def test_plan_is_the_fastest_that_fits_and_counts_everything() -> None:
     assert all(each.cost.step_s >= cost.step_s * (1 - exhaustive.TIE) for each in report.runners_up)
     without_memory = (Reason.OUT_OF_MEMORY, Reason.MEMORY_MARGIN)
     assert report.num_feasible + sum(rejected_for(plan, reason) for reason in without_memory) == report.num_scored
-    assert plan.memory_margin is not None and plan.memory_margin.share == MESHWRIGHT.memory.margin
+    assert plan.memory_margin is not None and plan.memory_margin.share == FRAMEWORKS["meshwright"].memory.margin
     held = memory.peak_bytes + memory.fragmentation_bytes
     assert held * (1 + plan.memory_margin.share) <= memory.capacity_bytes - memory.reserved_bytes
     assert plan.assumptions and plan.cluster_digest == CLUSTER.digest
