@@ -18,9 +18,9 @@ between them) and this module sets the switches before each backward. At stage 3
 and again for its backward; the outer unit is used at both ends of the forward and right at the start of the backward,
 so it is freed only after a backward.
 
-Schedules that split backward run with stages 0 and 1: gradients of weights then come for all units at once, out of
-sight of FSDP's hooks, and ``after_weight_gradients`` does what these would; after a backward that is whole, as the
-first stage's always is, the hooks have done it.
+Schedules that split backward run with stages 0 and 1: gradients of matrices then come for all units at once, out of
+sight of FSDP's hooks, and ``after_weight_gradients`` does what these would; after a backward that is whole the hooks
+have done it.
 
 Gradients are sums: the loss is already divided by the global token count (``apply.ParallelModel.step``), so FSDP2,
 which would average, is told to divide by 1. Stages 1 to 3 are FSDP2 (``torch.distributed.fsdp.fully_shard``). Stage 0
@@ -97,9 +97,9 @@ class DataParallel:
     def after_weight_gradients(self, *, last: bool) -> None:
         """Take up gradients of weights that were worked out on their own: FSDP2's hooks do not run then.
 
-        Beforehand call ``before_backward(last=False)``, so that no hook takes them up halfway. What FSDP2 does at the
-        end of a backward is done here (as torch's pipeline does, ``pipelining/stage.py: perform_reduce_grad``):
-        gradients are added up in the recipe's dtype, and after the ``last`` ones every unit is reduced and resharded.
+        What FSDP2 does at the end of a backward is done here (as torch's pipeline does, ``pipelining/stage.py:
+        perform_reduce_grad``): gradients are added up in the recipe's dtype, and after the ``last`` ones every unit is
+        reduced and resharded.
         """
         if isinstance(self._module, FSDPModule):
             self.before_backward(last=last)
