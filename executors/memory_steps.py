@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from meshwright import InputError
 from meshwright.executors.memory_peak import Peak
@@ -24,8 +25,8 @@ def track_steps(
 ) -> Peak:
     """The peak of ``steps`` whole training steps, on tensors real or fake; at least 2 for the optimizer's states.
 
-    ``beside`` is counted too, ``on_step`` called before each step. Raises ``InputError`` where an operator fails, with
-    the module.
+    ``beside`` is counted too, ``on_step`` called before each step. Raises ``InputError`` where an operator fails on
+    fake tensors, with the module; on real ones the error is left as it is.
     """
     gc.collect()
     gc.disable()  # what only a cycle keeps alive counts as alive
@@ -38,7 +39,7 @@ def track_steps(
                 tracker.begin_step()
                 _step(trained, tracker)
     except (RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, InputError) or not tracker.failed_at:
+        if not tracker.failed_at or not isinstance(trained.batch[0], FakeTensor):
             raise
         raise InputError(f"the plan does not run, {tracker.failed_at}: {_first_line(error)}") from error
     finally:

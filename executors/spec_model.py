@@ -27,6 +27,7 @@ from meshwright.profiler.model import Block, ModelSpec
 
 ROTARY_BASE = 10000.0
 INITIAL_STD = 0.02
+HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 def build_spec_model(spec: ModelSpec) -> nn.Module:
@@ -68,11 +69,17 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(batch, sequence, -1, self.value_head_dim).transpose(1, 2)
         if self.rotary:
             q, k = rotate(q), rotate(k)
-        repeats = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         windowed = 0 < self.window < sequence
         mask = _window_mask(sequence, self.window, x.device) if windowed else None
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not windowed)
+        grouped = q.shape[1] != k.shape[1]
+        if grouped and (
+            windowed or q.dtype not in HALF_TYPES
+        ):  # the flash kernel alone takes grouped heads as they are
+            k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
+            grouped = False
+        mixed = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=not windowed, enable_gqa=grouped
+        )
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, sequence, -1))
         return out
 
