@@ -22,8 +22,10 @@ Left out: batches of tokens, a few numbers a token, gradients of norms summed ov
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,7 @@ from meshwright.cost_models.estimate import Moment
 from meshwright.cost_models.framework import Framework, microbatches_per_round, num_microbatches
 from meshwright.cost_models.residency import Numbers, state_bytes
 from meshwright.cost_models.saved import BlockBytes
+from meshwright.cost_models.schedules import Pass, rank_actions, stage_indices
 from meshwright.cost_models.strategy import SPLIT_BACKWARD, ConfigBatch, IntArray, Schedule
 from meshwright.cost_models.tape import Lifetimes
 from meshwright.cost_models.workload import Workload
@@ -89,6 +92,7 @@ class State:
     back: FloatArray
     resident: BoolArray
     last: BoolArray
+    only_weights: bool = False  # it is the second half of a split backward
 
 
 def states(pipe: Pipeline, rank: int) -> list[State]:
@@ -99,13 +103,7 @@ def states(pipe: Pipeline, rank: int) -> list[State]:
     whole = np.repeat(count[:, None], vpp, axis=1).astype(np.float64)
     nothing, several = np.zeros_like(whole), (count > 1)[:, None]
     if pipe.schedule in SPLIT_BACKWARD:
-        found = pipeline.holdings(pipe.schedule, pp, vpp, rank, count, per_round)
-        resident = np.repeat((count > pp)[:, None], vpp, axis=1)
-        return [
-            State(chunk, held, waiting, whole, whole - held, resident, count == 1)
-            for held, waiting in found
-            for chunk in range(vpp)
-        ]
+        return _split_states(pipe, rank, count)
     if pipe.schedule is Schedule.INTERLEAVED:
         return _interleaved_states(pipe, rank, count, per_round)
     most = pipeline.held_microbatches(pipe.schedule, pp, vpp, rank, count, per_round)
@@ -117,6 +115,66 @@ def states(pipe: Pipeline, rank: int) -> list[State]:
         State(0, later, nothing, whole, first_back, several, later[:, 0] == 1.0),
         State(0, one, nothing, whole, whole - 1.0, several, count >= 1),
     ]
+
+
+def _split_states(pipe: Pipeline, rank: int, count: IntArray) -> list[State]:
+    """Ahead of the backwards and weight gradients of the lists of actions at which more is there than at others."""
+    pp, vpp = pipe.counts.shape[:2]
+    few = np.minimum(count, 3 * pp)  # the warm-up is over by then
+    counts, group = np.unique(few, return_inverse=True)
+    played = [_played(pipe.schedule, pp, vpp, rank, int(number)) for number in counts]
+    found = []
+    for chunk, only_weights in sorted({key for states_of in played for key in states_of}):
+        lists = [states_of.get((chunk, only_weights), ()) for states_of in played]
+        for number in range(max(map(len, lists))):
+            nothing = ((0.0,) * vpp,) * 5
+            chosen = np.array([of[min(number, len(of) - 1)] if of else nothing for of in lists])[group]
+            held, waiting, sent, back, resident = chosen.transpose(1, 0, 2)
+            rest = np.where(back.sum(axis=1) >= pp, count - few, 0)[:, None]  # of the steady state that was left out
+            found.append(
+                State(
+                    chunk, held, waiting, sent + rest, back + rest, resident > 0, count == 1, only_weights=only_weights
+                )
+            )
+    return found
+
+
+_Counts = tuple[float, ...]  # of each chunk
+
+
+@lru_cache(maxsize=1024)
+def _played(
+    schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: int
+) -> dict[tuple[int, bool], tuple[tuple[_Counts, ...], ...]]:
+    """(held, waiting, sent, back, resident) ahead of a chunk's backwards, or of its weight gradients alone."""
+    chunk_of = {int(stage): chunk for chunk, stage in enumerate(stage_indices(schedule, pp, vpp)[rank])}
+    held, waiting, sent, back, resident = ([0.0] * vpp for _ in range(5))
+    found: dict[tuple[int, bool], dict[tuple[_Counts, ...], None]] = {}
+    for action in rank_actions(schedule, pp, vpp, microbatches)[rank]:
+        chunk, kind = chunk_of[action.stage], action.kind
+        if kind is Pass.FORWARD:
+            held[chunk] += 1.0
+            sent[chunk] += 1.0
+            continue
+        now = tuple(tuple(counts) for counts in (held, waiting, sent, back, resident))
+        found.setdefault((chunk, kind is Pass.WEIGHT_GRADIENT), {})[now] = None
+        if kind is Pass.WEIGHT_GRADIENT:
+            waiting[chunk] -= 1.0
+        else:
+            held[chunk] -= 1.0
+            back[chunk] += 1.0
+            waiting[chunk] += float(kind is Pass.INPUT_GRADIENT)
+        resident[chunk] = 1.0
+    return {key: tuple(one for one in states_of if not _less(one, states_of)) for key, states_of in found.items()}
+
+
+def _less(one: tuple[_Counts, ...], others: Iterable[tuple[_Counts, ...]]) -> bool:
+    """Whether another state has more of all."""
+    numbers = [number for counts in one for number in counts]
+    return any(
+        other != one and all(more >= number for more, number in zip(chain.from_iterable(other), numbers, strict=True))
+        for other in others
+    )
 
 
 def _interleaved_states(pipe: Pipeline, rank: int, count: IntArray, per_round: IntArray) -> list[State]:
@@ -289,13 +347,14 @@ class _Backward:
 
     def moments(self) -> Iterator[tuple[Moment, KindBytes]]:
         left = self.in_flight
+        if self.state.only_weights:
+            yield self._weight_gradients()
+            return
         if self.head is not None:
             yield self._loss(self.head)
             yield self._loss_backward(self.head)
             left = left - self.head.saved
         yield self._first_block(left)
-        if self.splits:
-            yield self._weight_gradients()
         yield from self._reduction(left - self.lives[self.first_kind].saved)
         if self.num_blocks >= 2.0:
             yield self._second_block(left)
@@ -311,11 +370,10 @@ class _Backward:
     def _weight_gradients(self) -> tuple[Moment, KindBytes]:
         """All gradients of matrices of a stage at once, before they are added to those of earlier micro-batches."""
         rank, chunk = self.rank, self.state.chunk
-        inner, waits = rank.chunks[chunk][1].whole, self.state.waiting[:, chunk] > 0
+        inner = rank.chunks[chunk][1].whole
         own = np.where(rank.unit_grads, inner * rank.weight, 0.0) - self._on_chunk("outputs")
         grads = np.where(self.resident, 0.0, inner * rank.grad)
-        working = np.where(waits, own, -np.inf)
-        return self._at(Moment.WEIGHTS, self.in_flight - self._on_chunk("inputs"), working, grads=grads)
+        return self._at(Moment.WEIGHTS, self.in_flight - self._on_chunk("inputs"), own, grads=grads)
 
     def _flat(self, unit: Numbers) -> FloatArray:
         return unit.gathered * self.rank.weight
