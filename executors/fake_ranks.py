@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining import schedules
-from torch.distributed.pipelining._utils import InferenceMode
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
@@ -50,12 +49,21 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
 
 
 @contextmanager
+def without_peers() -> Iterator[None]:
+    """Pipelines run with nobody at the other end: no vote on shapes, and what is sent is held as by a real sending."""
+    with ExitStack() as stack:
+        if hasattr(_PipelineSchedule, "_warmup_p2p"):  # torch 2.11 holds no vote
+            stack.enter_context(patch.object(_PipelineSchedule, "_warmup_p2p", _know_shapes))
+        stack.enter_context(patch.object(schedules, "_batch_p2p", partial(_held, schedules._batch_p2p)))
+        yield
+
+
+@contextmanager
 def fake_tensors() -> Iterator[None]:
     """All tensors made inside are fake and on the CPU; so are those on the meta device once ``to_empty`` moved them."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(_PipelineSchedule, "_warmup_p2p", _know_shapes))
+        stack.enter_context(without_peers())
         stack.enter_context(patch.object(functional, "grouped_mm", partial(_grouped_mm, functional.grouped_mm)))
-        stack.enter_context(patch.object(schedules, "_batch_p2p", partial(_held, schedules._batch_p2p)))
         masking = sys.modules.get("transformers.masking_utils")
         if masking is not None:
             stack.enter_context(patch.object(masking, "find_packed_sequence_indices", lambda position_ids: None))
@@ -64,6 +72,8 @@ def fake_tensors() -> Iterator[None]:
 
 
 def _know_shapes(schedule: Any, stages: list[Any], has_backward: bool, p2p_done: bool) -> None:
+    from torch.distributed.pipelining._utils import InferenceMode
+
     for stage in stages:
         stage._inference_mode = InferenceMode.STATIC
 

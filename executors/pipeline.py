@@ -90,6 +90,20 @@ class _Stage(PipelineStage):
         with _shapes_alone(self):
             super()._setup_backward_recv_info(num_microbatches)
 
+    if not hasattr(PipelineStage, "_setup_forward_recv_info"):  # the same in torch 2.11
+
+        def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+            with _shapes_alone(self):
+                return super()._prepare_forward_infra(*args, **kwargs)
+
+        def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> None:
+            with _shapes_alone(self):
+                super()._prepare_backward_infra(*args, **kwargs)
+
+    def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
+        if not self.is_last:  # torch 2.11 would compare the loss with the stand-in for it
+            super()._validate_fwd_outputs(outputs)  # type: ignore[misc]
+
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
         _make_buffers(self.args_recv_info[fwd_chunk_id], self.device)
         return super().get_fwd_recv_ops(fwd_chunk_id)
@@ -133,13 +147,13 @@ def _shapes_alone(stage: PipelineStage) -> Iterator[None]:
 def _make_buffers(infos: Sequence[Any], device: torch.device) -> None:
     for info in infos:
         if info.buffer is not None:
-            info.buffer = torch.empty_like(info.buffer, device=device)
+            info.buffer = torch.empty_like(info.buffer, device=device, requires_grad=info.buffer.requires_grad)
 
 
 def _drop_buffers(infos: Sequence[Any]) -> None:
     for info in infos:
         if info.buffer is not None:
-            info.buffer = torch.empty_like(info.buffer, device="meta", requires_grad=False)
+            info.buffer = torch.empty_like(info.buffer, device="meta", requires_grad=info.buffer.requires_grad)
 
 
 class Pipeline:

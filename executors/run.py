@@ -286,8 +286,9 @@ def _run(
 def _naming_lost_peers(where: str) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
-        if not lost_a_peer(error):
+    except (RuntimeError, InputError) as error:
+        cause = error.__cause__ if isinstance(error, InputError) else error
+        if not isinstance(cause, RuntimeError) or not lost_a_peer(cause):
             raise
         who = ", ".join(map(str, silent_ranks())) or "none of them"
         raise RankError(f"{where}: rank {dist.get_rank()} lost its peers; no sign of life from rank {who}") from error
