@@ -44,6 +44,7 @@ class CostBreakdown:
 class Moment(StrEnum):
     """When in a step a device holds the most."""
 
+    BUILD = "build"  # a model made whole before it is sharded
     BACKWARD = "backward"
     LOSS = "loss"  # logits and their loss, forward or backward
     WEIGHTS = "weights"  # weight gradients of a whole stage, where backward is split

@@ -123,6 +123,10 @@ def _moments(blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: Flo
             communication=momentary - working + _received(pipe, rank, hop_bytes),
         )
     }
+    if traits.builds_whole:
+        nothing = np.zeros(len(batch))
+        whole = np.where(zero == 3, numbers.whole * weight, 0.0)
+        moments[Moment.BUILD] = KindBytes(whole, nothing, nothing, nothing, nothing, nothing, nothing)
     if traits.update:
         moments[Moment.UPDATE] = _update(traits.update, state, numbers.owned, workload, zero)
     return moments

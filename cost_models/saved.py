@@ -76,7 +76,7 @@ def block_bytes(block: Block, workload: Workload, framework: Framework, batch: C
         if framework.selective.rest:
             kept = block_input + sum((saver.products(layer) for layer in block.layers), np.zeros(len(few)))
         else:  # attention's core alone is worked out again
-            kept = everything - sum((saver.scores(layer) for layer in block.layers), np.zeros(len(few)))
+            kept = everything - sum((saver.core(layer) for layer in block.layers), np.zeros(len(few)))
         full, selective = few.is_recompute(Recompute.FULL), few.is_recompute(Recompute.SELECTIVE)
         saved = np.where(full, block_input, np.where(selective, np.minimum(kept, everything), everything))
         working = np.where(full | selective, everything - saved, 0.0)
@@ -191,6 +191,13 @@ class _Saved:
             for loss in (self.traits.loss, self.traits.sharded_loss or self.traits.loss)
         )
         return np.where(self.batch.vocab_parallel, sharded, whole)
+
+    def core(self, layer: LayerSpec) -> FloatArray:
+        """What attention between its projections keeps for itself: scores, and an output that is kept cast besides."""
+        if not isinstance(layer, AttentionLayer) or not self._cast_size:
+            return self.scores(layer)
+        out = self.tokens * layer.num_heads / self.tp * (layer.value_head_dim * self.size + 4.0)
+        return np.asarray(self.scores(layer) + out)
 
     def scores(self, layer: LayerSpec) -> FloatArray:
         """Of attention that is written out: softmax's output, and where it is dropped out of a mask and the rest.

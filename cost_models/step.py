@@ -136,6 +136,7 @@ def _memory(blocks: list[BlockBytes], stages: Stages) -> dict[str, FloatArray]:
     tensors = np.asarray(sum(found[f"{name}_bytes"] for name in KINDS))
     if stages.framework.memory.offloads and stages.counts.shape[0] == 1:
         room = device.memory_bytes - device.reserved_bytes - stages.framework.memory.communicators_bytes
+        room = room / (1.0 + stages.framework.memory.fragmentation)
         kept = kept_activations(found["activations_bytes"], tensors - room, stages.model.num_layers)
         tensors, found["activations_bytes"] = tensors - found["activations_bytes"] + kept, kept
     unshared = found.pop("unshared_bytes")

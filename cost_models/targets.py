@@ -200,6 +200,7 @@ _TE_MEMORY = MemoryTraits(
     loss=LossTensors(kept=1.0),
     update=UpdateTensors(),  # megatron/core/optimizer/distrib_optimizer.py: _copy_model_grads_to_main_grads
     reduces_in_place=True,  # megatron/core/distributed/param_and_grad_buffer.py
+    builds_whole=True,  # megatron/training/training.py: get_model, wrapped when it is there, unless on meta
 )
 
 MEGATRON_BRIDGE = replace(
@@ -220,13 +221,14 @@ MEGATRON_BRIDGE = replace(
     memory=_TE_MEMORY,
 )
 
-# recipes with FSDP keep activations of some layers on the host: 5 to 40 of 80 (Llama 3 70B), 10 to 92 of 126 (Llama 3.1
-# 405B), by the memory of the GPU (scripts/performance/configs/llama: cpu_offloading_num_layers)
+# recipes with FSDP build on meta (scripts/performance/utils/overrides.py) and keep activations of some layers on the
+# host: 5 to 40 of 80 (Llama 3 70B), 10 to 92 of 126 (Llama 3.1 405B), by the memory of the GPU (scripts/performance/
+# configs/llama: cpu_offloading_num_layers)
 MEGATRON_BRIDGE_OFFLOAD = replace(
     MEGATRON_BRIDGE,
     name="megatron-bridge-offload",
     version_of="megatron-bridge",
-    memory=replace(_TE_MEMORY, offloads=True),
+    memory=replace(_TE_MEMORY, offloads=True, builds_whole=False),
 )
 
 # NeMo 2 on the same Megatron-Core: Megatron's own fused cross entropy (nemo/collections/llm/gpt/model/base.py:

@@ -30,6 +30,7 @@ KIND_WORDS = {
 MOMENT_WORDS = {
     "backward": "in backward",
     "update": "in the optimizer's step",
+    "build": "while the model is built, before it is sharded",
     "loss": "around the loss",
     "weights": "while gradients of weights are worked out",
     "reduction": "while gradients are reduced",
