@@ -32,7 +32,7 @@ from meshwright.executors.apply import parallelize
 from meshwright.executors.checks import check_cluster
 from meshwright.executors.data_parallel import torch_dtype
 from meshwright.executors.fake_kernels import cuda_kernels
-from meshwright.executors.fake_ranks import fake_tensors, fake_world, make_fake
+from meshwright.executors.fake_ranks import fake_tensors, fake_world, give_memory
 from meshwright.executors.loss import LossFunction
 from meshwright.executors.memory_peak import LiveTensor, Peak, TimePoint
 from meshwright.executors.memory_steps import track_steps
@@ -225,7 +225,7 @@ def dry_run_peak(
         parallel = parallelize(model, plan, loss_fn)
         parallel._check_count = False  # fake counts have no values
         stack.enter_context(fake_tensors())
-        make_fake(parallel)
+        give_memory(parallel, torch.device("cpu"))
         stack.enter_context(cuda_kernels() if kernels == "cuda" else nullcontext())
         trained = Trained(parallel, plan, torch.device("cpu"))
         missing = max(0, (whole_rows or 0) - trained.batch[0].shape[0])

@@ -116,16 +116,17 @@ def _held(batch: Callable[..., list[Any]], operations: list[Any], desc: str | No
     return [_Sending(works, [operation.tensor for operation in operations])] if works else []
 
 
-def make_fake(parallel: ParallelModel) -> None:
-    """Give a model that was split on the meta device fake memory; call inside ``fake_tensors``, before the first step.
+def give_memory(parallel: ParallelModel, device: torch.device) -> None:
+    """Give a model that was split on the meta device memory: fake inside ``fake_tensors``, else real, without values.
 
-    Parameters become new objects (ties are kept), so the few places that hold on to parameters are told.
+    Call it before the first step. Parameters become new objects (ties are kept), so the few places that hold on to
+    parameters are told.
     """
     made: dict[int, nn.Parameter] = {}
 
     def new(weight: nn.Parameter) -> nn.Parameter:
         if id(weight) not in made:
-            made[id(weight)] = nn.Parameter(_made(weight), weight.requires_grad)
+            made[id(weight)] = nn.Parameter(_made(weight, device), weight.requires_grad)
         return made[id(weight)]
 
     before = list(parallel.parameters())  # alive until all are replaced, so that no id is used again
@@ -134,7 +135,9 @@ def make_fake(parallel: ParallelModel) -> None:
             part._parameters.update(
                 {name: new(weight) for name, weight in part._parameters.items() if weight is not None}
             )
-            part._buffers.update({name: _made(value) for name, value in part._buffers.items() if value is not None})
+            part._buffers.update(
+                {name: _made(value, device) for name, value in part._buffers.items() if value is not None}
+            )
         chunk.data_parallel._units = [
             [made.get(id(weight), weight) for weight in unit] for unit in chunk.data_parallel._units
         ]
@@ -142,7 +145,7 @@ def make_fake(parallel: ParallelModel) -> None:
     del before
 
 
-def _made(tensor: Tensor) -> Tensor:
+def _made(tensor: Tensor, device: torch.device) -> Tensor:
     if isinstance(tensor, DTensor):
-        return torch.empty_like(tensor, device="cpu")
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return torch.empty_like(tensor, device=device)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
