@@ -133,6 +133,14 @@ CONSTANTS: tuple[Constant, ...] = (
     ),
     Constant(
         owner="target",
+        name="host.checked_collective_s",
+        lower=1e-7,
+        upper=5e-3,
+        spread=10.0,
+        meaning="host seconds of a collective call for each rank of its group, which it meets before it starts",
+    ),
+    Constant(
+        owner="target",
         name="host.hop_s",
         lower=1e-6,
         upper=1.0,

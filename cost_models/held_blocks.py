@@ -78,13 +78,14 @@ def held_bytes(
 ) -> FloatArray:
     """Bytes that the allocator holds on top of a rank's tensors; ``[num_configs]``.
 
-    ``outputs`` is how many a micro-batch's forward reduce-scatters, ``flying`` how many micro-batches are in flight: in
-    a pipeline the forwards of the warm-up follow each other, without one the host runs on into the next micro-batch.
+    ``outputs`` is how many a micro-batch's forward reduce-scatters, ``flying`` how many micro-batches are in flight.
+    Without a pipeline the host runs on into the next micro-batch; in one from forward to forward of the warm-up, and
+    stops for every gradient that it receives.
     """
     batch = pipe.batch
     count = num_microbatches(batch, pipe.workload)
-    forwards = np.where(batch.pp > 1, np.maximum(flying - 1.0, 1.0), np.minimum(count, 2))
+    forwards = np.where(batch.pp > 1, np.maximum(flying - 2.0, 0.0), np.minimum(count, 2))
     pending = np.where(batch.sequence_parallel, np.minimum(blocks.pending_outputs, outputs * forwards), 0.0)
     apart = (batch.pp > 1) | ((batch.zero_stage == 1) & (batch.dp * batch.cp > 1))
-    grads = np.where(apart, blocks.grads * late_grads(pipe, numbers), 0.0)
+    grads = np.where(apart, late_grads(pipe, numbers), 0.0)
     return np.asarray(blocks.activations * activations + grads + pending * hidden_bytes + blocks.base_bytes)

@@ -156,8 +156,11 @@ def _late(
         communication=_received(pipe, rank, hop_bytes),
     )
     flying = activations / np.maximum(at_hand, 1.0)
-    on_top = held_bytes(held_blocks, pipe, activations, numbers, hidden_bytes, outputs, flying)
-    return late_moments(pipe, loss, at_hand, numbers, hidden_bytes), on_top
+    moments = late_moments(pipe, loss, at_hand, numbers, hidden_bytes)
+    at_loss = held_bytes(held_blocks, pipe, activations, numbers, hidden_bytes, outputs, flying)
+    largest = np.max([held.total for _, held in moments], axis=0)
+    on_top = np.maximum(moments[0][1].total + at_loss - largest, held_blocks.base_bytes)
+    return moments, np.asarray(on_top)
 
 
 def _update(

@@ -31,13 +31,11 @@ class UpdateTensors:
 class HeldBlocks:
     """What torch's allocator holds on top of tensors where gradients wait for the end of a backward (``held_blocks``).
 
-    ``activations`` is a share of them, lost between blocks that do not fit each other; ``grads`` of a micro-batch's
-    gradients, whose blocks activations do not use; ``pending_outputs`` how many outputs at most wait for their
-    reduce-scatter; ``base_bytes`` workspaces of libraries and the ends of segments.
+    ``activations`` is a share of them, lost between blocks that do not fit each other; ``pending_outputs`` how many
+    outputs at most wait for their reduce-scatter; ``base_bytes`` workspaces of libraries and the ends of segments.
     """
 
     activations: float
-    grads: float
     pending_outputs: float
     base_bytes: float
 

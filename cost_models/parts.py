@@ -17,13 +17,15 @@ from meshwright.cost_models.strategy import ConfigBatch
 from meshwright.cost_models.traffic import PER_MICROBATCH, Collective, block_traffic
 from meshwright.cost_models.workload import Optimizer, Workload
 from meshwright.profiler.cluster import ClusterProfile
-from meshwright.profiler.model import ModelSpec
+from meshwright.profiler.model import BlockKind, ModelSpec
+from meshwright.profiler.units import MIB
 
 FloatArray = NDArray[np.float64]
 
 # local copies around an all_reduce of data parallelism after the last backward, in passes over the whole tensor: it
 # flattens and copies back
 _COPIES_AT_END = 4.0
+_BUCKET_BYTES = 25 * MIB  # torch/nn/parallel/distributed.py: bucket_cap_mb
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,8 @@ def _parts(
     tp_backward, hidden_tp_backward = hide(spent.get(("tp", "backward"), zero), more, behind, cluster)
     tp_again, hidden_tp_again = hide(spent.get(("tp", "recompute"), zero), hidden_tp, kernels.recompute, cluster)
     tp_backward, hidden_tp_backward = tp_backward + tp_again, hidden_tp_backward + hidden_tp_again
-    call_s = framework.host.collective_s + (batch.pp > 1) * batch.tp * framework.host.pipelined_collective_s
+    each_rank_s = framework.host.checked_collective_s + (batch.pp > 1) * framework.host.pipelined_collective_s
+    call_s = framework.host.collective_s + batch.tp * each_rank_s
     back_calls = calls.get("backward", zero) + calls.get("recompute", zero)
     host_forward = host_wait(
         device,
@@ -187,10 +190,25 @@ def _parts(
         dp_last=spent.get(("dp", "last_backward"), zero),
         dp_first_inside=inside.get(("dp", "first_forward"), zero),
         dp_last_inside=inside.get(("dp", "last_backward"), zero),
-        dp_end=spent.get(("dp", "end"), zero) + copied.get(("dp", "end"), zero),
+        dp_end=spent.get(("dp", "end"), zero)
+        + copied.get(("dp", "end"), zero)
+        + _checks(kinds, index, workload, framework, batch),
         optimizer=optimizer,
         optimizer_host=optimizer_host,
     )
+
+
+def _checks(kinds: BlockKinds, index: int, workload: Workload, framework: Framework, batch: ConfigBatch) -> FloatArray:
+    """Seconds a step in which data-parallel collectives wait for all their ranks to arrive (``checked_collective_s``).
+
+    With ZeRO 0 one for each bucket of torch's DistributedDataParallel, 25 MiB of gradients or a tensor larger than that
+    (queries, keys and values are one, gate and up another), with ZeRO 1 one to sum gradients and one to gather weights.
+    """
+    grads = rank_params(kinds.kinds[index], batch) * workload.recipe.params.num_bytes
+    tensors = 4.0 if kinds.kinds[index].kind is BlockKind.DECODER else 1.0
+    calls = np.where(batch.zero_stage == 0, np.minimum(grads / _BUCKET_BYTES, tensors), 2.0 * (index == 0))
+    ranks = np.where(batch.dp * batch.cp > 1, batch.dp * batch.cp, 0)
+    return np.asarray(framework.host.checked_collective_s * ranks * calls)
 
 
 def hide(

@@ -196,8 +196,12 @@ def _variant(row: Row, target: str) -> str:
         return "llm-foundry-torch1"
     if target == "torchtitan" and row.text("tp") not in ("", "1") and re.search(r"\basync ?tp", notes):
         return "torchtitan-async-tp"
-    if target == "nanotron" and row.integer("num_gpus") >= 512:
-        return "nanotron-2024"  # all but a few of 207 pipelined runs on 64 nodes: see targets.NANOTRON_2024
+    if target == "nanotron" and (
+        row.integer("num_gpus") >= 512 or (row.integer("tp", 1) >= 32 and row.integer("pp", 1) > 1)
+    ):
+        # all but a few of 207 pipelined runs on 64 nodes, half of the others there, and all 53 pipelines of tp 32 on
+        # fewer: see targets.NANOTRON_2024
+        return "nanotron-2024"
     exposed = "nvfp4" in row.text("precision").lower() or re.search(
         r"tcpx|a3 ?mega", f"{row.text('gpu_type')} {row.text('interconnect')}".lower()
     )

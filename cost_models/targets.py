@@ -261,7 +261,7 @@ MEGATRON_BRIDGE_NCCL, NEMO_NCCL = (
     for target in (MEGATRON_BRIDGE, NEMO)
 )
 
-_NANOTRON_BLOCKS = HeldBlocks(activations=0.125, grads=0.95, pending_outputs=48.0, base_bytes=0.18 * GIB)
+_NANOTRON_BLOCKS = HeldBlocks(activations=0.15, pending_outputs=50.0, base_bytes=0.17 * GIB)
 _NANOTRON_MEMORY = MemoryTraits(
     blocks=_NANOTRON_BLOCKS,
     communicators_bytes=7.7 * GIB,
@@ -306,9 +306,9 @@ NANOTRON_2024 = replace(
     NANOTRON,
     name="nanotron-2024",
     version_of="nanotron",
-    differs_in=("host.hop_s", "host.checked_collective_s"),
-    host=replace(NANOTRON.host, hop_s=0.2, checked_collective_s=2e-4),
-    memory=replace(_NANOTRON_MEMORY, blocks=replace(_NANOTRON_BLOCKS, pending_outputs=2.5)),
+    differs_in=("host.hop_s", "host.checked_collective_s", "host.pipelined_collective_s"),
+    host=replace(NANOTRON.host, hop_s=0.2, checked_collective_s=2e-4, pipelined_collective_s=0.0),
+    memory=replace(_NANOTRON_MEMORY, blocks=replace(_NANOTRON_BLOCKS, pending_outputs=2.2)),
 )
 
 # blocks and the loss compiled: gate and up are kept, not the activated gate, logits in bf16 and their gradient
