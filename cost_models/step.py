@@ -134,14 +134,17 @@ def _memory(blocks: list[BlockBytes], stages: Stages) -> dict[str, FloatArray]:
     device, size = stages.cluster.device, len(stages.batch)
     found = memory.peak(blocks, pipe, hop_bytes(stages.model, stages.workload, stages.batch))
     tensors = np.asarray(sum(found[f"{name}_bytes"] for name in KINDS))
-    if stages.framework.memory.offloads and stages.counts.shape[0] == 1:
-        room = device.memory_bytes - device.reserved_bytes - stages.framework.memory.communicators_bytes
-        room = room / (1.0 + stages.framework.memory.fragmentation)
-        kept = kept_activations(found["activations_bytes"], tensors - room, stages.model.num_layers)
+    traits = stages.framework.memory
+    room = device.memory_bytes - device.reserved_bytes - traits.communicators_bytes
+    if traits.offloads and stages.counts.shape[0] == 1:
+        excess = tensors - room / (1.0 + traits.fragmentation) / (1.0 + traits.margin)
+        kept = kept_activations(found["activations_bytes"], excess, stages.model.num_layers)
         tensors, found["activations_bytes"] = tensors - found["activations_bytes"] + kept, kept
-    unshared = found.pop("unshared_bytes")
+    fragmentation, unshared = tensors * traits.fragmentation, found.pop("unshared_bytes")
+    if not traits.reuses_blocks:  # free blocks are given back before memory runs out: they take what there is, no more
+        unshared = np.clip(room / (1.0 + traits.margin) - tensors - fragmentation, 0.0, unshared)
     return found | {
-        "fragmentation_bytes": tensors * stages.framework.memory.fragmentation + unshared,
+        "fragmentation_bytes": fragmentation + unshared,
         "reserved_bytes": np.full(size, device.reserved_bytes + stages.framework.memory.communicators_bytes),
         "capacity_bytes": np.full(size, float(device.memory_bytes)),
     }
