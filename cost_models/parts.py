@@ -177,7 +177,7 @@ def _parts(
     return BlockParts(
         compute_forward=kernels.forward,
         compute_backward=backward + accumulate,
-        compute_weights=kernels.backward_weight + accumulate,
+        compute_weights=(kernels.backward_weight + accumulate) * _puts_off(kinds, index, framework),
         recompute=kernels.recompute,
         host_forward=host_forward,
         host_backward=host_backward + accumulate_host,
@@ -261,6 +261,11 @@ def _inside(entry: Collective, cluster: ClusterProfile) -> FloatArray:
         return np.zeros_like(entry.calls)
     rounds = 2.0 if entry.op == "all_reduce" else 1.0
     return np.asarray(entry.calls * rounds * entry.message_bytes / cluster.tiers[0].contended_bytes_per_s)
+
+
+def _puts_off(kinds: BlockKinds, index: int, framework: Framework) -> bool:
+    """Whether a split backward puts off gradients of this block's weights: not of tables and head in our executors."""
+    return kinds.kinds[index].kind is BlockKind.DECODER or not framework.defers_products
 
 
 def _accumulation(

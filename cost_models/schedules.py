@@ -16,8 +16,9 @@ An action is one pass of one stage over one micro-batch. The lists are those of 
   DeepSeek-V3, arXiv 2412.19437, section 3.2.1).
 
 torch runs the two passes of a pair one after the other and sends their results after the second; ``leaves_with_next``
-says so. Its first stage, which has no input to give a gradient for, does nothing in an ``I`` and its whole backward in
-the ``W`` (``stage.py``: ``backward_one_chunk``): a caller who plays torch gives that stage such durations.
+says so. Under torch's own split the first stage, which has no input to give a gradient for, does nothing in an ``I``
+and its whole backward in the ``W`` (``stage.py``: ``backward_one_chunk``): a caller who plays that gives the stage such
+durations. Our executors split the first stage's too (``executors/weight_gradients.py``).
 """
 
 from __future__ import annotations

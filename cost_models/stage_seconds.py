@@ -10,7 +10,7 @@ from meshwright.cost_models.framework import microbatches_per_round, num_microba
 from meshwright.cost_models.host import launches_ahead
 from meshwright.cost_models.parts import BlockParts, hide
 from meshwright.cost_models.stages import Stages, sum_of
-from meshwright.cost_models.strategy import V_SHAPED
+from meshwright.cost_models.strategy import SPLIT_BACKWARD, V_SHAPED
 
 FloatArray = NDArray[np.float64]
 
@@ -92,6 +92,8 @@ def edges(stages: Stages, parts: list[BlockParts]) -> tuple[FloatArray, FloatArr
     streams = launches_ahead(stages.cluster.device)
     gather = np.array([[stages.framework.overlap_dp_gather * streams]])
     reduce = reduce_overlap(stages.framework, stages.batch)[:, None] * streams
+    if stages.schedule in SPLIT_BACKWARD and stages.framework.torch_schedules:
+        reduce = np.zeros_like(reduce)  # reduced after all of a stage's (``DataParallel.after_weight_gradients``)
     first, first_hidden = _beside_chunks(stages, parts, "dp_first", gather, "compute_forward")
     last, last_hidden = _beside_chunks(stages, parts, "dp_last", reduce, "compute_backward", "recompute")
     delay = np.zeros_like(first)
