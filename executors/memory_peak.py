@@ -98,16 +98,16 @@ def find_peak(blocks: Sequence[Block], windows: Sequence[int], steps: Sequence[i
             changes[block.died, kind] -= block.num_bytes
     alive = changes.cumsum(axis=0)
     totals = alive.sum(axis=1)
-    edges = [*steps, clock + 1]
-    peaks = [int(totals[start:stop].max()) for start, stop in pairwise(edges)]
+    edges = [*steps, clock]  # the events of a step come after its number
+    peaks = [int(totals[start : stop + 1].max()) for start, stop in pairwise(edges)]
     at = int(totals.argmax())
-    step = max(0, int(np.searchsorted(steps, at, side="right")) - 1)
+    step = max(0, int(np.searchsorted(steps, at, side="left")) - 1)
     there = sorted(
         (block for block in blocks if block.born <= at and (block.died is None or block.died > at)),
         key=lambda block: -block.num_bytes,
     )
     last = next(block for block in blocks if block.born == at)
-    start, stop = (edges[step], edges[step + 1]) if steps else (0, clock + 1)
+    start, stop = (edges[step], edges[step + 1] + 1) if steps else (0, clock + 1)
     return Peak(
         bytes_by_kind=tuple(int(value) for value in alive[at]),
         step=step,
@@ -135,4 +135,4 @@ def _decimated(alive: NDArray[np.int64], totals: NDArray[np.int64], start: int, 
     """The highest moment of each of ``TIMELINE_POINTS`` equal stretches."""
     edges = np.unique(np.linspace(start, stop, TIMELINE_POINTS + 1).astype(int))
     points = [first + int(totals[first:last].argmax()) for first, last in pairwise(edges)]
-    return tuple(TimePoint(event=at - start, num_bytes=tuple(int(value) for value in alive[at])) for at in points)
+    return tuple(TimePoint(event=int(at) - start, num_bytes=tuple(int(value) for value in alive[at])) for at in points)
