@@ -21,6 +21,7 @@ from meshwright.cost_models.framework import (
     Framework,
     supported,
 )
+from meshwright.cost_models.moments import Pipeline
 from meshwright.cost_models.offload import kept_activations
 from meshwright.cost_models.parts import BlockParts, block_parts
 from meshwright.cost_models.placement import Placement
@@ -123,7 +124,7 @@ def estimate_batch(
 
 def _memory(blocks: list[BlockBytes], stages: Stages) -> dict[str, FloatArray]:
     """The breakdown of the rank with the largest total."""
-    pipe = memory.Pipeline(
+    pipe = Pipeline(
         kinds=block_kinds(stages.model),
         counts=np.asarray(stages.counts, dtype=np.float64),
         schedule=stages.schedule,

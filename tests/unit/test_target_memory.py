@@ -121,7 +121,7 @@ class TestMoments:
 
     def test_a_model_made_whole(self, toy: Any) -> None:
         workload = replace(BF16, seq_len=2, global_batch_size=64)
-        config = {"dp": 64, "dp_shard": 64, "zero_stage": 3}
+        config: dict[str, Any] = {"dp": 64, "dp_shard": 64, "zero_stage": 3}
         built = peak(toy, target(toy, MemoryTraits(builds_whole=True, units=0.0)), workload, **config)
         assert (built.moment, built.params_bytes) == (Moment.BUILD, 2 * toy.model().params)
         assert built.peak_bytes == built.params_bytes
@@ -129,14 +129,14 @@ class TestMoments:
         assert sharded.moment is Moment.BACKWARD and sharded.peak_bytes < built.peak_bytes
 
     def test_gradients_reduced_where_they_are(self, toy: Any) -> None:
-        config = {"dp": 2, "dp_shard": 2, "zero_stage": 1}
+        config: dict[str, Any] = {"dp": 2, "dp_shard": 2, "zero_stage": 1}
         assert peak(toy, target(toy, MemoryTraits(reduces_in_place=True), reduces_once=True), **config).moment
         assert peak(toy, target(toy, MemoryTraits(reduces_in_place=True)), **config).communication_bytes == 0
         buckets = peak(toy, target(toy, MemoryTraits(bucket_numbers=1000.0)), **config)
         assert buckets.communication_bytes == 2 * 1000 * 2
 
     def test_micro_batches_beyond_the_schedule(self, toy: Any) -> None:
-        config = {"pp": 2, "schedule": Schedule.ONE_F_ONE_B}
+        config: dict[str, Any] = {"pp": 2, "schedule": Schedule.ONE_F_ONE_B}
         plain, more = (
             peak(toy, target(toy, MemoryTraits(loss=LossTensors(), held_more=number)), **config).activations_bytes
             for number in (0, 1)
