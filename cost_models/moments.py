@@ -22,10 +22,9 @@ Left out: batches of tokens, a few numbers a token, gradients of norms summed ov
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,11 +109,11 @@ def states(pipe: Pipeline, rank: int) -> list[State]:
     later = np.clip(np.minimum(most, whole - 1.0), 1.0, None)
     one = np.ones_like(whole)
     first_back = np.minimum(whole - 1.0, 1.0)
-    return [
-        State(0, most, nothing, most, nothing, several & False, count == 1),
-        State(0, later, nothing, whole, first_back, several, later[:, 0] == 1.0),
-        State(0, one, nothing, whole, whole - 1.0, several, count >= 1),
-    ]
+    first = State(0, most, nothing, most, nothing, several & False, count == 1)
+    last = State(0, one, nothing, whole, whole - 1.0, several, count >= 1)
+    if pp == 1:
+        return [first, last]
+    return [first, State(0, later, nothing, whole, first_back, several, later[:, 0] == 1.0), last]
 
 
 def _split_states(pipe: Pipeline, rank: int, count: IntArray) -> list[State]:
@@ -165,16 +164,15 @@ def _played(
             back[chunk] += 1.0
             waiting[chunk] += float(kind is Pass.INPUT_GRADIENT)
         resident[chunk] = 1.0
-    return {key: tuple(one for one in states_of if not _less(one, states_of)) for key, states_of in found.items()}
+    return {key: _largest(tuple(states_of)) for key, states_of in found.items()}
 
 
-def _less(one: tuple[_Counts, ...], others: Iterable[tuple[_Counts, ...]]) -> bool:
-    """Whether another state has more of all."""
-    numbers = [number for counts in one for number in counts]
-    return any(
-        other != one and all(more >= number for more, number in zip(chain.from_iterable(other), numbers, strict=True))
-        for other in others
-    )
+def _largest(unlike: tuple[tuple[_Counts, ...], ...]) -> tuple[tuple[_Counts, ...], ...]:
+    """Those states than which no other has more of all."""
+    numbers = np.array(unlike).reshape(len(unlike), -1)
+    more = (numbers[:, None] >= numbers[None]).all(axis=2)
+    np.fill_diagonal(more, False)
+    return tuple(one for one, less in zip(unlike, more.any(axis=0), strict=True) if not less)
 
 
 def _interleaved_states(pipe: Pipeline, rank: int, count: IntArray, per_round: IntArray) -> list[State]:
