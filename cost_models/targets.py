@@ -18,7 +18,7 @@ from meshwright.cost_models.framework import (
     HostCost,
     Selective,
 )
-from meshwright.cost_models.memory_traits import HeldBlocks, LossTensors, MemoryTraits, UpdateTensors
+from meshwright.cost_models.memory_traits import HeldBlocks, LossTensors, MemoryTraits
 from meshwright.cost_models.pointwise import (
     COMPILED,
     EAGER_TORCH,
@@ -30,11 +30,20 @@ from meshwright.cost_models.pointwise import (
     P,
 )
 from meshwright.cost_models.strategy import Partition, Recompute, Schedule
+from meshwright.cost_models.target_memory import (
+    DEEPSPEED_MEMORY,
+    FSDP_FRAGMENTATION,
+    INTERNEVO_MEMORY,
+    LLM_FOUNDRY_MEMORY,
+    MEGATRON_CORE_MEMORY,
+    MEGATRON_LM_MEMORY,
+    NEMO_MEMORY,
+    OFFLOAD_MEMORY,
+    TORCHTITAN_2024_MEMORY,
+    TORCHTITAN_EAGER_MEMORY,
+    TORCHTITAN_MEMORY,
+)
 from meshwright.profiler.units import GIB
-
-# reserved peaks of torch's FSDP2 over allocated ones as predicted: median of 11 runs of torchtitan of December 2024 and
-# June 2025, 8B to 405B, 1.5 to 23 %; 12 % and 11 % of halves of them
-_FSDP_FRAGMENTATION = 0.115
 
 MESHWRIGHT = Framework(
     name="meshwright",
@@ -60,7 +69,7 @@ MESHWRIGHT = Framework(
     pointwise=EAGER_TORCH,
     reduce_copies=1.5,  # read in bf16, written in float32
     copies_exposed=True,  # torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py: copy-in and copy-out
-    memory=MemoryTraits(by_operator=True, fragmentation=_FSDP_FRAGMENTATION),
+    memory=MemoryTraits(by_operator=True, fragmentation=FSDP_FRAGMENTATION),
 )
 
 _MEGATRON = Framework(
@@ -94,18 +103,6 @@ _MEGATRON = Framework(
     half_precision=True,
 )
 
-# What Megatron-LM keeps: masks of its fused bias, dropout and sum whatever the rate (peaks of arXiv 2411.05288, run at
-# rate 0, hold a byte a number more twice a layer: 40 rows), gate and up in one tensor, exponentials of float32 logits
-# (megatron/core/tensor_parallel/cross_entropy.py, beside which their float32 copy and the logits still exist)
-_MEGATRON_LM_MEMORY = MemoryTraits(
-    fragmentation=0.095,  # median of 16 runs of arXiv 2411.05288 that publish both peaks, 5.7 to 12.2 %
-    gated_tensors=3.0,
-    masks_always=True,
-    loss=LossTensors(kept_float32=1.0, beside=1.0, beside_float32=1.0),
-    update=UpdateTensors(),  # megatron/optimizer/optimizer.py: _copy_model_grads_to_main_grads
-    reduces_in_place=True,  # megatron/model/distributed.py: one contiguous buffer
-)
-
 # Megatron-LM with --use-flash-attn (since January 2023), and its forks; dropout off. Since 2022 a column-cut matmul
 # sums the gradient of its input beside the gradient of its weights (megatron/core/tensor_parallel/layers.py:
 # LinearWithGradAccumulationAndAsyncCommunication); backward of a layer in arXiv 2205.05198, table 4, tells how much
@@ -117,7 +114,7 @@ MEGATRON_LM = replace(
     overlap_tp_backward=0.4,
     host=HostCost(launch_factor=3.0, microbatch_s=1e-3, step_s=0.01),
     pointwise_factor=1.2,
-    memory=_MEGATRON_LM_MEMORY,
+    memory=MEGATRON_LM_MEMORY,
 )
 
 # embedding and head split over all stages of a pipeline (sail-sg/VocabularyParallelism; arXiv 2411.05288, section 5):
@@ -127,7 +124,7 @@ MEGATRON_LM_VOCAB_1, MEGATRON_LM_VOCAB_2 = (
         MEGATRON_LM,
         name=f"megatron-lm-vocab-{number}",
         version_of="megatron-lm",
-        memory=replace(_MEGATRON_LM_MEMORY, held_more=3 - number),
+        memory=replace(MEGATRON_LM_MEMORY, held_more=3 - number),
     )
     for number in (1, 2)
 )
@@ -157,7 +154,7 @@ MEGASCALE = replace(
     overlap_dp_reduce=1.0,
     overlap_dp_gather=1.0,
     overlap_tp=1.0,
-    memory=_MEGATRON_LM_MEMORY,
+    memory=MEGATRON_LM_MEMORY,
 )
 
 # The causal kernel reads the triangle of the scores that the mask keeps and writes them whole (megatron/fused_kernels/
@@ -184,23 +181,8 @@ MEGATRON_DEEPSPEED = replace(
     ),
     pointwise_factor=1.58,
     dp_factor=0.78,
-    memory=_MEGATRON_LM_MEMORY,
+    memory=MEGATRON_LM_MEMORY,
     calibrated_on="vTrain's runs of GPTs on A100",
-)
-
-# Transformer Engine keeps what a matmul reads as it was cast for it, beside what other operators keep (pytorch/module/
-# layernorm_linear.py, linear.py, grouped_linear.py: saved as columns alone); SwiGLU is one kernel, weighted by the
-# router, so that what experts put out is not needed again (megatron/core/fusions/fused_bias_swiglu.py); the loss
-# writes its gradient over the logits (transformer_engine/pytorch/triton/cross_entropy.py)
-_TE_MEMORY = MemoryTraits(
-    fragmentation=_MEGATRON_LM_MEMORY.fragmentation,
-    gated_tensors=3.0,
-    expert_rows=1.0,
-    float8_inputs=True,
-    loss=LossTensors(kept=1.0),
-    update=UpdateTensors(),  # megatron/core/optimizer/distrib_optimizer.py: _copy_model_grads_to_main_grads
-    reduces_in_place=True,  # megatron/core/distributed/param_and_grad_buffer.py
-    builds_whole=True,  # megatron/training/training.py: get_model, wrapped when it is there, unless on meta
 )
 
 MEGATRON_BRIDGE = replace(
@@ -218,17 +200,14 @@ MEGATRON_BRIDGE = replace(
     float8=True,
     float8_gathers=True,  # casts in the norm, then gathers (module/layernorm_linear.py); fp8_param_gather
     block_scaled_factor=1.04,  # of steps with either, of one version: Llama 3 8B on B200 and GB300, 25.11
-    memory=_TE_MEMORY,
+    memory=MEGATRON_CORE_MEMORY,
 )
 
-# recipes with FSDP build on meta (scripts/performance/utils/overrides.py) and keep activations of some layers on the
-# host: 5 to 40 of 80 (Llama 3 70B), 10 to 92 of 126 (Llama 3.1 405B), by the memory of the GPU (scripts/performance/
-# configs/llama: cpu_offloading_num_layers)
 MEGATRON_BRIDGE_OFFLOAD = replace(
     MEGATRON_BRIDGE,
     name="megatron-bridge-offload",
     version_of="megatron-bridge",
-    memory=replace(_TE_MEMORY, offloads=True, builds_whole=False),
+    memory=OFFLOAD_MEMORY,
 )
 
 # NeMo 2 on the same Megatron-Core: Megatron's own fused cross entropy (nemo/collections/llm/gpt/model/base.py:
@@ -241,8 +220,7 @@ NEMO = replace(
         TRANSFORMER_ENGINE,
         squared_relu=P(forward_kernels=2, forward_passes=4, backward_kernels=4, backward_passes=10),
     ),
-    # megatron/core/fusions/fused_cross_entropy.py works in a float32 copy
-    memory=replace(_TE_MEMORY, loss=LossTensors(kept_float32=1.0, beside=1.0)),
+    memory=NEMO_MEMORY,
 )
 
 # without userbuffers: only in backward, inputs are gathered beside the matmul of their gradient, which is scattered
@@ -311,24 +289,11 @@ NANOTRON_2024 = replace(
     memory=replace(_NANOTRON_MEMORY, blocks=replace(_NANOTRON_BLOCKS, pending_outputs=2.2)),
 )
 
-# blocks and the loss compiled: gate and up are kept, not the activated gate, logits in bf16 and their gradient
-_COMPILED_MEMORY = MemoryTraits(
-    fragmentation=_FSDP_FRAGMENTATION,
-    gated_tensors=3.0,
-    loss=LossTensors(kept=1.0, beside=1.0),
-    # torch/distributed/tensor/parallel/loss.py, kernel by kernel in float32: the log-softmax is kept, and in backward
-    # its gradient, its exponential, their sum and the product exist
-    sharded_loss=LossTensors(kept_float32=1.0, beside_float32=4.0),
-)
-# the loss was not compiled from December 2024 to April 2025 (torchtitan e8977b0): log-softmax in float32, of which the
-# backward holds two gradients besides
-_EAGER_LOSS = LossTensors(kept_float32=1.0, beside_float32=2.0)
-
 TORCHTITAN = replace(
     MESHWRIGHT,
     name="torchtitan",
     defers_products=False,
-    memory=_COMPILED_MEMORY,
+    memory=TORCHTITAN_MEMORY,
     context_parallel=True,
     partial_sharding=True,
     pointwise=COMPILED,
@@ -346,7 +311,7 @@ TORCHTITAN_2024 = replace(
     TORCHTITAN,
     name="torchtitan-2024",
     version_of="torchtitan",
-    memory=replace(_COMPILED_MEMORY, loss=_EAGER_LOSS),
+    memory=TORCHTITAN_2024_MEMORY,
 )
 
 # as it was before blocks were compiled by default: Triton's fused RMSNorm, all else kernel by kernel
@@ -356,7 +321,7 @@ TORCHTITAN_EAGER = replace(
     version_of="torchtitan",
     pointwise=replace(EAGER_TORCH, rms_norm=FUSED.rms_norm),
     float8=False,
-    memory=replace(_COMPILED_MEMORY, gated_tensors=4.0, loss=_EAGER_LOSS),
+    memory=TORCHTITAN_EAGER_MEMORY,
 )
 
 # matmuls cut along the sequence, each part beside the exchange of the next (torch.distributed._symmetric_memory)
@@ -373,7 +338,7 @@ TORCHTITAN_ASYNC_TP = replace(
 LLM_FOUNDRY = replace(
     MESHWRIGHT,
     name="llm-foundry",
-    memory=MemoryTraits(fragmentation=_FSDP_FRAGMENTATION),
+    memory=LLM_FOUNDRY_MEMORY,
     shards_rows=False,
     schedules=(Schedule.ONE_F_ONE_B,),
     tensor_parallel=False,
@@ -399,9 +364,7 @@ LLM_FOUNDRY_TORCH1 = replace(
 DEEPSPEED = replace(
     MESHWRIGHT,
     name="deepspeed",
-    # modules are gathered one by one, with what is prefetched at most a billion numbers: about half a block
-    # (deepspeed/runtime/zero/config.py: max_live_parameters)
-    memory=MemoryTraits(fragmentation=_FSDP_FRAGMENTATION, units=0.5, outer_apart=True),
+    memory=DEEPSPEED_MEMORY,
     masters_are_parameters=False,
     shards_rows=False,
     schedules=(Schedule.ONE_F_ONE_B,),
@@ -444,19 +407,7 @@ _INTERNLM_LOSS = P(
 INTERNEVO = replace(
     _MEGATRON,
     name="internevo",
-    memory=MemoryTraits(
-        gated_tensors=3.0,
-        # logits cast to float32, over which the loss writes its gradient, then cast back; the metrics' differences and
-        # exponentials
-        loss=LossTensors(kept_float32=1.0, beside=1.0, beside_float32=2.0),
-        # all that a rank updates is one flat tensor of float32 gradients, with torch's AdamW over it: the square root
-        # and the denominator (torch/optim/adamw.py)
-        update=UpdateTensors(temporaries=2.0, frees_grads=True),
-        reuses_blocks=False,
-        bucket_numbers=512 * 1024**2,  # configs/7B_sft.py: reduce_bucket_size
-        units=1.0,  # internlm/train/training_internlm.py: wrap_FSDP_model, attention and feed-forward each
-        outer_apart=True,
-    ),
+    memory=INTERNEVO_MEMORY,
     partition=Partition.LATER,
     zero_stages=(0, 1, 3),
     partial_sharding=True,
