@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from meshwright import InputError
+from meshwright.cost_models.framework import Framework
 from meshwright.cost_models.published import PublishedRun, read_published
 from meshwright.cost_models.scorecard import Part, Scorecard, validate
 from meshwright.cost_models.scorecard_cells import Cell, CellScore
 from meshwright.cost_models.strategy import ParallelConfig
+from meshwright.cost_models.targets import FRAMEWORKS
 from meshwright.terminal.accuracy_plot import save_accuracy_plot
 from meshwright.terminal.cluster_view import progress_bar
 
@@ -85,6 +87,8 @@ def tables(card: Scorecard, runs: dict[str, PublishedRun]) -> Iterable[str]:
     yield from memory_table(card.parts)
     yield ""
     yield from pick_table(card)
+    yield ""
+    yield from margin_table(FRAMEWORKS.values())
     yield ""
     yield from skipped_table(card)
 
@@ -172,6 +176,16 @@ def pick_table(card: Scorecard) -> Iterable[str]:
             f"| {part.family} | {part.name} | {picks.cells} | {picks.candidates} | {picks.picks} | {share} | {regret} "
             f"| {others} |"
         )
+
+
+def margin_table(targets: Iterable[Framework]) -> Iterable[str]:
+    yield "| target | fragmentation, of tensors | margin | from |"
+    yield "|---|--:|--:|---|"
+    for target in targets:
+        memory = target.memory
+        if not target.version_of:
+            fragmentation = "block by block" if memory.blocks else f"{100 * memory.fragmentation:.1f} %"
+            yield f"| {target.name} | {fragmentation} | {100 * memory.margin:.1f} % | {memory.margin_source} |"
 
 
 def skipped_table(card: Scorecard) -> Iterable[str]:
