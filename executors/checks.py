@@ -90,6 +90,11 @@ def _check_schedule(config: ParallelConfig, num_microbatches: int) -> None:
 
 def check_model(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
     """The model is the one that was planned for. Raises ``InputError``."""
+    if dist.get_backend() != "fake" and any(weight.device.type == "meta" for weight in model.parameters()):
+        raise InputError(
+            f"this {type(model).__name__} is on the meta device, without weights: build it in memory, or try the plan "
+            "on it with meshwright.dry_run"
+        )
     spec, head = plan.model, dict(model.named_parameters(remove_duplicate=False))[f"{anatomy.head}.weight"]
     found = {
         "parameters": sum(weight.numel() for weight in model.parameters()),
