@@ -131,7 +131,7 @@ def check_cluster(plan: Plan, cluster: ClusterProfile) -> None:
 
 def check_environment(plan: Plan) -> None:
     """Warn where this run's circumstances differ from those that the plan's figures were measured under."""
-    if plan.environment is None or dist.get_rank() > 0:
+    if plan.environment is None or dist.get_rank() > 0 or dist.get_backend() == "fake":
         return
     differences = environment_differences(plan.environment, capture_environment(backend=dist.get_backend()))
     if differences:

@@ -231,10 +231,10 @@ def dry_run_peak(
         missing = max(0, (whole_rows or 0) - trained.batch[0].shape[0])
         rest = torch.empty((2, missing, plan.workload.seq_len), dtype=torch.int64)
 
-        def show(step: int) -> None:
-            on_progress(0.3 + 0.7 * step / STEPS, f"rank {rank}: step {step + 1}")
+        def show(share: float) -> None:
+            on_progress(0.3 + 0.7 * share, f"rank {rank}: steps")
 
-        return track_steps(trained, STEPS, kernels=kernels, beside=[rest], on_step=show)
+        return track_steps(trained, STEPS, kernels=kernels, beside=[rest], on_progress=show)
 
 
 def _one_rank(

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
-from meshwright import InputError
+from meshwright import Error, InputError
 from meshwright.executors.memory_peak import Peak
 from meshwright.executors.memory_tracker import MemoryTracker
 from meshwright.executors.trained import Trained
@@ -21,27 +21,30 @@ def track_steps(
     *,
     kernels: Literal["cuda", "cpu"],
     beside: Sequence[Tensor] = (),
-    on_step: Callable[[int], None] = lambda step: None,
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> Peak:
     """The peak of ``steps`` whole training steps, on tensors real or fake; at least 2 for the optimizer's states.
 
-    ``beside`` is counted too, ``on_step`` called before each step. Raises ``InputError`` where an operator fails on
-    fake tensors, with the module; on real ones the error is left as it is.
+    ``beside`` is counted too; ``on_progress`` is told the share done after each forward. Raises ``InputError`` where an
+    operator fails on fake tensors, with the module; on real ones the error is left as it is.
     """
+    parallel = trained.parallel
+    forwards = steps * len(parallel.modules()) * parallel.num_microbatches
     gc.collect()
     gc.disable()  # what only a cycle keeps alive counts as alive
-    tracker = MemoryTracker(trained.parallel, cuda=kernels == "cuda")
+    tracker = MemoryTracker(
+        parallel, cuda=kernels == "cuda", on_forward=lambda count: on_progress(min(count / forwards, 1.0))
+    )
     try:
         with tracker:
             tracker.take_up([*trained.batch, *beside])
-            for step in range(steps):
-                on_step(step)
+            for _ in range(steps):
                 tracker.begin_step()
                 _step(trained, tracker)
     except (RuntimeError, TypeError, ValueError) as error:
-        if not tracker.failed_at or not isinstance(trained.batch[0], FakeTensor):
+        if not isinstance(trained.batch[0], FakeTensor):
             raise
-        raise InputError(f"the plan does not run, {tracker.failed_at}: {_first_line(error)}") from error
+        raise _explained(error, tracker.failed_at) from error
     finally:
         gc.enable()
     return tracker.peak()
@@ -58,8 +61,16 @@ def _step(trained: Trained, tracker: MemoryTracker) -> None:
     trained.optimizer.zero_grad()
 
 
-def _first_line(error: Exception) -> str:
-    """The cause's first line: torch's pipeline wraps what a stage raised."""
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+def _explained(error: Exception, failed_at: str) -> Exception:
+    """What to raise: the first cause (torch's pipeline wraps what a stage raised) and where, or the error itself."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, Error):
+        return cause
+    if not failed_at:
+        return error
+    if isinstance(cause, DataDependentOutputException | DynamicOutputShapeException):
+        return InputError(f"{failed_at} the model asks for the values of tensors, which a dry run does not have")
+    lines = str(cause).strip().splitlines() or [""]
+    return InputError(f"the plan does not run, {failed_at}: {type(cause).__name__}: {lines[0]}")

@@ -27,7 +27,7 @@ The kinds are those of ``cost_models.estimate.MemoryBreakdown``; each storage ha
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,11 +50,15 @@ ROUNDING = 512
 class MemoryTracker(TorchDispatchMode):
     """Tracks while it is entered; enter it once, after ``parallelize`` and before the first step.
 
-    It must be the innermost mode (entered after a ``FakeTensorMode``).
+    It must be the innermost mode (entered after a ``FakeTensorMode``). ``cuda``: count what CUDA's kernels take for
+    themselves, too. ``on_forward`` is told after each forward of a stage how many there were.
     """
 
-    def __init__(self, parallel: ParallelModel, *, cuda: bool = False) -> None:
+    def __init__(
+        self, parallel: ParallelModel, *, cuda: bool = False, on_forward: Callable[[int], None] = lambda count: None
+    ) -> None:
         super().__init__()
+        self._on_forward = on_forward
         self._cuda = cuda
         self.failed_at = ""  # where the first operator failed
         self._parallel = parallel
@@ -199,6 +203,7 @@ class MemoryTracker(TorchDispatchMode):
     def end_window(self) -> None:
         """A stage's forward of one micro-batch is over."""
         self._windows.append(self._clock)
+        self._on_forward(len(self._windows))
 
     @property
     def num_windows(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from meshwright.cost_models.workload import Optimizer
 from meshwright.executors.apply import ParallelModel
 from meshwright.planner.plan import Plan
 
@@ -17,7 +18,12 @@ class Trained:
 
     def __init__(self, parallel: ParallelModel, plan: Plan, device: torch.device) -> None:
         self.parallel = parallel
-        self.optimizer = torch.optim.AdamW(parallel.parameter_groups(), lr=LEARNING_RATE, fused=True)
+        groups = parallel.parameter_groups()
+        self.optimizer: torch.optim.Optimizer
+        if plan.workload.optimizer is Optimizer.SGD:
+            self.optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
         rows = parallel.num_microbatches * plan.config.micro_batch_size
         draw = torch.Generator().manual_seed(parallel.data_rank)
         tokens = torch.randint(plan.model.vocab_size, (rows, plan.workload.seq_len + 1), generator=draw).to(device)

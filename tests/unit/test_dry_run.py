@@ -18,7 +18,7 @@ from meshwright.cost_models.estimate import MemoryBreakdown, Moment
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.schedules import Pass, rank_actions
 from meshwright.cost_models.strategy import ParallelConfig, Recompute, Schedule
-from meshwright.cost_models.workload import RECIPES, Workload
+from meshwright.cost_models.workload import RECIPES, Optimizer, Workload
 from meshwright.executors.dry_run import DryRun, dry_run, enough_microbatches, stage_ranks
 from meshwright.executors.fake_kernels import workspace_bytes
 from meshwright.executors.spec_model import Attention, build_spec_model
@@ -147,6 +147,12 @@ def test_the_model_given_is_left_as_it_was() -> None:
     assert not torch.distributed.is_initialized()
 
 
+def test_an_optimizer_without_states() -> None:
+    plan = make_plan(tp=2)
+    plain = replace(plan, workload=replace(plan.workload, optimizer=Optimizer.SGD))
+    assert dry_run(None, plain).optimizer_bytes == 0
+
+
 def test_one_rank_of_each_stage() -> None:
     plan = make_plan(tp=2, dp=2, pp=4, micro_batches=4)
     assert stage_ranks(plan) == (0, 4, 8, 12)
@@ -157,6 +163,11 @@ def test_one_rank_of_each_stage() -> None:
 class _Broken(Attention):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) @ x
+
+
+class _Curious(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum().item() > 0 else x
 
 
 class TestRefusals:
@@ -180,9 +191,16 @@ class TestRefusals:
         with pytest.raises(meshwright.InputError, match=r"in the forward of blocks\.2\.attention_1 .*bmm"):
             dry_run(model, make_plan(sequence=32))
 
-    def test_a_sequence_that_tp_does_not_divide(self) -> None:
+    @pytest.mark.parametrize("pp", [1, 2])
+    def test_a_sequence_that_tp_does_not_divide(self, pp: int) -> None:
         with pytest.raises(meshwright.InputError, match="divide the sequence of 63"):
-            dry_run(None, make_plan(tp=2, sequence=63, sequence_parallel=True))
+            dry_run(None, make_plan(tp=2, pp=pp, sequence=63, sequence_parallel=True))
+
+    def test_a_model_that_looks_at_values(self) -> None:
+        model = on_meta()
+        model.get_submodule("blocks.1.attention_1").__class__ = _Curious
+        with pytest.raises(meshwright.InputError, match=r"attention_1 .* asks for the values of tensors"):
+            dry_run(model, make_plan())
 
 
 class TestCommand:
