@@ -27,22 +27,17 @@ from meshwright.profiler.record import record
 # margin costs the fast plans of models that fill their devices. ``validate``'s picks among failures show both sides.
 QUANTILE = 0.9
 MIN_PEAKS = 8  # fewer say little of such a quantile
-# targets on one library; nanotron and internevo have code and peaks of their own
+# targets on one library: torch's own FSDP, DTensor and pipelining; Megatron-Core and what it grew from. nanotron and
+# internevo have code, and peaks, of their own
 RELATIVES = (
-    (
-        "meshwright",
-        "torchtitan",
-        "llm-foundry",
-        "deepspeed",
-        "deepspeed-2021",
-    ),  # torch's own: FSDP, DTensor, pipelining
-    ("megatron-lm", "megatron-deepspeed", "megatron-bridge"),  # Megatron-Core and what became it
+    ("meshwright", "torchtitan", "llm-foundry", "deepspeed", "deepspeed-2021"),
+    ("megatron-lm", "megatron-deepspeed", "megatron-bridge"),
 )
 
 
 @record
 class TargetMargin:
-    """The margin of one target, the targets whose peaks say so, and how many those are."""
+    """The margin of one target, and in words whose peaks say so and how many those are."""
 
     margin: float
     source: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from meshwright.cost_models.estimate import KINDS
+from meshwright.cost_models.estimate import KINDS, Moment
 from meshwright.cost_models.framework import Framework
 from meshwright.cost_models.strategy import SPLIT_BACKWARD, ParallelConfig, Recompute
 from meshwright.cost_models.targets import FRAMEWORKS
@@ -33,7 +33,8 @@ def what_helps(plan: Plan, kind: str) -> tuple[str, ...]:
     target = FRAMEWORKS.get(plan.framework)
     if target is None:
         return ()
-    found = (lever(plan.config, target) for lever in LEVERS[kind])
+    whole = plan.memory is not None and plan.memory.moment is Moment.BUILD
+    found = (lever(plan.config, target) for lever in (UNSHARDED if whole else LEVERS[kind]))
     return tuple(words for words in found if words)[:SHOWN]
 
 
@@ -91,3 +92,4 @@ LEVERS: dict[str, tuple[Lever, ...]] = {
     "working": (_micro_batch, _sequence, _cp, _tp),
     "communication": (_micro_batch, _tp),
 }
+UNSHARDED: tuple[Lever, ...] = (_pp, _tp)  # of a model made whole, which no sharding shrinks

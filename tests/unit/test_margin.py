@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from meshwright import InputError
-from meshwright.cost_models.estimate import KINDS, MemoryBreakdown
+from meshwright.cost_models.estimate import KINDS, MOMENTS, MemoryBreakdown, Moment
 from meshwright.cost_models.margin import MemoryMargin, margin_of, needed_bytes
 from meshwright.cost_models.margin_fit import MIN_PEAKS, RELATIVES, derive_margins, write_margins
 from meshwright.cost_models.scorecard import validate
@@ -27,7 +27,7 @@ from meshwright.planner.summary import needed_of, summarize
 from meshwright.planner.tight import LEVERS, TIGHT, largest_kind, what_helps
 from meshwright.profiler.cluster import load_cluster
 from meshwright.profiler.model import load_model
-from meshwright.terminal.memory_view import KIND_WORDS, fit_words, show_memory
+from meshwright.terminal.memory_view import KIND_WORDS, MOMENT_WORDS, fit_words, show_memory
 
 TABLE = Path(os.environ.get("MESHWRIGHT_VALIDATION", Path(__file__).parents[3] / "shared" / "validation")) / "dev.csv"
 CLUSTER = load_cluster("h100-sxm:2")
@@ -182,6 +182,13 @@ class TestTight:
         assert what_helps(plan, "activations") == ()
         assert TestShown().shown(plan).rstrip().endswith("tight: most of it is activations")
 
+    def test_a_model_made_whole_is_not_sharded(self) -> None:
+        plan = priced(ParallelConfig(dp=16), params=80)
+        assert plan.memory is not None
+        built = replace(plan, memory=replace(plan.memory, moment=Moment.BUILD))
+        assert what_helps(plan, "params") == ("ZeRO 3", "more pp", "more tp")
+        assert what_helps(built, "params") == ("more pp", "more tp")
+
     def test_every_kind_has_levers_and_words(self) -> None:
         assert set(LEVERS) == set(KIND_WORDS) == set(KINDS)
 
@@ -197,6 +204,9 @@ class TestShown:
         console = Console(width=120, record=True, file=io.StringIO())
         show_memory(plan, plan.memory, console)
         return console.export_text()
+
+    def test_every_moment_has_words(self) -> None:
+        assert set(MOMENT_WORDS) == {moment.value for moment in MOMENTS}
 
     def test_everything_on_the_device_adds_up(self) -> None:
         text = self.shown(priced(ParallelConfig(dp=16), params=20, activations=30, fragmentation=10))
