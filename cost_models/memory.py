@@ -199,8 +199,8 @@ def _activations(blocks: list[BlockBytes], pipe: Pipeline, rank: int) -> FloatAr
     per_round = microbatches_per_round(pipe.batch, pipe.workload)
     most = np.zeros(len(pipe.batch))
     for flying, waiting in pipeline.holdings(pipe.schedule, pp, vpp, rank, count, per_round):
-        if more := pipe.framework.memory.held_more:
-            flying = np.minimum(flying + more, count[:, None])
+        traits = pipe.framework.memory
+        flying = np.minimum(np.ceil(flying * traits.held_factor) + traits.held_more, count[:, None])
         total = np.zeros(len(pipe.batch))
         for index, block in enumerate(blocks):
             for chunk in np.flatnonzero(pipe.counts[rank, :, index]):

@@ -68,6 +68,7 @@ class MemoryTraits:
     offloads: bool = False  # without pipelines, activations of as many layers as it takes are kept on the host
     builds_whole: bool = False  # what tp, pp and ep leave of the weights is made before ZeRO 3 shards it
     held_more: int = 0  # micro-batches in flight beyond those of the schedule
+    held_factor: float = 1.0  # of all of them, where a schedule of the target's own starts earlier
     reuses_blocks: bool = True  # what backward frees serves the update; not where that asks for one block of everything
     blocks: HeldBlocks | None = None  # gradients are added to float32 buffers when a backward is over (``held_blocks``)
     communicators_bytes: float = 0.0  # what process groups hold of the device, on top of a context

@@ -190,6 +190,8 @@ def _variant(row: Row, target: str) -> str:
         return "megatron-lm-2021" if _date(row) < (2022, 1) else "megatron-lm-2022"
     if target == "megatron-lm" and (vocab := re.search(r"vocab-?([12])\b", row.text("schedule").lower())):
         return f"megatron-lm-vocab-{vocab[1]}"
+    if target == "megatron-lm" and "interlaced" in row.text("schedule").lower():
+        return "megatron-lm-interlaced"
     if target == "deepspeed" and _before_flash(row):
         return "deepspeed-2021"
     if target == "llm-foundry" and re.search(r"precision label bf16\b", notes):

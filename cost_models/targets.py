@@ -129,6 +129,15 @@ MEGATRON_LM_VOCAB_1, MEGATRON_LM_VOCAB_2 = (
     for number in (1, 2)
 )
 
+# the same with the passes of embedding and head between those of each micro-batch (nnScaler, OSDI 2024),
+# which takes half as many micro-batches again (arXiv 2411.05288, section 5)
+MEGATRON_LM_INTERLACED = replace(
+    MEGATRON_LM,
+    name="megatron-lm-interlaced",
+    version_of="megatron-lm",
+    memory=replace(MEGATRON_LM_MEMORY, held_factor=1.5),
+)
+
 # with attention written out, as in arXiv 2205.05198 and 2401.10241
 MEGATRON_LM_2022 = replace(
     MEGATRON_LM,
@@ -436,6 +445,7 @@ ASSUMED: dict[str, Framework] = {
         MEGATRON_LM,
         MEGATRON_LM_VOCAB_1,
         MEGATRON_LM_VOCAB_2,
+        MEGATRON_LM_INTERLACED,
         MEGATRON_LM_2022,
         MEGATRON_LM_2021,
         MEGASCALE,
