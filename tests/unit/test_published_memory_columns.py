@@ -66,7 +66,12 @@ class TestWhatColumnsLeaveOpen:
 
     @pytest.mark.parametrize(
         ("schedule", "target"),
-        [("Vocab-1", "megatron-lm-vocab-1"), ("1F1B Vocab-2", "megatron-lm-vocab-2"), ("1F1B Redis", "megatron-lm")],
+        [
+            ("Vocab-1", "megatron-lm-vocab-1"),
+            ("1F1B Vocab-2", "megatron-lm-vocab-2"),
+            ("1F1B Redis", "megatron-lm"),
+            ("Interlaced", "megatron-lm-interlaced"),
+        ],
     )
     def test_vocabulary_parallelism_is_a_target_of_its_own(self, schedule: str, target: str) -> None:
         assert target_of(row(schedule=schedule)) == target

@@ -142,6 +142,8 @@ class TestMoments:
             for number in (0, 1)
         )
         assert more * 2 == plain * 3  # two on the first of two stages, and one
+        half = peak(toy, target(toy, MemoryTraits(loss=LossTensors(), held_factor=1.5)), **config).activations_bytes
+        assert half == more
 
     def test_a_split_backward_waits(self, toy: Any) -> None:
         framework = target(toy, MemoryTraits(loss=LossTensors()), torch_schedules=False)
