@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from meshwright.cost_models.estimate import Moment
 from meshwright.cost_models.framework import num_microbatches
 from meshwright.cost_models.memory_traits import HeldBlocks
-from meshwright.cost_models.moments import KindBytes, Pipeline
+from meshwright.cost_models.moments import KindBytes
 from meshwright.cost_models.residency import Numbers
+from meshwright.cost_models.step_states import Pipeline
 
 FloatArray = NDArray[np.float64]
 

@@ -14,9 +14,10 @@ from meshwright.cost_models.estimate import KINDS, MOMENTS, Moment
 from meshwright.cost_models.framework import microbatches_per_round, num_microbatches
 from meshwright.cost_models.held_blocks import held_bytes, late_moments
 from meshwright.cost_models.memory_traits import HeldBlocks, UpdateTensors
-from meshwright.cost_models.moments import KindBytes, Pipeline, rank_moments, unlike_ranks
+from meshwright.cost_models.moments import KindBytes, fullest
 from meshwright.cost_models.residency import Numbers, StateBytes, state_bytes
 from meshwright.cost_models.saved import BlockBytes
+from meshwright.cost_models.step_states import Pipeline, unlike_ranks
 from meshwright.cost_models.strategy import IntArray
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.layers import AttentionLayer, MlpLayer
@@ -43,8 +44,15 @@ def peak(blocks: list[BlockBytes], pipe: Pipeline, hop_bytes: FloatArray) -> dic
     for rank in unlike_ranks(pipe) if by_operator else range(pipe.counts.shape[0]):
         unshared = np.zeros(size)
         if by_operator:
-            moments = rank_moments(blocks, pipe, rank, hop_bytes)
-        elif pipe.framework.memory.blocks:
+            total, kinds, which = fullest(blocks, pipe, rank, hop_bytes)
+            more = total > largest
+            np.copyto(largest, total, where=more)
+            for name, found in kinds.items():
+                np.copyto(best[f"{name}_bytes"], found, where=more)
+            np.copyto(best["stage"], float(rank), where=more)
+            np.copyto(best["moment"], which, where=more)
+            continue
+        if pipe.framework.memory.blocks:
             moments, unshared = _late(blocks, pipe, rank, hop_bytes, pipe.framework.memory.blocks)
         else:
             moments = list(_moments(blocks, pipe, rank, hop_bytes).items())

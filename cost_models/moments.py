@@ -24,25 +24,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models import pipeline
-from meshwright.cost_models.blocks import BlockKinds
-from meshwright.cost_models.estimate import Moment
-from meshwright.cost_models.framework import Framework, microbatches_per_round, num_microbatches
+from meshwright.cost_models.estimate import KINDS, MOMENTS, Moment
 from meshwright.cost_models.residency import Numbers, state_bytes
 from meshwright.cost_models.saved import BlockBytes
-from meshwright.cost_models.schedules import Pass, rank_actions, stage_indices
-from meshwright.cost_models.strategy import SPLIT_BACKWARD, ConfigBatch, IntArray, Schedule
+from meshwright.cost_models.step_states import Pipeline, State, states
+from meshwright.cost_models.strategy import SPLIT_BACKWARD, Schedule
 from meshwright.cost_models.tape import Lifetimes
-from meshwright.cost_models.workload import Workload
 from meshwright.profiler.model import BlockKind
 
 FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,157 +57,37 @@ class KindBytes:
         return np.asarray(sum(getattr(self, field.name) for field in fields(self)))
 
 
-@dataclass(frozen=True, slots=True)
-class Pipeline:
-    """Configs of one pipeline shape: ``counts`` ``[pp, vpp, num_kinds]`` blocks of ``kinds`` on each chunk."""
-
-    kinds: BlockKinds
-    counts: FloatArray
-    schedule: Schedule
-    workload: Workload
-    framework: Framework
-    batch: ConfigBatch
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Where in the step a rank is when a chunk's backward starts; arrays ``[num_configs, vpp]`` or ``[num_configs]``.
-
-    ``held`` micro-batches of each chunk are in flight, the one at hand among them; ``waiting`` ones wait for their
-    gradients of matrices; ``sent`` have gone through, ``back`` of them backward too; ``resident`` chunks have gradients
-    of earlier micro-batches; it is a chunk's ``last`` backward of the step.
-    """
-
-    chunk: int
-    held: FloatArray
-    waiting: FloatArray
-    sent: FloatArray
-    back: FloatArray
-    resident: BoolArray
-    last: BoolArray
-    only_weights: bool = False  # it is the second half of a split backward
-
-
-def states(pipe: Pipeline, rank: int) -> list[State]:
-    """The states of a rank, none of which may be the fullest for every config."""
-    batch, (pp, vpp) = pipe.batch, pipe.counts.shape[:2]
-    count = num_microbatches(batch, pipe.workload)
-    per_round = microbatches_per_round(batch, pipe.workload)
-    whole = np.repeat(count[:, None], vpp, axis=1).astype(np.float64)
-    nothing, several = np.zeros_like(whole), (count > 1)[:, None]
-    if pipe.schedule in SPLIT_BACKWARD:
-        return _split_states(pipe, rank, count)
-    if pipe.schedule is Schedule.INTERLEAVED:
-        return _interleaved_states(pipe, rank, count, per_round)
-    most = pipeline.held_microbatches(pipe.schedule, pp, vpp, rank, count, per_round)
-    later = np.clip(np.minimum(most, whole - 1.0), 1.0, None)
-    one = np.ones_like(whole)
-    first_back = np.minimum(whole - 1.0, 1.0)
-    first = State(0, most, nothing, most, nothing, several & False, count == 1)
-    last = State(0, one, nothing, whole, whole - 1.0, several, count >= 1)
-    if pp == 1:
-        return [first, last]
-    return [first, State(0, later, nothing, whole, first_back, several, later[:, 0] == 1.0), last]
-
-
-def _split_states(pipe: Pipeline, rank: int, count: IntArray) -> list[State]:
-    """Ahead of the backwards and weight gradients of the lists of actions at which more is there than at others."""
-    pp, vpp = pipe.counts.shape[:2]
-    few = np.minimum(count, 3 * pp)  # the warm-up is over by then
-    counts, group = np.unique(few, return_inverse=True)
-    played = [_played(pipe.schedule, pp, vpp, rank, int(number)) for number in counts]
-    found = []
-    for chunk, only_weights in sorted({key for states_of in played for key in states_of}):
-        lists = [states_of.get((chunk, only_weights), ()) for states_of in played]
-        for number in range(max(map(len, lists))):
-            nothing = ((0.0,) * vpp,) * 5
-            chosen = np.array([of[min(number, len(of) - 1)] if of else nothing for of in lists])[group]
-            held, waiting, sent, back, resident = chosen.transpose(1, 0, 2)
-            rest = np.where(back.sum(axis=1) >= pp, count - few, 0)[:, None]  # of the steady state that was left out
-            found.append(
-                State(
-                    chunk, held, waiting, sent + rest, back + rest, resident > 0, count == 1, only_weights=only_weights
-                )
-            )
-    return found
-
-
-_Counts = tuple[float, ...]  # of each chunk
-
-
-@lru_cache(maxsize=1024)
-def _played(
-    schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: int
-) -> dict[tuple[int, bool], tuple[tuple[_Counts, ...], ...]]:
-    """(held, waiting, sent, back, resident) ahead of a chunk's backwards, or of its weight gradients alone."""
-    chunk_of = {int(stage): chunk for chunk, stage in enumerate(stage_indices(schedule, pp, vpp)[rank])}
-    held, waiting, sent, back, resident = ([0.0] * vpp for _ in range(5))
-    found: dict[tuple[int, bool], dict[tuple[_Counts, ...], None]] = {}
-    for action in rank_actions(schedule, pp, vpp, microbatches)[rank]:
-        chunk, kind = chunk_of[action.stage], action.kind
-        if kind is Pass.FORWARD:
-            held[chunk] += 1.0
-            sent[chunk] += 1.0
-            continue
-        now = tuple(tuple(counts) for counts in (held, waiting, sent, back, resident))
-        found.setdefault((chunk, kind is Pass.WEIGHT_GRADIENT), {})[now] = None
-        if kind is Pass.WEIGHT_GRADIENT:
-            waiting[chunk] -= 1.0
-        else:
-            held[chunk] -= 1.0
-            back[chunk] += 1.0
-            waiting[chunk] += float(kind is Pass.INPUT_GRADIENT)
-        resident[chunk] = 1.0
-    return {key: _largest(tuple(states_of)) for key, states_of in found.items()}
-
-
-def _largest(unlike: tuple[tuple[_Counts, ...], ...]) -> tuple[tuple[_Counts, ...], ...]:
-    """Those states than which no other has more of all."""
-    numbers = np.array(unlike).reshape(len(unlike), -1)
-    more = (numbers[:, None] >= numbers[None]).all(axis=2)
-    np.fill_diagonal(more, False)
-    return tuple(one for one, less in zip(unlike, more.any(axis=0), strict=True) if not less)
-
-
-def _interleaved_states(pipe: Pipeline, rank: int, count: IntArray, per_round: IntArray) -> list[State]:
-    """At the first backward; when the last forward has run; at the last backward."""
-    pp, vpp = pipe.counts.shape[:2]
-    held = pipeline.held_microbatches(pipe.schedule, pp, vpp, rank, count, per_round)
-    whole = np.repeat(count[:, None], vpp, axis=1).astype(np.float64)
-    nothing = np.zeros_like(whole)
-    done = vpp * count - held.sum(axis=1)  # backwards before the last forward
-    turns, left = np.divmod(done, vpp * per_round)
-    size = np.asarray(per_round, dtype=np.float64)[:, None]
-    back = turns[:, None] * size + np.clip(left[:, None] - np.arange(vpp)[::-1] * size, 0.0, size)
-    last = np.zeros_like(whole)
-    last[:, 0] = 1.0
-    few = count == 1
-    found = [State(vpp - 1, held, nothing, held, nothing, nothing > 0, few)]
-    for chunk in {0, vpp - 1}:
-        found.append(State(chunk, np.maximum(whole - back, last), nothing, whole, back, back > 0, few))
-    found.append(State(0, last, nothing, whole, whole - last, whole > 1, count >= 1))
-    return found
-
-
-def unlike_ranks(pipe: Pipeline) -> list[int]:
-    """Ranks of which one may hold the most.
-
-    Of those with the same blocks it is the first: it has the most micro-batches in flight. Where backward is split
-    later ones have more waiting for their weight gradients.
-    """
-    pp = pipe.counts.shape[0]
-    if pipe.schedule in SPLIT_BACKWARD:
-        return list(range(pp))
-    _, first = np.unique(pipe.counts.reshape(pp, -1), axis=0, return_index=True)
-    return sorted(first.tolist())
-
-
 def rank_moments(
     blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: FloatArray
 ) -> list[tuple[Moment, KindBytes]]:
-    """All moments of a rank; ``hop_bytes`` is what a stage hands to the next."""
+    """All moments of a rank, arrays of ``[num_configs]`` or, of several times, ``[num_times, num_configs]``.
+
+    ``hop_bytes`` is what a stage hands to the next.
+    """
     held = _Rank(blocks, pipe, rank, hop_bytes)
     return [moment for state in states(pipe, rank) for moment in _Backward(held, state).moments()]
+
+
+def fullest(
+    blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: FloatArray
+) -> tuple[FloatArray, dict[str, FloatArray], FloatArray]:
+    """The largest total of a rank's moments, its bytes by kind, and its place in ``MOMENTS``: ``[num_configs]``."""
+    columns = np.arange(len(pipe.batch))
+    largest, which = np.full(len(columns), -1.0), np.zeros(len(columns))
+    kinds = {name: np.zeros(len(columns)) for name in KINDS}
+    for moment, held in rank_moments(blocks, pipe, rank, hop_bytes):
+        total = held.total
+        time = total.argmax(axis=0) if total.ndim == 2 else 0
+        top = total[time, columns] if total.ndim == 2 else total
+        more = top > largest
+        if not more.any():
+            continue
+        np.copyto(largest, top, where=more)
+        np.copyto(which, float(MOMENTS.index(moment)), where=more)
+        for name, found in kinds.items():
+            value = getattr(held, name)
+            np.copyto(found, value[time, columns] if value.ndim == 2 else value, where=more)
+    return largest, kinds, which
 
 
 class _Rank:
@@ -229,24 +103,57 @@ class _Rank:
         # gradients of a unit are tensors of their own until they are reduced or added to whole ones
         self.unit_grads = self.sharded & ((self.zero >= 2) | self.casts)
         counts = pipe.counts[rank]
-        self.chunks = [self._numbers(counts[chunk]) for chunk in range(len(counts))]
-        everything = sum((outer + inner for outer, inner, _ in self.chunks), Numbers.zeros(len(batch)))
+        self.lives = [_lifetimes(block) for block in blocks]
+        self.chunks = [self._chunk(counts[number]) for number in range(len(counts))]
+        everything = sum((chunk.outer + chunk.inner for chunk in self.chunks), Numbers.zeros(len(batch)))
         state = state_bytes(everything, pipe.workload, pipe.framework, batch)
         self.params, self.optimizer, self.gathered = state.params, state.optimizer, state.gathered
 
-    def _numbers(self, counts: FloatArray) -> tuple[Numbers, Numbers, list[int]]:
-        """Parameters of a chunk outside its blocks and in them, and the kinds of its blocks in order."""
-        zeros = Numbers.zeros(len(self.pipe.batch))
-        outer, inner, order = zeros, zeros, []
-        for index, kind in enumerate(self.pipe.kinds.kinds):
-            if not counts[index]:
-                continue
-            numbers = self.blocks[index].params * float(counts[index])
-            if kind.kind is BlockKind.DECODER:
-                inner, order = inner + numbers, [*order, index]
+    def _chunk(self, counts: FloatArray) -> _Chunk:
+        outer = inner = Numbers.zeros(len(self.pipe.batch))
+        order = []
+        saved, inputs, outputs, received = (self.nothing,) * 4
+        for index in np.flatnonzero(counts):
+            number, lives = float(counts[index]), self.lives[index]
+            saved = saved + number * lives.saved
+            if self.pipe.kinds.kinds[index].kind is BlockKind.DECODER:
+                inner, order = inner + self.blocks[index].params * number, [*order, int(index)]
+                inputs, outputs = inputs + number * lives.inputs, outputs + number * lives.outputs
             else:
-                outer = outer + numbers
-        return outer, inner, order
+                outer = outer + self.blocks[index].params * number
+        pipelined = len(self.pipe.counts) > 1
+        receives = pipelined and not counts[0]
+        if receives:  # what its first block does not save anyway
+            received = self.hop * (1.0 - self.lives[order[0]].keeps_input)
+        whole = outer + inner
+        return _Chunk(
+            outer=outer,
+            inner=inner,
+            order=order,
+            saved=saved,
+            inputs=inputs,
+            outputs=outputs,
+            received=received,
+            grads=np.where(self.zero <= 1, whole.whole, whole.owned) * self.grad,
+            sends=pipelined and not counts[-1],
+            receives=receives,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """One stage: parameters outside its blocks and in them, kinds of blocks in order, bytes of one micro-batch."""
+
+    outer: Numbers
+    inner: Numbers
+    order: list[int]
+    saved: FloatArray
+    inputs: FloatArray
+    outputs: FloatArray
+    received: FloatArray
+    grads: FloatArray
+    sends: bool
+    receives: bool
 
 
 class _Backward:
@@ -255,14 +162,15 @@ class _Backward:
     def __init__(self, rank: _Rank, state: State) -> None:
         self.rank, self.state, self.zero, self.nothing = rank, state, rank.zero, rank.nothing
         counts = rank.pipe.counts[rank.rank]
-        self.outer, _, order = rank.chunks[state.chunk]
+        self.chunk = rank.chunks[state.chunk]
+        self.outer, order = self.chunk.outer, self.chunk.order
         self.counts = counts[state.chunk]
-        self.lives = [_lifetimes(block) for block in rank.blocks]
+        self.lives = rank.lives
         self.head = self.lives[-1] if self.counts[-1] else None
         self.first_kind, self.last_kind = order[-1], order[0]  # in the order of the backward
         self.num_blocks = float(sum(self.counts[index] for index in order))
-        self.resident = state.resident[:, state.chunk]
-        self.last = np.broadcast_to(np.asarray(state.last), self.nothing.shape)
+        self.resident = state.resident[..., state.chunk]
+        self.last = state.last
         self.reduces = rank.sharded & ((self.zero >= 2) | self.last)
         self.splits = rank.pipe.schedule in SPLIT_BACKWARD
         self.in_flight = self._in_flight()
@@ -276,41 +184,33 @@ class _Backward:
     def _in_flight(self) -> FloatArray:
         """Activations of all micro-batches in flight, the one at hand whole."""
         rank, state, total = self.rank, self.state, self.nothing
-        counts, one_at_a_time = rank.pipe.counts[rank.rank], rank.pipe.schedule is Schedule.ONE_F_ONE_B
-        for chunk in range(len(counts)):
-            held = state.held[:, chunk]
-            for index in np.flatnonzero(counts[chunk]):
-                lives = self.lives[index]
-                saved = held * lives.saved + state.waiting[:, chunk] * lives.inputs
-                total = total + counts[chunk, index] * saved
-            if len(rank.pipe.counts) == 1:
-                continue
-            if not counts[chunk, 0]:  # what it received, where its first block does not save that anyway
-                first = self.lives[rank.chunks[chunk][2][0]]
-                total = total + held * rank.hop * (1.0 - first.keeps_input)
-            if not counts[chunk, -1]:  # 1f1b keeps the handle of its last send before the first backward
-                handle = np.where((state.sent > state.held) & (state.held > 1.0), 1.0, 0.0)[:, chunk]
-                total = total + rank.hop * (held + handle if one_at_a_time else state.sent[:, chunk])
+        one_at_a_time = rank.pipe.schedule is Schedule.ONE_F_ONE_B
+        for number, chunk in enumerate(rank.chunks):
+            held, sent = state.held[..., number], state.sent[..., number]
+            total = total + held * (chunk.saved + chunk.received)
+            if self.splits:
+                total = total + state.waiting[..., number] * chunk.inputs
+            if chunk.sends:  # 1f1b keeps the handle of its last send before the first backward
+                handle = (sent > held) & (held > 1.0)
+                total = total + rank.hop * (held + handle if one_at_a_time else sent)
         return total
 
     def _sent_back(self) -> FloatArray:
         """Gradients of hidden states: those sent whose handles are still there; and those that wait."""
         rank, state, total = self.rank, self.state, self.nothing
-        counts, one_at_a_time = rank.pipe.counts[rank.rank], rank.pipe.schedule is Schedule.ONE_F_ONE_B
-        for chunk in range(len(counts)):
-            if not counts[chunk, 0]:
-                back = state.back[:, chunk]
+        one_at_a_time = rank.pipe.schedule is Schedule.ONE_F_ONE_B
+        for number, chunk in enumerate(rank.chunks):
+            if chunk.receives:
+                back = state.back[..., number]
                 total = total + rank.hop * (np.minimum(back, 1.0) if one_at_a_time else back)
-            for index in np.flatnonzero(counts[chunk]):
-                total = total + counts[chunk, index] * state.waiting[:, chunk] * self.lives[index].outputs
+            if self.splits:
+                total = total + state.waiting[..., number] * chunk.outputs
         return total
 
     def _resident_grads(self) -> FloatArray:
         total = self.nothing
-        for chunk, (outer, inner, _) in enumerate(self.rank.chunks):
-            numbers = outer + inner
-            held = np.where(self.zero <= 1, numbers.whole, numbers.owned) * self.rank.grad
-            total = total + np.where(self.state.resident[:, chunk], held, 0.0)
+        for number, chunk in enumerate(self.rank.chunks):
+            total = total + np.where(self.state.resident[..., number], chunk.grads, 0.0)
         return total
 
     def _taken_up(self, unit: Numbers) -> FloatArray:
@@ -360,18 +260,12 @@ class _Backward:
         if self.outer.whole.any():
             yield from self._outer_reduction()
 
-    def _on_chunk(self, name: str) -> FloatArray:
-        """Of all blocks of the chunk."""
-        present = np.flatnonzero(self.counts)
-        return sum((self.counts[index] * getattr(self.lives[index], name) for index in present), self.nothing)
-
     def _weight_gradients(self) -> tuple[Moment, KindBytes]:
         """All gradients of matrices of a stage at once, before they are added to those of earlier micro-batches."""
-        rank, chunk = self.rank, self.state.chunk
-        inner = rank.chunks[chunk][1].whole
-        own = np.where(rank.unit_grads, inner * rank.weight, 0.0) - self._on_chunk("outputs")
+        rank, inner = self.rank, self.chunk.inner.whole
+        own = np.where(rank.unit_grads, inner * rank.weight, 0.0) - self.chunk.outputs
         grads = np.where(self.resident, 0.0, inner * rank.grad)
-        return self._at(Moment.WEIGHTS, self.in_flight - self._on_chunk("inputs"), own, grads=grads)
+        return self._at(Moment.WEIGHTS, self.in_flight - self.chunk.inputs, own, grads=grads)
 
     def _flat(self, unit: Numbers) -> FloatArray:
         return unit.gathered * self.rank.weight
@@ -482,7 +376,7 @@ class _Backward:
         units = 2.0 if self.num_blocks >= 3.0 else 1.0
         freed = np.where(self.last & self.rank.sharded, -self._flat(unit), 0.0)
         gathered = np.where(self.zero == 3, units * self._flat(unit), freed) + self._outer_gathered()
-        index = self.first_kind if self.counts[self.first_kind] > 1 else self.rank.chunks[self.state.chunk][2][-2]
+        index = self.first_kind if self.counts[self.first_kind] > 1 else self.chunk.order[-2]
         return self._block(
             index,
             left - self.lives[self.first_kind].saved,
@@ -493,7 +387,7 @@ class _Backward:
 
     def _others(self) -> Numbers:
         """All blocks of the chunk but the one whose backward is last."""
-        return self.rank.chunks[self.state.chunk][1] + self.rank.blocks[self.last_kind].params * -1.0
+        return self.chunk.inner + self.rank.blocks[self.last_kind].params * -1.0
 
     def _last_block(self) -> tuple[Moment, KindBytes]:
         rank, unit, others = self.rank, self.rank.blocks[self.last_kind].params, self._others()
@@ -501,7 +395,7 @@ class _Backward:
         gathered = np.where(self.zero == 3, self._flat(unit), freed) + self._outer_gathered()
         return self._block(
             self.last_kind,
-            self.in_flight - self._on_chunk("saved") + self.lives[self.last_kind].saved,
+            self.in_flight - self.chunk.saved + self.lives[self.last_kind].saved,
             gathered=gathered,
             communication=np.where(self.reduces, unit.gathered * rank.grad, 0.0),
             done=self._taken_up(others),
@@ -509,9 +403,9 @@ class _Backward:
 
     def _outer_reduction(self) -> Iterator[tuple[Moment, KindBytes]]:
         """What stands outside the blocks comes last."""
-        rank, inner = self.rank, self.rank.chunks[self.state.chunk][1]
+        rank, inner = self.rank, self.chunk.inner
         freed = np.where(self.last & rank.sharded & (self.zero < 3), -self._flat(inner + self.outer), 0.0)
-        left = self.in_flight - self._on_chunk("saved")
+        left = self.in_flight - self.chunk.saved
         yield from self._reduced(self.outer, left, freed, self._taken_up(inner), self.nothing)
 
 

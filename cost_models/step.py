@@ -21,13 +21,13 @@ from meshwright.cost_models.framework import (
     Framework,
     supported,
 )
-from meshwright.cost_models.moments import Pipeline
 from meshwright.cost_models.offload import kept_activations
 from meshwright.cost_models.parts import BlockParts, block_parts
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.saved import BlockBytes, block_bytes
 from meshwright.cost_models.stage_seconds import cost
 from meshwright.cost_models.stages import Stages
+from meshwright.cost_models.step_states import Pipeline
 from meshwright.cost_models.strategy import (
     REASONS,
     SCHEDULES,

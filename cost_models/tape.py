@@ -17,9 +17,8 @@ is kept; backward first runs the operators again, up to the last that saves anyt
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,62 +121,72 @@ class Most:
 
 @dataclass(frozen=True, slots=True)
 class Lifetimes:
-    """Bytes of one block and micro-batch, arrays of shape ``[num_configs]``.
+    """Bytes of one block and micro-batch, arrays of shape ``[num_configs]``: the rows of ``table``."""
 
-    ``saved``: what forward leaves for backward. ``forward``: the most that is alive in forward, the block's input among
-    it. ``backward``: the fullest moment of the backward where gradients of the block's weights stay until its end;
-    ``adding``: the same where each is added to earlier ones as it comes. ``weights``: the gradients of all weights.
-    ``deferring``: where those of matrices come later, and input and gradient of each are kept for them; ``inputs`` and
-    ``outputs`` are these, the former as far as forward left them. ``keeps_input``: 1 where the block's input is among
-    what is saved.
-    """
+    table: FloatArray
 
-    saved: FloatArray
-    forward: FloatArray
-    backward: Most
-    adding: Most
-    deferring: Most
-    weights: FloatArray
-    inputs: FloatArray
-    outputs: FloatArray
-    keeps_input: FloatArray
+    @classmethod
+    def of(cls, rows: Sequence[FloatArray], most: Sequence[Most]) -> Lifetimes:
+        """From the six first rows and the three fullest moments, in the order in which they are read below."""
+        found = [row for one in most for row in (one.total, one.activations, one.weights)]
+        return cls(np.array([*rows, *found]))
+
+    @classmethod
+    def assembled(cls, parts: Sequence[tuple[NDArray[np.int64], Lifetimes]], num_configs: int) -> Lifetimes:
+        """Those of several groups of configs, each with the positions it belongs to."""
+        table = np.empty((len(parts[0][1].table), num_configs))
+        for positions, part in parts:
+            table[:, positions] = part.table
+        return cls(table)
 
     def take(self, rows: NDArray[np.int64]) -> Lifetimes:
         """The configs at these positions."""
-        return self.assembled([(slice(None), self)], len(rows), rows)
+        return Lifetimes(self.table[:, rows])
 
-    @staticmethod
-    def assembled(
-        parts: Sequence[tuple[Any, Lifetimes]], num_configs: int, rows: NDArray[np.int64] | None = None
-    ) -> Lifetimes:
-        """Those of several groups of configs, each with the positions it belongs to; or some rows of one group."""
+    @property
+    def saved(self) -> FloatArray:
+        """What forward leaves for backward."""
+        return self.table[0]
 
-        def whole(read: Callable[[Lifetimes], FloatArray]) -> FloatArray:
-            if rows is not None:
-                return read(parts[0][1])[rows]
-            column = np.empty(num_configs)
-            for positions, part in parts:
-                column[positions] = read(part)
-            return column
+    @property
+    def forward(self) -> FloatArray:
+        """The most that is alive in forward, the block's input among it."""
+        return self.table[1]
 
-        def most(read: Callable[[Lifetimes], Most]) -> Most:
-            return Most(
-                whole(lambda part: read(part).total),
-                whole(lambda part: read(part).activations),
-                whole(lambda part: read(part).weights),
-            )
+    @property
+    def weights(self) -> FloatArray:
+        """The gradients of all weights."""
+        return self.table[2]
 
-        return Lifetimes(
-            saved=whole(lambda part: part.saved),
-            forward=whole(lambda part: part.forward),
-            backward=most(lambda part: part.backward),
-            adding=most(lambda part: part.adding),
-            deferring=most(lambda part: part.deferring),
-            weights=whole(lambda part: part.weights),
-            inputs=whole(lambda part: part.inputs),
-            outputs=whole(lambda part: part.outputs),
-            keeps_input=whole(lambda part: part.keeps_input),
-        )
+    @property
+    def inputs(self) -> FloatArray:
+        """What waits for gradients of matrices put off: their inputs, as far as forward left them."""
+        return self.table[3]
+
+    @property
+    def outputs(self) -> FloatArray:
+        """The same: gradients of their outputs, and inputs that were worked out again."""
+        return self.table[4]
+
+    @property
+    def keeps_input(self) -> FloatArray:
+        """1 where the block's input is among what is saved."""
+        return self.table[5]
+
+    @property
+    def backward(self) -> Most:
+        """The fullest moment of the backward, where gradients of weights stay until its end."""
+        return Most(*self.table[6:9])
+
+    @property
+    def adding(self) -> Most:
+        """The same where each is added to earlier ones as it comes."""
+        return Most(*self.table[9:12])
+
+    @property
+    def deferring(self) -> Most:
+        """The same where those of matrices are put off, and input and gradient of each are kept for them."""
+        return Most(*self.table[12:15])
 
 
 def play(tape: Tape, recompute: Recompute, num_configs: int) -> Lifetimes:
@@ -216,17 +225,10 @@ class _Play:
                 most.meet(again + gradient, self._bytes(self.left), self.zero)
         self._backward(gradient, backward, adding, deferring)
         outputs = sum((self.tape.gradients[operator.makes] for operator in operators if operator.puts_off), self.zero)
-        return Lifetimes(
-            saved=self._bytes(self.left),
-            forward=forward,
-            backward=backward,
-            adding=adding,
-            deferring=deferring,
-            weights=sum((operator.weights for operator in operators if operator.weights is not None), self.zero),
-            inputs=self._bytes(self.put_off & self.left),
-            outputs=outputs + self._bytes(self.put_off - self.left),
-            keeps_input=self.zero + (0 in self.left),
-        )
+        weights = sum((operator.weights for operator in operators if operator.weights is not None), self.zero)
+        outputs = outputs + self._bytes(self.put_off - self.left)
+        rows = (self._bytes(self.left), forward, weights, self._bytes(self.put_off & self.left), outputs)
+        return Lifetimes.of((*rows, self.zero + (0 in self.left)), (backward, adding, deferring))
 
     def _run(
         self, operators: Sequence[Operator], alive: set[int], stays: set[int], *, stops: bool = False

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from meshwright.cost_models.blocks import block_kinds, stage_counts
-from meshwright.cost_models.estimate import Moment
-from meshwright.cost_models.moments import KindBytes, Pipeline, rank_moments, states, unlike_ranks
+from meshwright.cost_models.estimate import KINDS, Moment
+from meshwright.cost_models.moments import KindBytes, rank_moments
 from meshwright.cost_models.saved import block_bytes
+from meshwright.cost_models.step_states import Pipeline, states, unlike_ranks
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
 from meshwright.cost_models.traffic import hop_bytes
 from meshwright.cost_models.workload import RECIPES, Workload
@@ -33,8 +34,18 @@ def pipeline_of(toy: Any, recipe: str = "bf16", batch: int = 8, **axes: Any) -> 
 
 
 def moments(toy: Any, rank: int = 0, **options: Any) -> list[tuple[Moment, KindBytes]]:
+    """Time after time, at each the moments in their order."""
     blocks, pipe = pipeline_of(toy, **options)
-    return rank_moments(blocks, pipe, rank, hop_bytes(toy.model(), pipe.workload, pipe.batch))
+    found = rank_moments(blocks, pipe, rank, hop_bytes(toy.model(), pipe.workload, pipe.batch))
+    tables = [
+        (moment, {name: np.atleast_2d(getattr(held, name)) for name in (*KINDS, "total")}) for moment, held in found
+    ]
+    return [
+        (moment, KindBytes(**{name: table[name][min(time, len(table[name]) - 1)] for name in KINDS}))
+        for time in range(max(len(table["total"]) for _, table in tables))
+        for moment, table in tables
+        if time < len(table["total"])
+    ]
 
 
 def of(found: list[tuple[Moment, KindBytes]], moment: Moment) -> list[KindBytes]:
@@ -138,7 +149,7 @@ def test_put_off_gradients_of_matrices_wait(toy: Any) -> None:
     # values 32 + 32, output 64, gate, up 128 + 128, down 64; in bf16
     assert lives.inputs == TOKENS * (64 * 3 + 128) * 2
     assert lives.outputs == TOKENS * (64 + 32 + 32 + 64 + 256 + 64) * 2
-    waiting = [state.waiting[0, 0] for state in states(pipe, 1)]
+    waiting = [float(state.waiting.max()) for state in states(pipe, 1)]
     assert max(waiting) == 2  # on the last rank, rank + 1 at most
     weights = of(moments(toy, rank=1, pp=2, schedule=Schedule.ZB_H1), Moment.WEIGHTS)
     assert max(float(held.working[0]) for held in weights) >= 2 * BLOCK * 2

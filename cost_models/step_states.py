@@ -1,0 +1,192 @@
+"""Where in a step of our executors a pipeline rank may hold the most: what is in flight when a backward starts.
+
+Times are those of the schedules' lists of actions (``schedules``): the first backward, with the most micro-batches in
+flight; the last one with as many, which finds gradients of earlier micro-batches; and the step's last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost_models import pipeline
+from meshwright.cost_models.blocks import BlockKinds
+from meshwright.cost_models.framework import Framework, microbatches_per_round, num_microbatches
+from meshwright.cost_models.schedules import Pass, rank_actions, stage_indices
+from meshwright.cost_models.strategy import SPLIT_BACKWARD, ConfigBatch, IntArray, Schedule
+from meshwright.cost_models.workload import Workload
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Configs of one pipeline shape: ``counts`` ``[pp, vpp, num_kinds]`` blocks of ``kinds`` on each chunk."""
+
+    kinds: BlockKinds
+    counts: FloatArray
+    schedule: Schedule
+    workload: Workload
+    framework: Framework
+    batch: ConfigBatch
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where in the step a rank is when a chunk's backward starts: several such times, one after the other.
+
+    Arrays are ``[num_times, num_configs, vpp]``, ``last`` is ``[num_times, num_configs]``. ``held`` micro-batches of
+    each chunk are in flight, the one at hand among them; ``waiting`` ones wait for their gradients of matrices;
+    ``sent`` have gone through, ``back`` of them backward too; ``resident`` chunks have gradients of earlier
+    micro-batches; it is a chunk's ``last`` backward of the step.
+    """
+
+    chunk: int
+    held: FloatArray
+    waiting: FloatArray
+    sent: FloatArray
+    back: FloatArray
+    resident: BoolArray
+    last: BoolArray
+    only_weights: bool = False  # it is the second half of a split backward
+
+
+def states(pipe: Pipeline, rank: int) -> list[State]:
+    """The states of a rank of which one is the fullest, whatever the config."""
+    found = list(_states(pipe, rank))
+    alike: dict[tuple[int, bool], list[State]] = {}
+    for state in found:
+        alike.setdefault((state.chunk, state.only_weights), []).append(state)
+    names = ("held", "waiting", "sent", "back", "resident", "last")
+    return [
+        State(chunk, *(np.stack([getattr(one, name) for one in of]) for name in names), only_weights=only_weights)
+        for (chunk, only_weights), of in alike.items()
+    ]
+
+
+def _states(pipe: Pipeline, rank: int) -> list[State]:
+    """The same one by one, without the axis of times."""
+    batch, (pp, vpp) = pipe.batch, pipe.counts.shape[:2]
+    count = num_microbatches(batch, pipe.workload)
+    per_round = microbatches_per_round(batch, pipe.workload)
+    whole = np.repeat(count[:, None], vpp, axis=1).astype(np.float64)
+    if pipe.schedule in SPLIT_BACKWARD:
+        return _split_states(pipe, rank, count)
+    if pipe.schedule is Schedule.INTERLEAVED:
+        return _interleaved_states(pipe, rank, count, per_round)
+    nothing, one = np.zeros_like(whole), np.ones_like(whole)
+    several = whole > 1
+    most = pipeline.held_microbatches(pipe.schedule, pp, vpp, rank, count, per_round)
+    later = np.clip(np.minimum(most, whole - 1.0), 1.0, None)
+    first = State(0, most, nothing, most, nothing, several & False, count == 1)
+    last = State(0, one, nothing, whole, whole - 1.0, several, count >= 1)
+    if pp == 1:
+        return [first, last]
+    back = np.minimum(whole - 1.0, 1.0)
+    return [first, State(0, later, nothing, whole, back, several, later[:, 0] == 1.0), last]
+
+
+def _split_states(pipe: Pipeline, rank: int, count: IntArray) -> list[State]:
+    """Ahead of the backwards and weight gradients of the lists of actions at which more is there than at others."""
+    pp, vpp = pipe.counts.shape[:2]
+    few = np.minimum(count, 3 * pp)  # the warm-up is over by then
+    counts, group = np.unique(few, return_inverse=True)
+    played = [_played(pipe.schedule, pp, vpp, rank, int(number)) for number in counts]
+    found = []
+    for chunk, only_weights in sorted({key for states_of in played for key in states_of}):
+        absent = np.zeros((1, 5, vpp))
+        lists = [states_of.get((chunk, only_weights), absent) for states_of in played]
+        for number in range(max(map(len, lists))):
+            chosen = np.array([of[min(number, len(of) - 1)] for of in lists])[group]
+            held, waiting, sent, back, resident = chosen.transpose(1, 0, 2)
+            rest = np.where(back.sum(axis=1) >= pp, count - few, 0)[:, None]  # of the steady state that was left out
+            found.append(
+                State(
+                    chunk, held, waiting, sent + rest, back + rest, resident > 0, count == 1, only_weights=only_weights
+                )
+            )
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _played(schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: int) -> dict[tuple[int, bool], FloatArray]:
+    """(held, waiting, sent, back, resident) ahead of a chunk's backwards, or of its weight gradients alone.
+
+    By chunk and which of the two it is: ``[num_times, 5, vpp]``, those that may be the fullest.
+    """
+    chunk_of = {int(stage): chunk for chunk, stage in enumerate(stage_indices(schedule, pp, vpp)[rank])}
+    actions = rank_actions(schedule, pp, vpp, microbatches)[rank]
+    kinds = np.array([action.kind.value for action in actions])
+    chunks = np.array([chunk_of[action.stage] for action in actions])
+    on_chunk = chunks[:, None] == np.arange(vpp)
+
+    def before(kind: Pass) -> FloatArray:
+        done = on_chunk & (kinds == kind.value)[:, None]
+        return done.cumsum(axis=0) - done.astype(np.float64)
+
+    forward, whole = before(Pass.FORWARD), before(Pass.BACKWARD)
+    inputs, weights = before(Pass.INPUT_GRADIENT), before(Pass.WEIGHT_GRADIENT)
+    back = whole + inputs
+    states_of = np.stack([forward - back, inputs - weights, forward, back, back > 0], axis=1)
+    only_weights = kinds == Pass.WEIGHT_GRADIENT.value
+    backwards = (kinds != Pass.FORWARD.value) & ~only_weights
+    found = {}
+    for chunk in range(vpp):
+        for of, chosen in ((False, backwards), (True, only_weights)):
+            rows = np.flatnonzero(chosen & (chunks == chunk))
+            if len(rows):
+                found[chunk, of] = _largest(states_of[rows])
+    return found
+
+
+# what a micro-batch weighs that is held, that waits, that was sent, whose gradient was: without recompute, and with it
+_WEIGHTS = ((10.0, 7.0, 0.4, 0.4), (0.4, 7.0, 0.4, 0.4))
+
+
+def _largest(unlike: FloatArray) -> FloatArray:
+    """Those that are the fullest with all chunks' gradients there, and before."""
+    resident, kept = unlike[:, 4].all(axis=1), set()
+    for weights in _WEIGHTS:
+        filled = unlike[:, :4].sum(axis=2) @ np.array(weights)
+        for among in (resident, ~resident):
+            if among.any():
+                kept.add(int(np.argmax(np.where(among, filled, -1.0))))
+    return unlike[sorted(kept)]
+
+
+def _interleaved_states(pipe: Pipeline, rank: int, count: IntArray, per_round: IntArray) -> list[State]:
+    """At the first backward; when the last forward has run; at the last backward."""
+    pp, vpp = pipe.counts.shape[:2]
+    held = pipeline.held_microbatches(pipe.schedule, pp, vpp, rank, count, per_round)
+    whole = np.repeat(count[:, None], vpp, axis=1).astype(np.float64)
+    nothing = np.zeros_like(whole)
+    done = vpp * count - held.sum(axis=1)  # backwards before the last forward
+    turns, left = np.divmod(done, vpp * per_round)
+    size = np.asarray(per_round, dtype=np.float64)[:, None]
+    back = turns[:, None] * size + np.clip(left[:, None] - np.arange(vpp)[::-1] * size, 0.0, size)
+    last = np.zeros_like(whole)
+    last[:, 0] = 1.0
+    few = count == 1
+    found = [State(vpp - 1, held, nothing, held, nothing, nothing > 0, few)]
+    for chunk in {0, vpp - 1}:
+        found.append(State(chunk, np.maximum(whole - back, last), nothing, whole, back, back > 0, few))
+    found.append(State(0, last, nothing, whole, whole - last, whole > 1, count >= 1))
+    return found
+
+
+def unlike_ranks(pipe: Pipeline) -> list[int]:
+    """Ranks of which one may hold the most.
+
+    Of those with the same blocks it is the first: it has the most micro-batches in flight. Where backward is split
+    the last of them has the most waiting for their weight gradients.
+    """
+    pp = pipe.counts.shape[0]
+    _, first, group = np.unique(pipe.counts.reshape(pp, -1), axis=0, return_index=True, return_inverse=True)
+    ends = {int(rank) for rank in first}
+    if pipe.schedule in SPLIT_BACKWARD:
+        ends |= {int(np.flatnonzero(group.ravel() == number)[-1]) for number in range(len(first))}
+    return sorted(ends)
