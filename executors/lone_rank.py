@@ -59,6 +59,7 @@ def run_alone(plan: Plan, rank: int = 0, *, device: str = "cuda") -> LonePeak:
 
 
 def _alone(worker: Rank, plan: Plan, rank: int, device_name: str) -> LonePeak:
+    torch.set_num_threads(1)
     device = torch.device("cuda", 0) if device_name == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
