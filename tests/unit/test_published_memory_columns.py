@@ -107,6 +107,16 @@ class TestWhatColumnsLeaveOpen:
         assert run_of(row(**columns, notes=note)).config.micro_batch_size == 1
         assert run_of(row(**columns, notes="published GA=1 (64)")).config.micro_batch_size == 2
 
+    @pytest.mark.parametrize(("pp", "micro"), [("1", "2"), ("4", "2")])
+    def test_a_recipe_where_a_table_is_misprinted(self, pp: str, micro: str) -> None:
+        columns = {"framework": "Megatron-Core / Megatron-Bridge (NeMo)", "model": "llama3-70b", "gpu_type": "GB300"}
+        columns |= {"gpus_per_node": "72", "arch_family": "llama", "layers": "80", "precision": "mxfp8", "schedule": ""}
+        columns |= {"num_gpus": "64", "pp": pp, "dp": str(64 // int(pp)), "vpp": "", "micro_batch": micro}
+        run = run_of(row(**columns, zero_stage="1", recompute=""))
+        assert (run.config.pp, run.config.vpp, run.config.dp, run.config.micro_batch_size) == (4, 5, 16, 1)
+        fsdp = run_of(row(**columns, zero_stage="3", recompute=""))
+        assert (fsdp.config.pp, fsdp.config.micro_batch_size) == (int(pp), 2)
+
     def test_recompute_of_whole_blocks(self) -> None:
         columns = {"framework": "fms-fsdp (FSDP1 + compile)", "pp": "1", "dp": "8", "zero_stage": "3.0"}
         columns |= {"precision": "bf16", "arch_family": "llama", "recompute": "selective"}
