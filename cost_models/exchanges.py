@@ -10,6 +10,7 @@ from meshwright.cost_models.collectives import groups_of, seconds, send_seconds
 from meshwright.cost_models.stages import Stages
 from meshwright.cost_models.strategy import V_SHAPED, IntArray
 from meshwright.cost_models.traffic import COUNT_BYTES, LOSS_BYTES, hop_bytes, shared_grad_bytes, tied_bytes
+from meshwright.profiler.layers import NormLayer
 
 FloatArray = NDArray[np.float64]
 
@@ -105,18 +106,28 @@ def tied(stages: Stages) -> FloatArray:
 
 
 def shared(stages: Stages) -> FloatArray:
-    """Gradients of which each tp rank has a part, added up once a step for each chunk, priced as the largest."""
+    """Gradients of which each tp rank has a part, added up once a step for each chunk, priced as the largest.
+
+    Where ranks meet before each collective (``HostCost.checked_collective_s``) they do for each norm.
+    """
     kinds = block_kinds(stages.model).kinds
     num_bytes = stages.by_chunk([shared_grad_bytes(block, stages.workload, stages.batch) for block in kinds])
     groups = groups_of(stages.batch, stages.cluster, stages.placement, "tp")
     one = seconds(stages.cluster, "all_reduce", groups, num_bytes.max(axis=(1, 2)))
-    return np.asarray(one * num_bytes.shape[2])
+    norms = [sum(isinstance(layer, NormLayer) for layer in kind.layers) for kind in kinds]
+    on_rank = float(stages.counts.sum(axis=(0, 1)) @ np.array(norms)) / stages.counts.shape[0]
+    meeting = stages.framework.host.checked_collective_s * stages.batch.tp * on_rank
+    return np.asarray(one * num_bytes.shape[2] + np.where(num_bytes.max(axis=(1, 2)) > 0, meeting, 0.0))
 
 
 def world(stages: Stages) -> FloatArray:
-    """The count of targets before a step and the loss after it: two all_reduces of a few bytes."""
+    """The count of targets before a step and the loss after it: all_reduces of a few bytes over dp and over all."""
     data = groups_of(stages.batch, stages.cluster, stages.placement, "dp", "cp")
     world = groups_of(stages.batch, stages.cluster, stages.placement, *stages.placement.order)
-    return seconds(stages.cluster, "all_reduce", data, COUNT_BYTES) + seconds(
-        stages.cluster, "all_reduce", world, LOSS_BYTES
+    batch = stages.batch
+    ranks = batch.dp * batch.cp * (1 + batch.tp * batch.pp)
+    return (
+        seconds(stages.cluster, "all_reduce", data, COUNT_BYTES)
+        + seconds(stages.cluster, "all_reduce", world, LOSS_BYTES)
+        + stages.framework.host.checked_collective_s * ranks
     )

@@ -201,12 +201,12 @@ def _parts(
 def _checks(kinds: BlockKinds, index: int, workload: Workload, framework: Framework, batch: ConfigBatch) -> FloatArray:
     """Seconds a step in which data-parallel collectives wait for all their ranks to arrive (``checked_collective_s``).
 
-    With ZeRO 0 one for each bucket of torch's DistributedDataParallel, 25 MiB of gradients or a tensor larger than that
-    (queries, keys and values are one, gate and up another), with ZeRO 1 one to sum gradients and one to gather weights.
+    With ZeRO 0 one for each bucket of torch's DistributedDataParallel, which takes gradients until they are 25 MiB: at
+    most three of a block, attention, gate and up, down. With ZeRO 1 one to sum gradients and one to gather weights.
     """
     grads = rank_params(kinds.kinds[index], batch) * workload.recipe.params.num_bytes
-    tensors = 4.0 if kinds.kinds[index].kind is BlockKind.DECODER else 1.0
-    calls = np.where(batch.zero_stage == 0, np.minimum(grads / _BUCKET_BYTES, tensors), 2.0 * (index == 0))
+    most = 3.0 if kinds.kinds[index].kind is BlockKind.DECODER else 1.0
+    calls = np.where(batch.zero_stage == 0, np.minimum(grads / _BUCKET_BYTES, most), 2.0 * (index == 0))
     ranks = np.where(batch.dp * batch.cp > 1, batch.dp * batch.cp, 0)
     return np.asarray(framework.host.checked_collective_s * ranks * calls)
 

@@ -37,9 +37,10 @@ def cost(stages: Stages, parts: list[BlockParts], *, tells_waits: bool) -> dict[
         held, hop = exchanges.held(stages, hop), np.zeros_like(hop)
     forward, backward = (each + wait / 2.0 / stages.counts.shape[1] + transfers + held for each in (forward, backward))
     weights = stages.by_chunk([part.compute_weights for part in parts])
-    finish = _finish(stages, forward, backward, weights, hop)
+    finish, met = _finish(stages, forward, backward, weights, hop), _met(stages)
     apart = tells_waits and hop.any()
     unhindered = _finish(stages, forward, backward, weights, np.zeros_like(hop)) if apart else finish
+    finish, unhindered = finish - met, unhindered - met
     if exchanges.splits_vocabulary(stages):  # its barriers let one more micro-batch into the pipeline
         finish, unhindered = (
             each + (forward + backward).sum(axis=2).max(axis=1, keepdims=True) for each in (finish, unhindered)
@@ -81,6 +82,18 @@ def _finish(
         return np.asarray(count[:, None] * (forward + backward).sum(axis=2))
     per_round = microbatches_per_round(stages.batch, stages.workload)
     return pipeline.finish(stages.schedule, forward, backward - weights, weights, hop, count, per_round)
+
+
+def _met(stages: Stages) -> FloatArray:
+    """Seconds that the way of a micro-batch down the pipeline and back counts twice: ``[pp]``.
+
+    What a send costs its host and what the receive costs the other one (``HostCost.hop_s``) pass at the same time where
+    ranks wait for each other, as they do in the warm-up and the cool-down; in between both are work of either rank.
+    """
+    pp, vpp = stages.counts.shape[:2]
+    down = 0.0 if vpp > 1 else pp - 1.0
+    up = np.zeros(pp) if vpp > 1 else pp - 1.0 - np.arange(pp)
+    return np.asarray(stages.framework.host.hop_s * (down + up))
 
 
 def edges(stages: Stages, parts: list[BlockParts]) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]:
