@@ -86,8 +86,8 @@ def block_bytes(block: Block, workload: Workload, framework: Framework, batch: C
     waiting = sum((saver.waiting(layer) for layer in block.layers), np.zeros(len(few)))
     if framework.torch_schedules:  # torch's own split of backward lets go of nothing before
         waiting = waiting + saved
-    saved, working = (np.broadcast_to(array, (len(few),))[inverse] for array in (saved, working))
-    return BlockBytes(block_numbers(block, framework, batch), saved, working)
+    saved, working, waiting = (np.broadcast_to(array, (len(few),))[inverse] for array in (saved, working, waiting))
+    return BlockBytes(block_numbers(block, framework, batch), saved, working, waiting)
 
 
 class _Saved:
