@@ -15,7 +15,6 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from meshwright.cost_models.estimate import KINDS, MemoryBreakdown
@@ -184,7 +183,7 @@ def compare(given: Case) -> tuple[MemoryBreakdown, DryRun]:
 def error_of(predicted: MemoryBreakdown, found: DryRun, kind: str = "peak") -> float:
     """Relative error; of a kind that is under a hundredth of the peak, in shares of that hundredth."""
     said, counted = getattr(predicted, f"{kind}_bytes"), getattr(found, f"{kind}_bytes")
-    return float(said - counted) / max(counted, 0.01 * found.peak_bytes)
+    return float((said - counted) / max(counted, 0.01 * found.peak_bytes))
 
 
 def show(results: Sequence[tuple[Case, MemoryBreakdown, DryRun]], console: Console) -> None:
@@ -231,8 +230,13 @@ def main() -> None:
 
     wanted = sys.argv[1:]
     chosen = [given for given in cases() if all(word in given.words.split() for word in wanted)]
-    console = Console(width=None if sys.stdout.isatty() else 260)
-    show([(given, *compare(given)) for given in track(chosen, console=Console(stderr=True))], console)
+    results = []
+    for number, given in enumerate(chosen, start=1):
+        predicted, found = compare(given)
+        results.append((given, predicted, found))
+        said = f"{number}/{len(chosen)} {given.words}: {100 * error_of(predicted, found):+.2f} %"
+        print(said, file=sys.stderr, flush=True)
+    show(results, Console(width=None if sys.stdout.isatty() else 260))
 
 
 if __name__ == "__main__":

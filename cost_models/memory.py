@@ -44,11 +44,11 @@ def peak(blocks: list[BlockBytes], pipe: Pipeline, hop_bytes: FloatArray) -> dic
     for rank in unlike_ranks(pipe) if by_operator else range(pipe.counts.shape[0]):
         unshared = np.zeros(size)
         if by_operator:
-            total, kinds, which = fullest(blocks, pipe, rank, hop_bytes)
-            more = total > largest
-            np.copyto(largest, total, where=more)
-            for name, found in kinds.items():
-                np.copyto(best[f"{name}_bytes"], found, where=more)
+            top, kinds, which = fullest(blocks, pipe, rank, hop_bytes)
+            more = top > largest
+            np.copyto(largest, top, where=more)
+            for name, num_bytes in kinds.items():
+                np.copyto(best[f"{name}_bytes"], num_bytes, where=more)
             np.copyto(best["stage"], float(rank), where=more)
             np.copyto(best["moment"], which, where=more)
             continue
@@ -164,7 +164,8 @@ def _late(
         communication=_received(pipe, rank, hop_bytes),
     )
     flying = activations / np.maximum(at_hand, 1.0)
-    moments = late_moments(pipe, loss, at_hand, numbers, hidden_bytes)
+    first = Moment.LOSS if on_rank[-1] else Moment.BACKWARD
+    moments = late_moments(pipe, first, loss, at_hand, numbers, hidden_bytes)
     at_loss = held_bytes(held_blocks, pipe, activations, numbers, hidden_bytes, outputs, flying)
     largest = np.max([held.total for _, held in moments], axis=0)
     on_top = np.maximum(moments[0][1].total + at_loss - largest, held_blocks.base_bytes)

@@ -111,7 +111,7 @@ class _Rank:
 
     def _chunk(self, counts: FloatArray) -> _Chunk:
         outer = inner = Numbers.zeros(len(self.pipe.batch))
-        order = []
+        order: list[int] = []
         saved, inputs, outputs, received = (self.nothing,) * 4
         for index in np.flatnonzero(counts):
             number, lives = float(counts[index]), self.lives[index]

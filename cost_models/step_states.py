@@ -61,9 +61,17 @@ def states(pipe: Pipeline, rank: int) -> list[State]:
     alike: dict[tuple[int, bool], list[State]] = {}
     for state in found:
         alike.setdefault((state.chunk, state.only_weights), []).append(state)
-    names = ("held", "waiting", "sent", "back", "resident", "last")
     return [
-        State(chunk, *(np.stack([getattr(one, name) for one in of]) for name in names), only_weights=only_weights)
+        State(
+            chunk,
+            held=np.stack([one.held for one in of]),
+            waiting=np.stack([one.waiting for one in of]),
+            sent=np.stack([one.sent for one in of]),
+            back=np.stack([one.back for one in of]),
+            resident=np.stack([one.resident for one in of]),
+            last=np.stack([one.last for one in of]),
+            only_weights=only_weights,
+        )
         for (chunk, only_weights), of in alike.items()
     ]
 
@@ -126,12 +134,13 @@ def _played(schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: int)
 
     def before(kind: Pass) -> FloatArray:
         done = on_chunk & (kinds == kind.value)[:, None]
-        return done.cumsum(axis=0) - done.astype(np.float64)
+        return np.asarray(done.cumsum(axis=0) - done.astype(np.float64))
 
     forward, whole = before(Pass.FORWARD), before(Pass.BACKWARD)
     inputs, weights = before(Pass.INPUT_GRADIENT), before(Pass.WEIGHT_GRADIENT)
     back = whole + inputs
-    states_of = np.stack([forward - back, inputs - weights, forward, back, back > 0], axis=1)
+    resident = (back > 0).astype(np.float64)
+    states_of = np.stack([forward - back, inputs - weights, forward, back, resident], axis=1)
     only_weights = kinds == Pass.WEIGHT_GRADIENT.value
     backwards = (kinds != Pass.FORWARD.value) & ~only_weights
     found = {}

@@ -146,32 +146,32 @@ class Lifetimes:
     @property
     def saved(self) -> FloatArray:
         """What forward leaves for backward."""
-        return self.table[0]
+        return np.asarray(self.table[0])
 
     @property
     def forward(self) -> FloatArray:
         """The most that is alive in forward, the block's input among it."""
-        return self.table[1]
+        return np.asarray(self.table[1])
 
     @property
     def weights(self) -> FloatArray:
         """The gradients of all weights."""
-        return self.table[2]
+        return np.asarray(self.table[2])
 
     @property
     def inputs(self) -> FloatArray:
         """What waits for gradients of matrices put off: their inputs, as far as forward left them."""
-        return self.table[3]
+        return np.asarray(self.table[3])
 
     @property
     def outputs(self) -> FloatArray:
         """The same: gradients of their outputs, and inputs that were worked out again."""
-        return self.table[4]
+        return np.asarray(self.table[4])
 
     @property
     def keeps_input(self) -> FloatArray:
         """1 where the block's input is among what is saved."""
-        return self.table[5]
+        return np.asarray(self.table[5])
 
     @property
     def backward(self) -> Most:
@@ -227,7 +227,7 @@ class _Play:
         outputs = sum((self.tape.gradients[operator.makes] for operator in operators if operator.puts_off), self.zero)
         weights = sum((operator.weights for operator in operators if operator.weights is not None), self.zero)
         outputs = outputs + self._bytes(self.put_off - self.left)
-        rows = (self._bytes(self.left), forward, weights, self._bytes(self.put_off & self.left), outputs)
+        rows = (self._bytes(self.left), forward, self.zero + weights, self._bytes(self.put_off & self.left), outputs)
         return Lifetimes.of((*rows, self.zero + (0 in self.left)), (backward, adding, deferring))
 
     def _run(

@@ -35,7 +35,8 @@ def test_the_fullest_moment_of_a_backward() -> None:
     # the saved left over with its own 20, gradients 20 + 20, 5; then the first product: 10, 20 + 10, 5 + 7
     found = lifetimes(two_products()).backward
     assert found.total == 50 + 10 + 20 + 5
-    assert (found.activations, found.weights) == (50, 5)
+    assert found.activations == 50
+    assert found.weights == 5
 
 
 def test_gradients_of_weights_that_are_added_at_once_do_not_stay() -> None:
@@ -50,7 +51,8 @@ def test_gradients_of_weights_that_are_added_at_once_do_not_stay() -> None:
 
 def test_gradients_of_matrices_put_off_leave_their_inputs_and_outputs() -> None:
     found = lifetimes(two_products())
-    assert (found.inputs, found.outputs) == (10 + 20, 20 + 10)
+    assert found.inputs == 10 + 20
+    assert found.outputs == 20 + 10
     # at the activation: 10 and 20 of what is saved, 20 + 20 of gradients; kept: input 20 and output 10 of the last
     assert found.deferring.total == max(50 + 10 + 20, 30 + 40 + 30)
 
