@@ -36,12 +36,13 @@ FloatArray = NDArray[np.float64]
 
 
 def late_moments(
-    pipe: Pipeline, held: KindBytes, at_hand: FloatArray, numbers: Numbers, hidden_bytes: FloatArray
+    pipe: Pipeline, first: Moment, held: KindBytes, at_hand: FloatArray, numbers: Numbers, hidden_bytes: FloatArray
 ) -> list[tuple[Moment, KindBytes]]:
-    """What a rank holds at the loss, at the end of a backward and at the update.
+    """What a rank holds when a backward starts, when it ends, and at the update.
 
-    ``held`` is what it holds at the loss, of which ``at_hand`` are activations of the micro-batch whose backward comes
-    next; ``hidden_bytes`` are those of a whole micro-batch's residual stream.
+    ``first`` is what the start is called, the loss where the rank has the head; ``held`` is what it holds then, of
+    which ``at_hand`` are activations of the micro-batch at hand; ``hidden_bytes`` are those of a whole micro-batch's
+    residual stream.
     """
     batch, width, nothing = pipe.batch, float(pipe.workload.recipe.params.num_bytes), np.zeros(len(pipe.batch))
     replicas, one = batch.dp * batch.cp > 1, batch.zero_stage == 1
@@ -49,7 +50,7 @@ def late_moments(
     kept = buckets + np.where(batch.sequence_parallel, 2.0 * hidden_bytes, 0.0)
     flat = np.where(one & replicas, (2.0 * numbers.whole + numbers.owned) * width, 0.0)
     return [
-        (Moment.LOSS, replace(held, communication=held.communication + kept)),
+        (first, replace(held, communication=held.communication + kept)),
         (
             Moment.BACKWARD,
             replace(
