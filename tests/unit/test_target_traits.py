@@ -13,6 +13,7 @@ from meshwright.cost_models.blocks import block_kinds
 from meshwright.cost_models.compute import block_seconds
 from meshwright.cost_models.framework import TRITON_SLOWDOWN, AttentionKernel, PointwiseCost, Selective
 from meshwright.cost_models.host import slowest
+from meshwright.cost_models.memory_traits import MemoryTraits
 from meshwright.cost_models.parts import block_parts
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.saved import block_bytes
@@ -227,7 +228,8 @@ def test_shards_of_several_sequences_are_copied_around_collectives(
 def test_a_fused_loss_makes_no_float32_copies_of_the_logits(toy: Any) -> None:
     head = toy.model().blocks[-1]
     plain, fused = (
-        block_bytes(head, WORKLOAD, replace(toy.framework(), fused_loss=choice), batch()) for choice in (False, True)
+        block_bytes(head, WORKLOAD, toy.framework(fused_loss=choice, memory=MemoryTraits()), batch())
+        for choice in (False, True)
     )
     logits = 32 * 256
     assert plain.saved - fused.saved == pytest.approx([2 * logits])  # float32 log-softmax, bf16 logits
@@ -239,7 +241,7 @@ def test_selective_recompute_may_drop_outputs_of_projections(toy: Any) -> None:
     block = toy.model().blocks[1]
     config = batch(recompute=Recompute.SELECTIVE)
     kept = [
-        float(block_bytes(block, WORKLOAD, replace(toy.framework(), selective=choice), config).saved[0])
+        float(block_bytes(block, WORKLOAD, toy.framework(selective=choice, memory=MemoryTraits()), config).saved[0])
         for choice in (Selective(), Selective(outputs=0.5), Selective(outputs=1.0))
     ]
     outputs = 64 + 32 + 32 + 64 + 128 + 128 + 64  # of q, k, v, out, gate, up and down, a token
