@@ -59,7 +59,7 @@ class WeightGradients:
         Without ``with_bias`` the product alone; without ``kept`` it is ``recompute.unkept_product``.
         """
         weight: Any = module.weight
-        bias: Any = module.bias if with_bias else None
+        bias: Any = getattr(module, "bias", None) if with_bias else None
         matrix = weight.t() if transposed else weight
         compute = functional.linear if kept else unkept_product
         if not (torch.is_grad_enabled() and x.requires_grad):
