@@ -17,6 +17,7 @@ from meshwright.cost_models.operators import vocab_multiple
 from meshwright.cost_models.strategy import ConfigBatch
 from meshwright.cost_models.weights import Weight, local_shape
 from meshwright.cost_models.workload import Workload
+from meshwright.profiler.cluster import Device
 from meshwright.profiler.model import Block
 
 FloatArray = NDArray[np.float64]
@@ -67,6 +68,20 @@ class StateBytes:
     grads: FloatArray
     optimizer: FloatArray
     gathered: FloatArray
+
+
+def reserved_bytes(device: Device, framework: Framework, batch: ConfigBatch) -> FloatArray:
+    """What of a device is not there for tensors: context, kernels and others, and communicators; ``[num_configs]``.
+
+    Measured (``Device.communicator_bytes``) a rank has one for each of its groups: all ranks, and its peers along each
+    axis that is split (``executors/mesh.py``); else it is what the target is known to hold. Left out: pairs of a
+    pipeline, which NCCL serves from their group's where sends and receives are batched.
+    """
+    split = [degree > 1 for degree in (batch.tp, batch.dp * batch.cp, batch.pp, batch.ep)]
+    groups = np.where(np.logical_or.reduce(split), 1 + np.sum(split, axis=0), 0)
+    measured = groups * float(device.communicator_bytes)
+    held = measured if device.communicator_bytes else framework.memory.communicators_bytes
+    return np.asarray(device.reserved_bytes + held + np.zeros(len(batch)))
 
 
 def expert_shards(batch: ConfigBatch) -> FloatArray:

@@ -24,6 +24,7 @@ from meshwright.cost_models.framework import (
 from meshwright.cost_models.offload import kept_activations
 from meshwright.cost_models.parts import BlockParts, block_parts
 from meshwright.cost_models.placement import Placement
+from meshwright.cost_models.residency import reserved_bytes
 from meshwright.cost_models.saved import BlockBytes, block_bytes
 from meshwright.cost_models.stage_seconds import cost
 from meshwright.cost_models.stages import Stages
@@ -132,11 +133,12 @@ def _memory(blocks: list[BlockBytes], stages: Stages) -> dict[str, FloatArray]:
         framework=stages.framework,
         batch=stages.batch,
     )
-    device, size = stages.cluster.device, len(stages.batch)
+    device = stages.cluster.device
     found = memory.peak(blocks, pipe, hop_bytes(stages.model, stages.workload, stages.batch))
     tensors = np.asarray(sum(found[f"{name}_bytes"] for name in KINDS))
     traits = stages.framework.memory
-    room = device.memory_bytes - device.reserved_bytes - traits.communicators_bytes
+    reserved = reserved_bytes(device, stages.framework, stages.batch)
+    room = device.memory_bytes - reserved
     if traits.offloads and stages.counts.shape[0] == 1:
         excess = tensors - room / (1.0 + traits.fragmentation) / (1.0 + traits.margin)
         kept = kept_activations(found["activations_bytes"], excess, stages.model.num_layers)
@@ -146,8 +148,8 @@ def _memory(blocks: list[BlockBytes], stages: Stages) -> dict[str, FloatArray]:
         unshared = np.clip(room / (1.0 + traits.margin) - tensors - fragmentation, 0.0, unshared)
     return found | {
         "fragmentation_bytes": fragmentation + unshared,
-        "reserved_bytes": np.full(size, device.reserved_bytes + stages.framework.memory.communicators_bytes),
-        "capacity_bytes": np.full(size, float(device.memory_bytes)),
+        "reserved_bytes": reserved,
+        "capacity_bytes": np.full(len(stages.batch), float(device.memory_bytes)),
     }
 
 

@@ -27,7 +27,9 @@ from torch import nn
 from meshwright import InputError
 from meshwright.cost_models.estimate import MemoryBreakdown
 from meshwright.cost_models.placement import rank_grid
-from meshwright.cost_models.strategy import Schedule
+from meshwright.cost_models.residency import reserved_bytes
+from meshwright.cost_models.strategy import ConfigBatch, Schedule
+from meshwright.cost_models.targets import framework_named
 from meshwright.executors.apply import parallelize
 from meshwright.executors.checks import check_cluster
 from meshwright.executors.data_parallel import torch_dtype
@@ -295,7 +297,9 @@ def _shortened(plan: Plan, num_microbatches: int) -> Plan:
 def _device_bytes(plan: Plan, cluster: ClusterProfile | None) -> tuple[int | None, int | None]:
     """(reserved, capacity) of a device."""
     if cluster is not None:
-        return cluster.device.reserved_bytes, cluster.device.memory_bytes
+        batch = ConfigBatch.from_configs([plan.config])
+        reserved = reserved_bytes(cluster.device, framework_named(plan.framework), batch)
+        return round(float(reserved[0])), cluster.device.memory_bytes
     if plan.memory is not None:
         return plan.memory.reserved_bytes, plan.memory.capacity_bytes
     return None, None

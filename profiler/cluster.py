@@ -104,7 +104,8 @@ class KernelSample:
 
 @record
 class Device:
-    """One kind of device. ``memory_bytes`` is what it has, ``reserved_bytes`` what context and others hold of it.
+    """One kind of device. ``memory_bytes`` is what it has, ``reserved_bytes`` what context, loaded kernels and others
+    hold of it, ``communicator_bytes`` what each group of ranks that communicates takes besides.
 
     ``launch_s`` is the host's cost of one eager operator when the device waits for the host.
     ``communication_slowdown`` is time of compute while a collective runs over its time alone, minus 1.
@@ -126,12 +127,13 @@ class Device:
     variation: float = 0.0  # standard deviation of kernels' seconds from device to device, over their mean
     peak_memory_bytes_per_s: float | None = None  # the datasheet's; memory_bytes_per_s is what a large copy reaches
     num_multiprocessors: int | None = None
+    communicator_bytes: int = 0
     source: Source  # of memory, bandwidth and launch
     figure_sources: tuple[FigureSource, ...] = ()
 
     def __post_init__(self) -> None:
         rates = ("memory_bytes", "memory_bytes_per_s", "peak_memory_bytes_per_s", "num_multiprocessors")
-        check_numbers(self, positive=rates, not_negative=("reserved_bytes", "launch_s"))
+        check_numbers(self, positive=rates, not_negative=("reserved_bytes", "communicator_bytes", "launch_s"))
         for curve in self.efficiencies:
             waves = curve.tile_exponent is not None or curve.half_waves or curve.head_exponent
             if waves and self.num_multiprocessors is None:

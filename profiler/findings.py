@@ -55,6 +55,8 @@ class DeviceFacts:
     launch_s: float
     communication_slowdown: float
     num_multiprocessors: int | None = None  # of a GPU
+    loaded_bytes: int = 0  # of the device's memory that kernels took when they were first used
+    communicator_bytes: int = 0
 
 
 @record
@@ -155,11 +157,12 @@ class Findings:
         return Device(
             kind=facts.kind,
             memory_bytes=min(rank.memory_bytes for rank in mine),
-            reserved_bytes=max(rank.reserved_bytes for rank in mine),
+            reserved_bytes=max(rank.reserved_bytes for rank in mine) + facts.loaded_bytes,
             memory_bytes_per_s=facts.memory_bytes_per_s,
             launch_s=facts.launch_s,
             communication_slowdown=facts.communication_slowdown,
             num_multiprocessors=facts.num_multiprocessors,
+            communicator_bytes=facts.communicator_bytes,
             efficiencies=_efficiencies(facts, samples, self._source(), notes),
             samples=tuple(samples),
             source=self._source(),

@@ -91,8 +91,9 @@ def measure(options: MeasureOptions, report: Report) -> None:
         _links(nodes, clock, options, report)
         _collectives(group_shapes(nodes), clock, options, report)
     if described is None:
+        before = untracked_bytes(device)
         _kernels(ranks, clock, GPU_SCALE if device.type == "cuda" else CPU_SCALE, options, report)
-        _device(ranks, clock, report)
+        _device(ranks, clock, report, loaded_bytes=max(untracked_bytes(device) - before, 0))
     else:
         checked = replace(options, budget_s=options.budget_s * CHECK)
         with virtual_device(options.device) as virtual:
@@ -109,8 +110,8 @@ def _rank_facts(options: MeasureOptions, device: torch.device, described: Device
         kind, memory, reserved = described.kind, described.memory_bytes, described.reserved_bytes
     elif device.type == "cuda":
         torch.zeros(1, device=device)  # the context is made by the first use
-        free, memory = torch.cuda.mem_get_info(device)
-        kind, reserved = torch.cuda.get_device_name(device), memory - free - torch.cuda.memory_reserved(device)
+        memory = torch.cuda.mem_get_info(device)[1]
+        kind, reserved = torch.cuda.get_device_name(device), untracked_bytes(device)
     else:
         total, available = host_memory()
         kind, memory, reserved = f"cpu {cpu_model()}", total // local_size, (total - available) // local_size
@@ -118,6 +119,14 @@ def _rank_facts(options: MeasureOptions, device: torch.device, described: Device
         rank=dist.get_rank(), host=host, node=node, kind=kind, memory_bytes=memory, reserved_bytes=max(reserved, 0)
     )
     return tuple(_everyone(mine))
+
+
+def untracked_bytes(device: torch.device) -> int:
+    """What is taken of a GPU, but not by torch's allocator: context, kernels, communicators, others; 0 of a CPU."""
+    if device.type != "cuda":
+        return 0
+    free, memory = torch.cuda.mem_get_info(device)
+    return memory - free - torch.cuda.memory_reserved(device)
 
 
 def host_memory() -> tuple[int, int]:
@@ -232,8 +241,8 @@ def _samples(cases: Sequence[KernelCase], by_rank: Any, ranks: Sequence[RankFact
     return out
 
 
-def _device(ranks: Sequence[RankFacts], clock: DeviceClock, report: Report) -> None:
-    """Launches, memory rate and slow-down by communication of each kind of device."""
+def _device(ranks: Sequence[RankFacts], clock: DeviceClock, report: Report, *, loaded_bytes: int) -> None:
+    """Launches, memory rate, slow-down by communication and the memory of its buffers, of each kind of device."""
     report(("progress", (1.0 - MEMORY, "launches, compute while communicating")))
     scale = GPU_SCALE if clock.device.type == "cuda" else CPU_SCALE
     figures = (
@@ -241,16 +250,22 @@ def _device(ranks: Sequence[RankFacts], clock: DeviceClock, report: Report) -> N
         launch_seconds(clock).seconds,
         _communication_slowdown(clock) if len(ranks) > 1 else 0.0,
         _multiprocessors(clock.device),
+        loaded_bytes,
+        _communicator_bytes(clock.device) if len(ranks) > 1 else 0,
     )
     by_rank = np.array(_everyone(figures))
     for kind in dict.fromkeys(facts.kind for facts in ranks):
-        memory, launch, slowdown, multiprocessors = np.median(by_rank[[facts.kind == kind for facts in ranks]], axis=0)
+        memory, launch, slowdown, multiprocessors, loaded, communicator = np.median(
+            by_rank[[facts.kind == kind for facts in ranks]], axis=0
+        )
         facts = DeviceFacts(
             kind=kind,
             memory_bytes_per_s=float(memory),
             launch_s=float(launch),
             communication_slowdown=float(slowdown),
             num_multiprocessors=int(multiprocessors) or None,
+            loaded_bytes=int(loaded),
+            communicator_bytes=int(communicator),
         )
         report(("device", facts))
 
@@ -258,6 +273,21 @@ def _device(ranks: Sequence[RankFacts], clock: DeviceClock, report: Report) -> N
 def _multiprocessors(device: torch.device) -> int:
     """What a GPU cuts its kernels over; 0 of a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+def _communicator_bytes(device: torch.device) -> int:
+    """What one more group of all ranks takes of a GPU once it has communicated: NCCL's buffers."""
+    if device.type != "cuda":
+        return 0
+    message = torch.zeros(2**20, device=device)
+    torch.cuda.synchronize(device)
+    before = untracked_bytes(device)
+    group = dist.new_group()
+    dist.all_reduce(message, group=group)
+    torch.cuda.synchronize(device)
+    taken = untracked_bytes(device) - before
+    dist.destroy_process_group(group)
+    return max(taken, 0)
 
 
 def _memory_rate(clock: DeviceClock, scale: Scale) -> float:

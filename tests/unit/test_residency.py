@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from meshwright.cost_models.residency import block_numbers, expert_shards, state_bytes
+from meshwright.cost_models.residency import block_numbers, expert_shards, reserved_bytes, state_bytes
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig
 from meshwright.cost_models.targets import FRAMEWORKS
 from meshwright.cost_models.weights import layer_weights
@@ -117,3 +117,15 @@ def test_masters_apart_leave_shards_in_the_weights_own_dtype() -> None:
     pure = Workload(seq_len=64, global_batch_size=8, recipe=RECIPES["bf16-pure"])
     found = state_bytes(block_numbers(block, target, batch), pure, target, batch)
     assert (found.params[0], found.grads[0], found.optimizer[0]) == tuple(size * block.params / 8 for size in (2, 2, 4))
+
+
+def test_a_communicator_for_each_group_of_a_rank(toy: Any) -> None:
+    device = toy.device()
+    measured, target = replace(device, communicator_bytes=100), FRAMEWORKS["meshwright"]
+    layouts: tuple[dict[str, int], ...] = ({}, {"dp": 4}, {"tp": 2, "pp": 2, "dp": 2})
+    batch = ConfigBatch.from_configs([ParallelConfig(**layout) for layout in layouts])  # type: ignore[arg-type]
+    assert reserved_bytes(device, target, batch).tolist() == [2**30] * 3
+    assert (reserved_bytes(measured, target, batch) - 2**30).tolist() == [0, 200, 400]
+    known = replace(target, memory=replace(target.memory, communicators_bytes=7.0))
+    assert (reserved_bytes(device, known, batch) - 2**30).tolist() == [7, 7, 7]
+    assert (reserved_bytes(measured, known, batch) - 2**30).tolist() == [0, 200, 400]
