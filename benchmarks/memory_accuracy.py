@@ -1,8 +1,9 @@
 """Predicted peaks of plans for our own executors against the dry run's: per plan, per kind of tensor, and by axis.
 
-Run it with ``python benchmarks/memory_accuracy.py [WORDS...]``; with words only plans whose description has them all.
-Every plan's model is Hugging Face's, built on the meta device; dry are run the rank of the stage that is predicted to
-hold the most, and those of the first and the last stage. Takes about six minutes on two cores.
+Run it with ``python benchmarks/memory_accuracy.py [--ends] [WORDS...]``; with words only plans whose description has, for
+each, a word that starts so (``llama pp zero1``). Every plan's model is Hugging Face's, built on the meta device; dry is
+run the rank of the stage that is predicted to hold the most, and with ``--ends`` also those of the first and the last.
+About five minutes on two idle cores, twice that with ``--ends``.
 """
 
 from __future__ import annotations
@@ -169,13 +170,13 @@ def hugging_face(fields: dict[str, Any]) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
-def compare(given: Case) -> tuple[MemoryBreakdown, DryRun]:
+def compare(given: Case, *, ends: bool = False) -> tuple[MemoryBreakdown, DryRun]:
     """What is predicted of the fullest stage, and what the dry run of the fullest rank finds."""
     plan = plan_of(given)
     nodes = -(-given.config.world_size // 8)
     predicted = estimate(plan.model, plan.workload, load_cluster(f"h100-sxm:{max(nodes, 1) * 8}"), given.config).memory
     ranks = stage_ranks(plan)
-    chosen = sorted({ranks[0], ranks[predicted.stage], ranks[-1]})
+    chosen = sorted({ranks[predicted.stage], *((ranks[0], ranks[-1]) if ends else ())})
     found = dry_run_ranks(partial(hugging_face, MODELS[given.model]), plan, chosen)
     return predicted, max(found, key=lambda run: run.peak_bytes)
 
@@ -228,11 +229,13 @@ def main() -> None:
     import torch  # noqa: F401  # before ranks are forked
     import transformers  # noqa: F401
 
-    wanted = sys.argv[1:]
-    chosen = [given for given in cases() if all(word in given.words.split() for word in wanted)]
+    wanted, ends = [word for word in sys.argv[1:] if word != "--ends"], "--ends" in sys.argv
+    chosen = [
+        given for given in cases() if all(any(said.startswith(word) for said in given.words.split()) for word in wanted)
+    ]
     results = []
     for number, given in enumerate(chosen, start=1):
-        predicted, found = compare(given)
+        predicted, found = compare(given, ends=ends)
         results.append((given, predicted, found))
         said = f"{number}/{len(chosen)} {given.words}: {100 * error_of(predicted, found):+.2f} %"
         print(said, file=sys.stderr, flush=True)
