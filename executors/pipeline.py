@@ -74,9 +74,10 @@ _STAGES_OF_A_RANK: dict[Schedule, Any] = {
 
 
 class _Stage(PipelineStage):
-    def __init__(self, chunk: Chunk, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, chunk: Chunk, num_stages: int, device: torch.device, **kwargs: Any) -> None:
         put_off = chunk.weight_gradients.take if chunk.weight_gradients else None
-        super().__init__(_Unsharded(chunk.module), chunk.index, *args, dw_builder=put_off, **kwargs)
+        module = _Unsharded(chunk.module)
+        super().__init__(module, chunk.index, num_stages, device, dw_builder=put_off, **kwargs)
         self._chunk = chunk
 
     # torch makes a buffer for each micro-batch of a step beforehand, of hidden states and of gradients, and keeps them;

@@ -5,12 +5,12 @@
     included, up to the last tensor that the backward needs: what follows it (the last projection of the block, the
     residual addition, and the collective behind them) is not repeated.
 ``selective``
-    The outputs of 2-D and grouped matrix products (every projection, experts' too), of fused attention (with its log-sum-exp) and of collectives
-    are kept, with the block's input. Norms, rotary positions, activations, residual additions, reshapes, casts and
-    dropout are computed again. Batched matrix products and softmax, which are attention where it is not fused, are
-    computed again too: their outputs grow with the square of the sequence (Korthikanti et al., arXiv 2205.05198). So
-    no projection is computed twice and no collective issued twice. Of a projection split by rows over tp the sum is
-    kept, not this rank's part of it (``partial_product``).
+    The outputs of 2-D and grouped matrix products (every projection, experts' too), of fused attention (with its
+    log-sum-exp) and of collectives are kept, with the block's input. Norms, rotary positions, activations, residual
+    additions, reshapes, casts and dropout are computed again. Batched matrix products and softmax, which are attention
+    where it is not fused, are computed again too: their outputs grow with the square of the sequence (Korthikanti et
+    al., arXiv 2205.05198). So no projection is computed twice and no collective issued twice. Of a projection split by
+    rows over tp the sum is kept, not this rank's part of it (``partial_product``).
 
 Random numbers are replayed, so dropout is the same both times.
 """
