@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from meshwright import InputError
 from meshwright.cost_models.strategy import Schedule
-from meshwright.executors.dry_run import stage_ranks
+from meshwright.executors.dry_run import DryRun, dry_run, stage_ranks
 from meshwright.executors.lone_rank import run_alone
+from meshwright.planner.plan import Plan
+from meshwright.profiler.model import load_model
 
 pytestmark = pytest.mark.multiprocess
 
@@ -29,6 +33,10 @@ def _script() -> Any:
 
 
 BENCH = _script()
+LLAMA = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128, "tie_word_embeddings": False,
+}  # fmt: skip
 FEW = [
     next(case for case in BENCH.CASES if case.config.schedule is schedule and case.config.zero_stage == zero)
     for schedule, zero in ((Schedule.GPIPE, 0), (Schedule.INTERLEAVED, 1), (Schedule.ZBV, 0))
@@ -55,6 +63,31 @@ def test_kinds_of_a_rank_of_1024() -> None:
     params = 2 * (2 * 128 * 16 + 2 * 16 * 128 + 3 * 128 * 16 + 2 * 128) * 4 // 8
     assert params <= kinds["params"] < params + 2 * 9 * 512
     assert 2 * params <= kinds["optimizer"] < 2 * params + 2 * 9 * 3 * 512
+
+
+@pytest.mark.parametrize("axes", [{"dp": 48, "zero_stage": 3}, {"dp": 200, "zero_stage": 2, "tp": 2}], ids=str)
+def test_shards_are_padded_as_counted(axes: dict[str, int]) -> None:
+    # hidden 64, 3 * 16 feed-forward units, 511 words: few of these are multiples of the ranks
+    spec = load_model({**LLAMA, "vocab_size": 511, "intermediate_size": 48})
+    _check_shards(BENCH.plan_of(BENCH._case("odd", 2, 64, **axes), spec), None, num_tensors=2 * 9 + 3)
+
+
+def test_stacks_of_few_experts_are_padded_as_counted() -> None:
+    # 4 experts over 32 ranks: each keeps one of each layer's, eight times what its share would be
+    fields = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    plan = BENCH.plan_of(BENCH._case("experts", 1, 64, dp=32, zero_stage=3), load_model(fields))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    found = _check_shards(plan, model, num_tensors=2 * 9 + 3)
+    assert found.params_bytes > 2 * 3 * 64 * 64 * 4
+
+
+def _check_shards(plan: Plan, model: Any, num_tensors: int) -> DryRun:
+    found, predicted = dry_run(model, plan, 0), plan.memory
+    assert predicted is not None
+    assert 0 <= found.params_bytes - predicted.params_bytes <= num_tensors * 512
+    assert 0 <= found.optimizer_bytes - predicted.optimizer_bytes <= 3 * num_tensors * 512
+    return found
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
