@@ -74,7 +74,7 @@ def test_shards_are_padded_as_counted(axes: dict[str, int]) -> None:
 
 def test_stacks_of_few_experts_are_padded_as_counted() -> None:
     # 4 experts over 32 ranks: each keeps one of each layer's, eight times what its share would be
-    fields = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    fields: dict[str, Any] = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
     plan = BENCH.plan_of(BENCH._case("experts", 1, 64, dp=32, zero_stage=3), load_model(fields))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
