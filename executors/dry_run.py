@@ -28,7 +28,7 @@ from meshwright import InputError
 from meshwright.cost_models.estimate import MemoryBreakdown
 from meshwright.cost_models.placement import rank_grid
 from meshwright.cost_models.residency import reserved_bytes
-from meshwright.cost_models.strategy import ConfigBatch, Schedule
+from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Schedule
 from meshwright.cost_models.targets import framework_named
 from meshwright.executors.apply import parallelize
 from meshwright.executors.checks import check_cluster
@@ -190,15 +190,19 @@ def enough_microbatches(plan: Plan, pp_rank: int, num_microbatches: int) -> int:
 
     Without a pipeline three: the first makes gradients, the second adds to them, the last reduces them. Under 1F1B
     three more than the rank has in flight (``schedules.rank_actions``): its second and third backward find as many in
-    flight as any later one, and gradients to add to. Other schedules run whole: gpipe has all in flight, and torch's
-    runtime of the rest keeps what it sent until the step ends.
+    flight as any later one, and gradients to add to. Under gpipe all are in flight. The other schedules repeat
+    themselves from round to round of ``pp`` micro-batches: four rounds hold a whole one in the middle (what torch's
+    runtime keeps of those left out, the tensors it sent, ``dry_run_peak`` adds); where ``pp`` does not divide the
+    micro-batches they run whole.
     """
     config = plan.config
     if config.pp == 1:
         return min(num_microbatches, 3)
     if config.schedule is Schedule.ONE_F_ONE_B:
         return min(num_microbatches, max(config.pp, config.pp - pp_rank + 3))
-    return num_microbatches
+    if config.schedule is Schedule.GPIPE or num_microbatches % config.pp:
+        return num_microbatches
+    return min(num_microbatches, 4 * config.pp)
 
 
 def dry_run_peak(
@@ -208,21 +212,22 @@ def dry_run_peak(
     *,
     loss_fn: LossFunction | None = None,
     kernels: Kernels = "cuda",
-    whole_rows: int | None = None,
+    left_out: int = 0,
     on_progress: OnProgress = lambda share, text: None,
 ) -> Peak:
     """The peak of ``rank`` of ``plan``, all micro-batches run, in this process: call it once, as it leaves traces.
 
-    Uses up ``model``. ``whole_rows`` are the sequences that a real step of this rank has, of which the plan's are a
-    part. Raises ``InputError`` as ``dry_run`` does.
+    Uses up ``model``. ``left_out`` is how many more micro-batches a real step of this rank has: their tokens are there
+    too, and what torch's pipelines keep of them. The first of the two steps, there for the optimizer's states, runs as
+    few micro-batches as the schedule takes. Raises ``InputError`` as ``dry_run`` does.
     """
-    recipe = plan.workload.recipe
+    config, recipe = plan.config, plan.workload.recipe
     if model is None:
         with torch.device("meta"):
             model = build_spec_model(plan.model)
     model = model.to("meta").to(torch_dtype(recipe.master or recipe.params))
     with ExitStack() as stack:
-        stack.enter_context(fake_world(plan.config.world_size, rank))
+        stack.enter_context(fake_world(config.world_size, rank))
         on_progress(0.1, f"rank {rank}: splitting")
         parallel = parallelize(model, plan, loss_fn)
         parallel._check_count = False  # fake counts have no values
@@ -230,13 +235,26 @@ def dry_run_peak(
         give_memory(parallel, torch.device("cpu"))
         stack.enter_context(cuda_kernels() if kernels == "cuda" else nullcontext())
         trained = Trained(parallel, plan, torch.device("cpu"))
-        missing = max(0, (whole_rows or 0) - trained.batch[0].shape[0])
-        rest = torch.empty((2, missing, plan.workload.seq_len), dtype=torch.int64)
+        tokens = torch.empty((2, left_out * config.micro_batch_size, plan.workload.seq_len), dtype=torch.int64)
 
         def show(share: float) -> None:
             on_progress(0.3 + 0.7 * share, f"rank {rank}: steps")
 
-        return track_steps(trained, STEPS, kernels=kernels, beside=[rest], on_progress=show)
+        return track_steps(
+            trained,
+            STEPS,
+            kernels=kernels,
+            beside=[tokens],
+            left_out=left_out,
+            first_microbatches=_fewest_microbatches(config, parallel.num_microbatches),
+            on_progress=show,
+        )
+
+
+def _fewest_microbatches(config: ParallelConfig, num_microbatches: int) -> int:
+    if num_microbatches % config.pp and config.schedule is Schedule.INTERLEAVED:
+        return num_microbatches
+    return min(num_microbatches, 2 * config.pp if config.schedule is Schedule.DUALPIPEV else config.pp)
 
 
 def _one_rank(
@@ -260,7 +278,7 @@ def _one_rank(
         rank,
         loss_fn=loss_fn,
         kernels=kernels,
-        whole_rows=whole * plan.config.micro_batch_size,
+        left_out=whole - enough,
         on_progress=lambda share, text: worker.report((share, text)),
     )
     device = _device_bytes(plan, cluster)

@@ -6,10 +6,14 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
 from meshwright import Error, InputError
+from meshwright.cost_models.strategy import Schedule
+from meshwright.executors.apply import ParallelModel
+from meshwright.executors.data_parallel import torch_dtype
 from meshwright.executors.memory_peak import Peak
 from meshwright.executors.memory_tracker import MemoryTracker
 from meshwright.executors.trained import Trained
@@ -21,15 +25,19 @@ def track_steps(
     *,
     kernels: Literal["cuda", "cpu"],
     beside: Sequence[Tensor] = (),
+    left_out: int = 0,
+    first_microbatches: int | None = None,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Peak:
     """The peak of ``steps`` whole training steps, on tensors real or fake; at least 2 for the optimizer's states.
 
-    ``beside`` is counted too; ``on_progress`` is told the share done after each forward. Raises ``InputError`` where an
-    operator fails on fake tensors, with the module; on real ones the error is left as it is.
+    ``beside`` is counted too, and what pipelines keep of ``left_out`` more micro-batches, as if they had run before.
+    The first step runs ``first_microbatches``. ``on_progress`` is told the share done after each forward. Raises
+    ``InputError`` where an operator fails on fake tensors, with the module; on real ones the error is left as it is.
     """
     parallel = trained.parallel
-    forwards = steps * len(parallel.modules()) * parallel.num_microbatches
+    first = first_microbatches or parallel.num_microbatches
+    forwards = len(parallel.modules()) * (first + (steps - 1) * parallel.num_microbatches)
     gc.collect()
     gc.disable()  # what only a cycle keeps alive counts as alive
     tracker = MemoryTracker(
@@ -38,9 +46,9 @@ def track_steps(
     try:
         with tracker:
             tracker.take_up([*trained.batch, *beside])
-            for _ in range(steps):
+            for step in range(steps):
                 tracker.begin_step()
-                _step(trained, tracker)
+                _step(trained, tracker, first if step == 0 else parallel.num_microbatches, left_out if step else 0)
     except (RuntimeError, TypeError, ValueError) as error:
         if not isinstance(trained.batch[0], FakeTensor):
             raise
@@ -50,8 +58,15 @@ def track_steps(
     return tracker.peak()
 
 
-def _step(trained: Trained, tracker: MemoryTracker) -> None:
-    trained.parallel.step(trained.batch)
+def _step(trained: Trained, tracker: MemoryTracker, num_microbatches: int, left_out: int) -> None:
+    parallel = trained.parallel
+    whole, rows = parallel.num_microbatches, num_microbatches * parallel.plan.config.micro_batch_size
+    parallel.num_microbatches = num_microbatches
+    parallel._pipelines.clear()  # they are made for a number of micro-batches
+    if left_out and parallel.plan.config.pp > 1:
+        _hold_left_out(parallel, tracker, left_out, trained.batch[0].shape[1])
+    parallel.step((trained.batch[0][:rows], trained.batch[1][:rows]))
+    parallel.num_microbatches = whole
     tracker.mark_gradients()
     with tracker.phase("clip"):
         trained.clip()
@@ -59,6 +74,35 @@ def _step(trained: Trained, tracker: MemoryTracker) -> None:
         trained.optimizer.step()
     tracker.mark_optimizer(trained.optimizer)
     trained.optimizer.zero_grad()
+
+
+def _hold_left_out(parallel: ParallelModel, tracker: MemoryTracker, count: int, sequence: int) -> None:
+    """Let the pipeline hold, while it runs, what it would have kept of ``count`` more micro-batches.
+
+    That is the losses, and under all schedules but 1F1B what the stages sent.
+    """
+    plan, pipeline = parallel.plan, parallel._pipeline(sequence)
+    run, config = pipeline.run, plan.config
+    shape = (config.micro_batch_size, sequence // (config.tp if config.sequence_parallel else 1), plan.model.hidden)
+    dtype = torch_dtype(plan.workload.recipe.compute)
+    ranks = [stage.pp_rank for stage in plan.stages]
+    kept: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+    for place in (chunk.index for chunk in parallel._chunks):
+        if place + 1 == len(ranks):
+            kept.append(("activations", (), torch.float32))
+        elif config.schedule is not Schedule.ONE_F_ONE_B and ranks[place + 1] != ranks[place]:
+            kept.append(("activations", shape, dtype))
+        if config.schedule is not Schedule.ONE_F_ONE_B and place > 0 and ranks[place - 1] != ranks[place]:
+            kept.append(("working", shape, dtype))  # gradients, sent the other way
+
+    def holding(tokens: Tensor, targets: Tensor) -> None:
+        held = []
+        for kind, size, number in kept:
+            with tracker.born_as(kind):
+                held += [torch.empty(size, dtype=number) for _ in range(count)]
+        run(tokens, targets)
+
+    pipeline.run = holding  # type: ignore[method-assign]
 
 
 def _explained(error: Exception, failed_at: str) -> Exception:

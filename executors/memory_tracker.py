@@ -27,7 +27,8 @@ The kinds are those of ``cost_models.estimate.MemoryBreakdown``; each storage ha
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -213,6 +214,15 @@ class MemoryTracker(TorchDispatchMode):
     def phase(self, name: str) -> Any:
         """A context in which what is born is of this phase (``optimizer``, ``clip``)."""
         return self._places.phase(name)
+
+    @contextmanager
+    def born_as(self, kind: str) -> Iterator[None]:
+        """What is born inside is of this kind."""
+        before, self._places.label = self._places.label, kind
+        try:
+            yield
+        finally:
+            self._places.label = before
 
     def begin_step(self) -> None:
         """A new step starts."""

@@ -133,8 +133,10 @@ def _in_flight_at_a_backward(pp: int, rank: int, count: int) -> int:
     return most
 
 
-def test_schedules_that_hold_all_run_whole() -> None:
+def test_four_rounds_are_enough_where_schedules_repeat_themselves() -> None:
     assert enough_microbatches(make_plan(pp=2, micro_batches=20, schedule=Schedule.GPIPE), 0, 20) == 20
+    assert enough_microbatches(make_plan(pp=2, micro_batches=20, schedule=Schedule.ZB_H1), 0, 20) == 8
+    assert enough_microbatches(make_plan(pp=2, micro_batches=21, schedule=Schedule.ZB_H1), 0, 21) == 21
     assert enough_microbatches(make_plan(micro_batches=20), 0, 20) == 3
 
 
