@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from meshwright import InputError
-from meshwright.cost_models.estimate import KINDS
 from meshwright.executors import apply
 from meshwright.executors.data_parallel import local, torch_dtype
 from meshwright.executors.fake_ranks import fake_world, give_memory, without_peers
+from meshwright.executors.measured_rank import kinds_of
 from meshwright.executors.memory_steps import track_steps
 from meshwright.executors.spec_model import INITIAL_STD, build_spec_model
 from meshwright.executors.trained import Trained
@@ -73,10 +73,7 @@ def _alone(worker: Rank, plan: Plan, rank: int, device_name: str) -> LonePeak:
         trained = _trained(plan, device)
         if device.type == "cpu":
             peak = track_steps(trained, STEPS, kernels="cpu")
-            kinds = tuple(
-                KindBytes(kind=kind, num_bytes=size) for kind, size in zip(KINDS, peak.bytes_by_kind, strict=True)
-            )
-            return LonePeak(rank=rank, peak_bytes=peak.peak_bytes, reserved_bytes=None, kinds=kinds)
+            return LonePeak(rank=rank, peak_bytes=peak.peak_bytes, reserved_bytes=None, kinds=kinds_of(peak))
         for _ in range(STEPS):
             trained.step()
         torch.cuda.synchronize()

@@ -9,41 +9,32 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from meshwright import InputError, RunError
-from meshwright.cost_models.estimate import KINDS
-from meshwright.executors.apply import parallelize
-from meshwright.executors.data_parallel import torch_dtype
-from meshwright.executors.memory_peak import Peak
+from meshwright.executors.measured_rank import COUNTED, BuildModel, MeasuredRank, Sample
 from meshwright.executors.spec_model import build_spec_model
-from meshwright.executors.trained import Trained
 from meshwright.planner.plan import Plan
 from meshwright.profiler.artifact import to_json
 from meshwright.profiler.clock import DeviceClock
 from meshwright.profiler.environment import capture_environment
 from meshwright.profiler.launch import Rank, RankError, run_ranks
-from meshwright.profiler.model import ModelSpec
 from meshwright.profiler.peers import launcher_ranks, lost_a_peer, silent_ranks
 from meshwright.profiler.profile import core_shares
-from meshwright.profiler.steps import KindBytes, RankMeasurement, StepMeasurement
+from meshwright.profiler.steps import RankMeasurement, StepMeasurement
 from meshwright.profiler.units import format_bytes
 from meshwright.profiler.virtual_name import DEVICE_VARIABLE
 
-COUNTED = 2  # steps whose tensors are counted one by one on a CPU: the second has optimizer states from the start
 REPLY_S = 50.0  # how long a rank among a launcher's waits for another before it is taken for dead
 
-BuildModel = Callable[[ModelSpec], nn.Module]
 OnStep = Callable[[tuple[StepMeasurement, ...]], None]
 
 
@@ -53,20 +44,6 @@ class UnfinishedRun(RunError):
     def __init__(self, message: str, measurements: Sequence[StepMeasurement]) -> None:
         super().__init__(message)
         self.measurements = tuple(measurements)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Sample:
-    """One rank's figures of one step."""
-
-    seconds: float
-    compute_s: float | None
-    loss: float
-    peak_bytes: int | None
-    reserved_bytes: int | None
-    kinds: tuple[KindBytes, ...]
-    host: str
-    backend: str
 
 
 def measure_plans(
@@ -129,9 +106,9 @@ class _Record:
 
     def __init__(self, plans: Sequence[Plan], on_step: OnStep | None) -> None:
         self._plans, self._on_step = plans, on_step
-        self._rows: list[list[list[_Sample]]] = [[] for _ in plans]
+        self._rows: list[list[list[Sample]]] = [[] for _ in plans]
 
-    def add(self, plan: int, row: list[_Sample]) -> None:
+    def add(self, plan: int, row: list[Sample]) -> None:
         self._rows[plan].append(row)
         if self._on_step and plan == len(self._plans) - 1:
             self._on_step(self.measurements())
@@ -141,7 +118,7 @@ class _Record:
         return tuple(_measurement(plan, rows) for plan, rows in pairs if rows)
 
 
-def _measurement(plan: Plan, rows: list[list[_Sample]]) -> StepMeasurement:
+def _measurement(plan: Plan, rows: list[list[Sample]]) -> StepMeasurement:
     slowest = [max(sample.seconds for sample in row) for row in rows]
     low, median, high = (float(value) for value in np.percentile(slowest, [10, 50, 90]))
     ranks = []
@@ -181,66 +158,8 @@ def _measurement(plan: Plan, rows: list[list[_Sample]]) -> StepMeasurement:
 # -- on a rank ------------------------------------------------------------------------------------------------------
 
 
-class _Rank:
-    """One plan on this rank: what is trained, and what it alone holds of the device."""
-
-    def __init__(self, plan: Plan, build_model: BuildModel, device: torch.device) -> None:
-        self._device = device
-        before = self._allocated()
-        torch.manual_seed(0)
-        recipe = plan.workload.recipe
-        model = build_model(plan.model).to(torch_dtype(recipe.master or recipe.params))
-        self.trained = Trained(parallelize(model, plan), plan, device)
-        self.counted: Peak | None = None
-        self._resident = self._allocated() - before
-
-    def count(self) -> None:
-        """``COUNTED`` steps with every tensor counted."""
-        from meshwright.executors.memory_steps import track_steps
-
-        self.counted = track_steps(self.trained, COUNTED, kernels="cpu")
-
-    def timed(self, clock: DeviceClock, virtual: Any, *, alone: bool) -> _Sample:
-        """One step; ``alone`` where no other plan's tensors are on the device."""
-        on_cuda = self._device.type == "cuda"
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        before = self._allocated()
-        stated = virtual.charged_s if virtual is not None else 0.0
-        dist.barrier()
-        with virtual if virtual is not None else nullcontext():
-            start = clock.now()
-            loss = self.trained.step()
-            seconds = clock.now() - start
-        others = before - self._resident
-        self._resident = self._allocated() - others
-        peak = torch.cuda.max_memory_allocated() - others if on_cuda else None
-        if self.counted is not None:
-            peak = self.counted.peak_bytes
-        return _Sample(
-            seconds=seconds,
-            compute_s=virtual.charged_s - stated if virtual is not None else None,
-            loss=float(loss),
-            peak_bytes=peak,
-            reserved_bytes=torch.cuda.max_memory_reserved() if on_cuda and alone else None,
-            kinds=_kinds(self.counted),
-            host=socket.gethostname(),
-            backend=dist.get_backend(),
-        )
-
-    def _allocated(self) -> int:
-        return torch.cuda.memory_allocated() if self._device.type == "cuda" else 0
-
-
-def _kinds(peak: Peak | None) -> tuple[KindBytes, ...]:
-    if peak is None:
-        return ()
-    pairs = zip(KINDS, peak.bytes_by_kind, strict=True)
-    return tuple(KindBytes(kind=kind, num_bytes=num_bytes) for kind, num_bytes in pairs)
-
-
 def _started(rank: Rank, plans: Sequence[Plan], build_model: BuildModel, warmup: int, steps: int, device: str) -> None:
-    def tell(plan: int, row: list[_Sample]) -> None:
+    def tell(plan: int, row: list[Sample]) -> None:
         if rank.rank == 0:
             rank.report((plan, row))
 
@@ -253,7 +172,7 @@ def _run(
     warmup: int,
     steps: int,
     device_name: str,
-    tell: Callable[[int, list[_Sample]], None],
+    tell: Callable[[int, list[Sample]], None],
 ) -> None:
     """All steps of all plans on this rank; ``tell`` gets every rank's samples of a measured step."""
     virtual: Any = None
@@ -266,7 +185,7 @@ def _run(
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     clock = DeviceClock(device, virtual)
-    ranks = [_Rank(plan, build_model, device) for plan in plans]
+    ranks = [MeasuredRank(plan, build_model, device) for plan in plans]
     if device.type == "cpu" and warmup >= COUNTED:
         for plan, each in zip(plans, ranks, strict=True):
             with _naming_lost_peers(f"the first steps of {plan.config.describe()}"):
