@@ -18,7 +18,7 @@ from meshwright.cost_models.framework import (
     HostCost,
     Selective,
 )
-from meshwright.cost_models.memory_traits import HeldBlocks, LossTensors, MemoryTraits
+from meshwright.cost_models.memory_traits import MemoryTraits
 from meshwright.cost_models.pointwise import (
     COMPILED,
     EAGER_TORCH,
@@ -37,13 +37,14 @@ from meshwright.cost_models.target_memory import (
     LLM_FOUNDRY_MEMORY,
     MEGATRON_CORE_MEMORY,
     MEGATRON_LM_MEMORY,
+    NANOTRON_2024_MEMORY,
+    NANOTRON_MEMORY,
     NEMO_MEMORY,
     OFFLOAD_MEMORY,
     TORCHTITAN_2024_MEMORY,
     TORCHTITAN_EAGER_MEMORY,
     TORCHTITAN_MEMORY,
 )
-from meshwright.profiler.units import GIB
 
 MESHWRIGHT = Framework(
     name="meshwright",
@@ -248,20 +249,6 @@ MEGATRON_BRIDGE_NCCL, NEMO_NCCL = (
     for target in (MEGATRON_BRIDGE, NEMO)
 )
 
-# Fitted on 1,070 reserved peaks of four Llamas on H100: median error 4.0 %. Fitted on two of the models the others are
-# met within 4.5 %, either way round; activations are then 0.12 and 0.19, outputs 49 and 50, the base 0.16 and 0.18 GiB.
-# 1,024 launches, what a stream takes before its host waits, are 64 outputs of about 16 kernels each.
-_NANOTRON_BLOCKS = HeldBlocks(activations=0.15, pending_outputs=50.0, base_bytes=0.17 * GIB)
-_NANOTRON_MEMORY = MemoryTraits(
-    blocks=_NANOTRON_BLOCKS,
-    # what no run of the 1,070 came near: the largest reserved peak is 69.8 GiB, of 80 less 2.5 for a context. The
-    # process groups hold it: all ranks, tp, dp, pp, tp x pp, each with NCCL's buffers (parallel/context.py)
-    communicators_bytes=7.7 * GIB,
-    # parallel/tensor_parallel/functional.py: _ShardedCrossEntropy keeps the softmax, which it works out beside the
-    # float32 logits, and writes their gradient into it
-    loss=LossTensors(kept_float32=1.0, beside_float32=1.0),
-)
-
 # eager torch, launches slow to come: Python between kernels, a coalesced call for every gather and scatter of tensor
 # parallelism; ZeRO 1 scatters and gathers between steps, with nothing beside it
 NANOTRON = replace(
@@ -289,7 +276,7 @@ NANOTRON = replace(
     splits_hops=False,
     vocab_multiple=1,
     half_precision=False,
-    memory=_NANOTRON_MEMORY,
+    memory=NANOTRON_MEMORY,
 )
 
 # as it was when 64 nodes were measured: sends of 0.2 s, and ranks meet before each collective, as where torch checks
@@ -304,7 +291,7 @@ NANOTRON_2024 = replace(
     version_of="nanotron",
     differs_in=("host.hop_s", "host.checked_collective_s", "host.pipelined_collective_s"),
     host=replace(NANOTRON.host, hop_s=0.2, checked_collective_s=2e-4, pipelined_collective_s=0.0),
-    memory=replace(_NANOTRON_MEMORY, blocks=replace(_NANOTRON_BLOCKS, pending_outputs=2.2)),
+    memory=NANOTRON_2024_MEMORY,
 )
 
 TORCHTITAN = replace(
