@@ -1,6 +1,7 @@
 """A plain torch decoder for any dense ``ModelSpec``, so that a plan can be run and measured without its real model.
 
-The layers of each block run in the order the spec names them, each with its residual addition; a norm applies to the
+Its operators, and what they keep for backward, are those of Hugging Face's models (``cost_models/eager.py``). The
+layers of each block run in the order the spec names them, each with its residual addition; a norm applies to the
 input of the layer after it (at the end of a block: to the block's output). What decides time and memory is the spec's:
 sizes, heads, biases, norms, activation, rotary or learned positions, sliding windows, tied head. What does not is not
 reproduced: initial values, scaled embeddings, softcaps, the exact rotary frequencies, parallel residuals.
@@ -8,6 +9,7 @@ reproduced: initial values, scaled embeddings, softcaps, the exact rotary freque
 
 from __future__ import annotations
 
+import math
 from itertools import chain, repeat
 
 import torch
@@ -27,6 +29,7 @@ from meshwright.profiler.model import Block, ModelSpec
 
 ROTARY_BASE = 10000.0
 INITIAL_STD = 0.02
+NORM_EPS = 1e-6
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -41,6 +44,20 @@ def build_spec_model(spec: ModelSpec) -> nn.Module:
     if found != spec.params:
         raise InputError(f"{spec.name} has {spec.params:,} parameters, its layers explain {found:,}: give its model")
     return model
+
+
+class RMSNorm(nn.Module):
+    """Written out, in float32 at least, as Hugging Face's models have it: a fused one keeps less for backward."""
+
+    def __init__(self, hidden: int, *, elementwise_affine: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden)) if elementwise_affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``weight * x / sqrt(mean(x^2))``."""
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + NORM_EPS)).to(x.dtype)
+        return normed if self.weight is None else self.weight * normed
 
 
 class Attention(nn.Module):
@@ -58,8 +75,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(layer.hidden, layer.num_kv_heads * layer.value_head_dim, bias=layer.qkv_bias)
         self.o_proj = nn.Linear(layer.num_heads * layer.value_head_dim, layer.hidden, bias=layer.out_bias)
         per_head = layer.qk_norm_params == 2 * layer.head_dim
-        self.q_norm = nn.RMSNorm(layer.head_dim) if per_head else nn.Identity()
-        self.k_norm = nn.RMSNorm(layer.head_dim) if per_head else nn.Identity()
+        self.q_norm = RMSNorm(layer.head_dim) if per_head else nn.Identity()
+        self.k_norm = RMSNorm(layer.head_dim) if per_head else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Causal attention, within the window if there is one: ``[batch, sequence, hidden]`` in and out."""
@@ -162,9 +179,10 @@ def rotate(x: Tensor) -> Tensor:
     sequence, head_dim = x.shape[-2], x.shape[-1]
     exponents = torch.arange(0, head_dim, 2, device=x.device, dtype=torch.float32) / head_dim
     angles = torch.outer(torch.arange(sequence, device=x.device, dtype=torch.float32), ROTARY_BASE**-exponents)
+    angles = torch.cat((angles, angles), dim=-1)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def _window_mask(sequence: int, window: int, device: torch.device) -> Tensor:
@@ -175,6 +193,8 @@ def _window_mask(sequence: int, window: int, device: torch.device) -> Tensor:
 def _activate(x: Tensor, name: str) -> Tensor:
     if name in ("silu", "swish"):
         return functional.silu(x)
+    if name == "gelu_new":  # written out there too
+        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
     if name.startswith("gelu"):
         return functional.gelu(x, approximate="none" if name == "gelu" else "tanh")
     if name == "relu":
@@ -184,7 +204,7 @@ def _activate(x: Tensor, name: str) -> Tensor:
 
 def _build(layer: LayerSpec) -> nn.Module:
     if isinstance(layer, NormLayer):
-        kind = nn.RMSNorm if layer.norm_kind is NormKind.RMS else nn.LayerNorm
+        kind = RMSNorm if layer.norm_kind is NormKind.RMS else nn.LayerNorm
         return kind(layer.hidden, elementwise_affine=layer.affine)
     if isinstance(layer, AttentionLayer):
         return Attention(layer)

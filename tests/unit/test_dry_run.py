@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from meshwright.executors.dry_run import DryRun, dry_run, enough_microbatches, s
 from meshwright.executors.fake_kernels import workspace_bytes
 from meshwright.executors.spec_model import Attention, build_spec_model
 from meshwright.planner.plan import Plan, default_stages, save_plan
-from meshwright.profiler.model import load_model
+from meshwright.profiler.model import ModelSpec, load_model
 
 FIELDS: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -84,22 +85,31 @@ def test_activations_of_the_kernels_of_a_gpu() -> None:
     """64 rows in bf16 of hidden size 64, 4 heads and 2 of keys and values of 16, 160 inner numbers, 512 words."""
     run = dry_run(None, make_plan("bf16-pure", micro_batches=1))
     stream, number_a_row = 64 * 64 * 2, 64 * 4
-    norm = (stream, number_a_row)  # what it returns; its input is the stream
+    norm = (2 * stream, number_a_row, stream, stream)  # its input in float32, normalised, and what it returns
     qkv = (stream, stream // 2, stream // 2)
     flash = (stream, 4 * number_a_row, 2 * 8, 8)  # its output, a log-sum-exp a head and row, the random state
-    tables = (64 * 8 * 2,) * 4  # sines and cosines, for queries and for keys
+    tables = (64 * 16 * 2,) * 4  # sines and cosines, for queries and for keys
     mlp = (64 * 160 * 2,) * 4  # gate, up, the activated gate, their product
-    block = rounded(stream, *norm, *qkv, *tables, *flash, stream, stream, *norm, *mlp)  # heads are moved: a copy
-    head = rounded(stream, *norm, 64 * 512 * 4, 4, 4, 4)  # log-softmax in float32; three scalars of the loss
+    block = rounded(*norm, *qkv, *tables, *flash, *norm, *mlp)
+    head = rounded(*norm, 64 * 512 * 4, 4, 4, 4)  # log-softmax in float32; three scalars of the loss
     assert run.activations_bytes == 4 * block + head
     assert run.phase == "backward"
 
 
-def test_a_cpu_keeps_float32_copies_in_norms() -> None:
+def test_a_cpu_keeps_float32_copies_in_fused_norms() -> None:
     plan = make_plan("bf16-pure", micro_batches=1)
-    gpu, cpu = (dry_run(None, plan, kernels=kernels) for kernels in ("cuda", "cpu"))
+    gpu, cpu = (dry_run(partial(_with_fused_norms, plan.model), plan, kernels=kernels) for kernels in ("cuda", "cpu"))
     assert gpu.params_bytes == cpu.params_bytes
     assert cpu.activations_bytes - gpu.activations_bytes > 9 * 64 * 64 * 4
+
+
+def _with_fused_norms(spec: ModelSpec) -> nn.Module:
+    with torch.device("meta"):
+        model = build_spec_model(spec)
+        for name, module in list(model.named_modules()):
+            if type(module).__name__ == "RMSNorm":
+                model.set_submodule(name, nn.RMSNorm(64))
+    return model
 
 
 def test_workspace_of_flash_attention_backward() -> None:
