@@ -204,6 +204,8 @@ def _checks(kinds: BlockKinds, index: int, workload: Workload, framework: Framew
     With ZeRO 0 one for each bucket of torch's DistributedDataParallel, which takes gradients until they are 25 MiB: at
     most three of a block, attention, gate and up, down. With ZeRO 1 one to sum gradients and one to gather weights.
     """
+    if not framework.host.checked_collective_s:
+        return np.zeros(len(batch))
     grads = rank_params(kinds.kinds[index], batch) * workload.recipe.params.num_bytes
     most = 3.0 if kinds.kinds[index].kind is BlockKind.DECODER else 1.0
     calls = np.where(batch.zero_stage == 0, np.minimum(grads / _BUCKET_BYTES, most), 2.0 * (index == 0))
