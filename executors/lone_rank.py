@@ -61,11 +61,7 @@ def run_alone(plan: Plan, rank: int = 0, *, device: str = "cuda") -> LonePeak:
 def _alone(worker: Rank, plan: Plan, rank: int, device_name: str) -> LonePeak:
     torch.set_num_threads(1)
     device = torch.device("cuda", 0) if device_name == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        _use_matmuls(device, torch_dtype(plan.workload.recipe.compute))
-        before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-        torch.cuda.reset_peak_memory_stats()
+    before = _on_gpu(device, torch_dtype(plan.workload.recipe.compute)) if device.type == "cuda" else (0, 0)
     with ExitStack() as stack:
         stack.enter_context(fake_world(plan.config.world_size, rank))
         stack.enter_context(without_peers())
@@ -100,10 +96,13 @@ def _trained(plan: Plan, device: torch.device) -> Trained:
     return Trained(parallel, plan, device)
 
 
-def _use_matmuls(device: torch.device, dtype: torch.dtype) -> None:
-    """Have the workspaces made that matmuls keep, one for forwards' thread and one for backwards'."""
+def _on_gpu(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes (allocated, reserved) once matmuls have made their workspaces, for forwards' thread and for backwards'."""
+    torch.cuda.set_device(device)
     x = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
     nn.functional.linear(x, x, x[0]).sum().backward()
     del x
     gc.collect()
     torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()

@@ -283,6 +283,7 @@ def _communicator_bytes(device: torch.device) -> int:
     torch.cuda.synchronize(device)
     before = untracked_bytes(device)
     group = dist.new_group()
+    assert isinstance(group, dist.ProcessGroup)  # this rank is one of it
     dist.all_reduce(message, group=group)
     torch.cuda.synchronize(device)
     taken = untracked_bytes(device) - before

@@ -19,6 +19,7 @@ def test_context_and_communicators_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch, "zeros", lambda size, device: size)
+    monkeypatch.setattr(dist, "ProcessGroup", str)
     monkeypatch.setattr(dist, "new_group", lambda: "group")
     monkeypatch.setattr(dist, "destroy_process_group", made.append)
 
