@@ -6,7 +6,7 @@ import sys
 import time
 
 from meshwright.cost_models.step import estimate_batch
-from meshwright.cost_models.targets import MESHWRIGHT
+from meshwright.cost_models.target_torch import MESHWRIGHT
 from meshwright.cost_models.workload import Workload
 from meshwright.planner.space import legal_space
 from meshwright.profiler.cluster import load_cluster

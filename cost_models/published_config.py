@@ -32,7 +32,7 @@ def config_of(row: Row, model: ModelSpec, workload: Workload, target: str) -> tu
 
     A blank recompute is none: the default of every target here, and what Megatron-Bridge's performance recipes for
     dense models do (``scripts/performance/configs/llama`` of NVIDIA-NeMo/Megatron-Bridge: all but two of some forty
-    presets; those with FSDP move activations of some layers to the host instead: ``targets.MEGATRON_BRIDGE_OFFLOAD``).
+    presets; those with FSDP move activations of some layers to the host: ``target_megatron.MEGATRON_BRIDGE_OFFLOAD``).
     Raises ``Skip`` where degrees, batch or layers contradict each other.
     """
     tp, pp, dp, cp = (row.integer(name, 1) for name in ("tp", "pp", "dp", "cp"))

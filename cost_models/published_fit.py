@@ -115,7 +115,7 @@ def fitted_on(runs: Iterable[PublishedRun]) -> tuple[PublishedRun, ...]:
 
 
 def mixed(run: PublishedRun) -> bool:
-    """Whether a run of nanotron may have used either version of its pipeline code: see ``targets.NANOTRON_2024``.
+    """Whether a run may have used either version of nanotron's pipeline code: see ``target_megatron.NANOTRON_2024``.
 
     Pipelines on 32 nodes, and those without ZeRO: the same configuration stands there twice, up to five times apart.
     """

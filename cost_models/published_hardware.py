@@ -202,13 +202,13 @@ def _variant(row: Row, target: str) -> str:
         row.integer("num_gpus") >= 512 or (row.integer("tp", 1) >= 32 and row.integer("pp", 1) > 1)
     ):
         # all but a few of 207 pipelined runs on 64 nodes, half of the others there, and all 53 pipelines of tp 32 on
-        # fewer: see targets.NANOTRON_2024
+        # fewer: see target_megatron.NANOTRON_2024
         return "nanotron-2024"
     exposed = "nvfp4" in row.text("precision").lower() or re.search(
         r"tcpx|a3 ?mega", f"{row.text('gpu_type')} {row.text('interconnect')}".lower()
     )
     if target in ("megatron-bridge", "nemo") and row.text("tp") not in ("", "1") and exposed:
-        return f"{target}-nccl"  # recipes without userbuffers: see targets.MEGATRON_BRIDGE_NCCL
+        return f"{target}-nccl"  # recipes without userbuffers: see target_megatron.MEGATRON_BRIDGE_NCCL
     if target == "megatron-bridge" and "bridge" in row.text("framework").lower() and row.number("zero_stage") == 3:
         return "megatron-bridge-offload"  # as its recipes with FSDP do
     compiled = re.search(r"compile(?!=n)", f"{notes} {row.text('framework')}".lower())

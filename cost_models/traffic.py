@@ -21,7 +21,7 @@ from meshwright.cost_models.blocks import BlockKinds, block_kinds, num_tensors, 
 from meshwright.cost_models.framework import Framework, num_microbatches
 from meshwright.cost_models.schedules import stage_indices
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
-from meshwright.cost_models.targets import MESHWRIGHT
+from meshwright.cost_models.target_torch import MESHWRIGHT
 from meshwright.cost_models.weights import vocab_rows
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.layers import AttentionLayer, MlpLayer, MoeLayer, NormLayer

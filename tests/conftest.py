@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from meshwright.cost_models.framework import Framework, Pointwise, PointwiseCost
-from meshwright.cost_models.targets import MESHWRIGHT
+from meshwright.cost_models.target_torch import MESHWRIGHT
 from meshwright.profiler.cluster import (
     ClusterProfile,
     CollectiveCurve,

@@ -12,7 +12,7 @@ from meshwright.cost_models.parts import block_parts
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.published_fit import uncalibrated_cluster
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
-from meshwright.cost_models.targets import MEGATRON_LM_2022
+from meshwright.cost_models.target_megatron import MEGATRON_LM_2022
 from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.profiler.layers import (
     AttentionKind,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from meshwright.cost_models.framework import Framework, supported
 from meshwright.cost_models.strategy import FIELDS, REASONS, Reason, Recompute, Schedule, legal
-from meshwright.cost_models.targets import MESHWRIGHT
+from meshwright.cost_models.target_torch import MESHWRIGHT
 from meshwright.cost_models.workload import Workload
 from meshwright.planner.reasons import why_illegal
 from meshwright.planner.space import Space, legal_space

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from meshwright.cost_models.saved import block_bytes
 from meshwright.cost_models.step import estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig
-from meshwright.cost_models.targets import MESHWRIGHT
+from meshwright.cost_models.target_torch import MESHWRIGHT
 from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.profiler.cluster import load_cluster
 from meshwright.profiler.model import ModelSpec, load_model

@@ -16,7 +16,8 @@ from meshwright.cost_models.framework import (
     supported,
 )
 from meshwright.cost_models.strategy import V_SHAPED, ConfigBatch, ParallelConfig, Recompute, Schedule
-from meshwright.cost_models.targets import MESHWRIGHT, framework_named
+from meshwright.cost_models.target_torch import MESHWRIGHT
+from meshwright.cost_models.targets import framework_named
 from meshwright.cost_models.workload import Workload, recipe_named
 from meshwright.profiler.layers import MoeLayer
 from meshwright.profiler.model import Block

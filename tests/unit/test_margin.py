@@ -19,7 +19,8 @@ from meshwright.cost_models.margin_fit import MIN_PEAKS, RELATIVES, derive_margi
 from meshwright.cost_models.scorecard import validate
 from meshwright.cost_models.scorecard_rows import RowScore
 from meshwright.cost_models.strategy import ParallelConfig, Recompute, Schedule
-from meshwright.cost_models.targets import FRAMEWORKS, MARGINS, MESHWRIGHT
+from meshwright.cost_models.target_torch import MESHWRIGHT
+from meshwright.cost_models.targets import FRAMEWORKS, MARGINS
 from meshwright.cost_models.workload import Workload
 from meshwright.planner.plan import Plan
 from meshwright.planner.search import plan_for

@@ -13,7 +13,7 @@ from meshwright.cost_models.memory_traits import MemoryTraits
 from meshwright.cost_models.saved import block_bytes
 from meshwright.cost_models.step import estimate
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
-from meshwright.cost_models.targets import MEGATRON_LM_2021
+from meshwright.cost_models.target_megatron import MEGATRON_LM_2021
 from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.profiler.layers import AttentionKind, AttentionLayer, MlpLayer, MoeLayer, NormKind, NormLayer
 from meshwright.profiler.model import Block, BlockKind

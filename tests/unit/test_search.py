@@ -13,7 +13,8 @@ from meshwright.cost_models.flops import model_flops
 from meshwright.cost_models.margin import MemoryMargin
 from meshwright.cost_models.step import estimate
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Reason, Recompute, Schedule
-from meshwright.cost_models.targets import FRAMEWORKS, MESHWRIGHT
+from meshwright.cost_models.target_torch import MESHWRIGHT
+from meshwright.cost_models.targets import FRAMEWORKS
 from meshwright.cost_models.workload import Workload
 from meshwright.planner import exhaustive
 from meshwright.planner.exhaustive import rank

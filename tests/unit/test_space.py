@@ -12,7 +12,7 @@ import pytest
 from meshwright import InputError
 from meshwright.cost_models.framework import Framework
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Reason, Recompute, Schedule
-from meshwright.cost_models.targets import MESHWRIGHT
+from meshwright.cost_models.target_torch import MESHWRIGHT
 from meshwright.cost_models.workload import Workload
 from meshwright.planner import space as space_module
 from meshwright.planner.constraints import parse_constraints

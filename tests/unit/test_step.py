@@ -19,7 +19,7 @@ from meshwright.cost_models.stage_seconds import edges
 from meshwright.cost_models.stages import Stages
 from meshwright.cost_models.step import assumptions, estimate, estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
-from meshwright.cost_models.targets import MESHWRIGHT
+from meshwright.cost_models.target_torch import MESHWRIGHT
 from meshwright.cost_models.workload import RECIPES, Optimizer, Workload
 
 WORKLOAD = Workload(seq_len=32, global_batch_size=8)

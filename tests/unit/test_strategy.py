@@ -15,7 +15,8 @@ from meshwright.cost_models.strategy import (
     even_stages,
     legal,
 )
-from meshwright.cost_models.targets import MESHWRIGHT, framework_named
+from meshwright.cost_models.target_torch import MESHWRIGHT
+from meshwright.cost_models.targets import framework_named
 from meshwright.cost_models.workload import Workload
 from meshwright.planner.reasons import SENTENCES, why_illegal
 from meshwright.profiler.model import load_model

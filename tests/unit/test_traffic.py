@@ -8,7 +8,7 @@ import pytest
 
 from meshwright.cost_models.blocks import block_kinds
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
-from meshwright.cost_models.targets import INTERNEVO
+from meshwright.cost_models.target_megatron import INTERNEVO
 from meshwright.cost_models.traffic import block_traffic, rank_traffic
 from meshwright.cost_models.workload import RECIPES, Workload
 
