@@ -70,11 +70,11 @@ class MemoryTracker(TorchDispatchMode):
         self._places = Places(parallel, self)
 
     def __enter__(self) -> Any:
-        for tensor in self._parallel.parameters():
-            self._note(local(tensor.detach()), "", "params")
+        for name, tensor in self._parallel.named_parameters():
+            self._note(local(tensor.detach()), "", "params", place=("before", name.rpartition(".")[0]))
         for module in self._parallel.modules():
             for buffer in module.buffers():
-                self._note(local(buffer), "", None)
+                self._note(local(buffer), "", None, place=("before", ""))
         self._places.install()
         self._resize = torch.UntypedStorage.resize_
         torch.UntypedStorage.resize_ = self._resizing()  # type: ignore[method-assign]
@@ -112,20 +112,28 @@ class MemoryTracker(TorchDispatchMode):
 
     # -- what is alive ----------------------------------------------------------------------------------------------
 
-    def _note(self, tensor: Tensor, operator: str, kind: str | None) -> None:
-        """Take up a tensor's storage, unless it is known already."""
+    def _note(self, tensor: Tensor, operator: str, kind: str | None, place: tuple[str, str] | None = None) -> None:
+        """Take up a tensor's storage, unless it is known; ``place`` is its phase and module, if not the present."""
         if tensor.device.type == "meta":  # a shape alone
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._alive:
-            self._born(key, storage, operator, kind, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            self._born(key, storage, operator, kind, tuple(tensor.shape), dtype, place)
 
     def _born(
-        self, key: int, storage: Any, operator: str, kind: str | None, shape: tuple[int, ...], dtype: str
+        self,
+        key: int,
+        storage: Any,
+        operator: str,
+        kind: str | None,
+        shape: tuple[int, ...],
+        dtype: str,
+        place: tuple[str, str] | None = None,
     ) -> None:
         self._clock += 1
-        phase, module = self._places.now()
+        phase, module = place or self._places.now()
         block = Block(
             num_bytes=_rounded(storage.nbytes()),
             born=self._clock,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NUM_LARGEST = 6
 CURVE_WIDTH = 72
+ELSEWHERE = {"optimizer": "optimizer's step", "clip": "clipping of gradients", "step": "rest of the step"}
 LEVELS = "▁▂▃▄▅▆▇█"
 
 
@@ -61,7 +62,7 @@ def _stages(runs: Sequence[DryRun], fullest: DryRun, console: Console) -> None:
         kinds = (format_bytes(getattr(run, f"{kind}_bytes")) for kind in KINDS)
         mark = "binds" if run is fullest else ""
         peak = format_bytes(run.peak_bytes)
-        table.add_row(_listed(run.stages), str(run.rank), peak, *kinds, f"{run.phase} of {_place(run)}", mark)
+        table.add_row(_listed(run.stages), str(run.rank), peak, *kinds, _where(run), mark)
     console.print(table)
 
 
@@ -93,14 +94,15 @@ def _kinds(run: DryRun, console: Console) -> None:
 
 
 def _moment(run: DryRun, console: Console) -> None:
-    console.print(f"\n  peak in the {run.phase} of {_place(run)}, by {run.operator}", markup=False, highlight=False)
+    console.print(f"\n  peak in the {_where(run)}, by {run.operator}", markup=False, highlight=False)
     console.print(f"  step {run.step + 1}  {_curve(run)}", markup=False, highlight=False)
     if run.microbatches_run < run.num_microbatches:
         few, all_of_them = run.microbatches_run, run.num_microbatches
         console.print(f"  {few} of {all_of_them} micro-batches run: more hold no more", markup=False, highlight=False)
     table = plain_table("Largest tensors then", (">", ""), ("", ""), ("", ""), ("", ""))
     for tensor in run.largest[:NUM_LARGEST]:
-        born = f"{tensor.phase} of {tensor.module}" if tensor.module else tensor.phase
+        before = tensor.phase == "before"
+        born = f"{tensor.phase} of {tensor.module}" if tensor.module and not before else tensor.module or tensor.phase
         shape = f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
         table.add_row(format_bytes(tensor.num_bytes), KIND_WORDS[tensor.kind], shape, born)
     console.print(table)
@@ -117,8 +119,10 @@ def _curve(run: DryRun) -> str:
     return "".join(LEVELS[min(int(total / max(run.peak_bytes, 1) * len(LEVELS)), len(LEVELS) - 1)] for total in columns)
 
 
-def _place(run: DryRun) -> str:
-    return run.module or "the loss"
+def _where(run: DryRun) -> str:
+    if run.phase in ELSEWHERE:
+        return ELSEWHERE[run.phase]
+    return f"{run.phase} of {run.module or 'the loss'}"
 
 
 def _listed(stages: Sequence[int]) -> str:

@@ -73,7 +73,11 @@ def tracked(model: nn.Module) -> tuple[MemoryTracker, Any]:
     stage.forward = model.forward
     chunk = SimpleNamespace(module=stage, data_parallel=nothing, tensor_parallel=nothing)
     parallel: Any = SimpleNamespace(
-        _chunks=[chunk], parameters=model.parameters, modules=lambda: [model], _sum_tied_grads=lambda copies: None
+        _chunks=[chunk],
+        parameters=model.parameters,
+        named_parameters=model.named_parameters,
+        modules=lambda: [model],
+        _sum_tied_grads=lambda copies: None,
     )
     return MemoryTracker(parallel), stage
 
@@ -98,6 +102,7 @@ def test_one_step_of_two_matrices() -> None:
     assert peak.kind("activations") == rows  # out, which the caller holds
     assert peak.kind("working") == 2 * rows + wide  # x, the gradient of out, the gradient of what was rectified
     assert (peak.phase, peak.module) == ("backward", "first")
+    assert {tensor.module for tensor in peak.tensors if tensor.kind == "params"} == {"first", "second"}
 
 
 def test_views_count_once_and_sizes_are_rounded_to_512_bytes() -> None:
