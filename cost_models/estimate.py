@@ -46,6 +46,7 @@ class Moment(StrEnum):
 
     BUILD = "build"  # a model made whole before it is sharded
     BACKWARD = "backward"
+    GATHER = "gather"  # a unit's weights in a flat buffer, in forward
     LOSS = "loss"  # logits and their loss, forward or backward
     WEIGHTS = "weights"  # weight gradients of a whole stage, where backward is split
     REDUCTION = "reduction"  # a unit's gradients in a flat buffer

@@ -5,8 +5,8 @@ Read off ``executors`` and torch 2.13's FSDP2 (``torch/distributed/fsdp/_fully_s
 (the *outer* unit: embedding, final norm, head). A unit
 
 * is gathered into one flat buffer, then copied into its tensors; the buffer of the last one gathered is there until the
-  next is copied or the stage's forward is over (``_fsdp_param_group.py: wait_for_unshard``). ZeRO 3 gathers a block
-  again for its backward, and by then the one before it into a flat buffer, too;
+  next has been copied or the stage's forward is over (``_fsdp_param_group.py: wait_for_unshard``). ZeRO 3 gathers a
+  block again for its backward, and by then the one before it into a flat buffer, too;
 * has its weights' gradients in the compute dtype while its backward runs. They are then copied into a flat buffer in
   the dtype of the reduction, which is there until the next unit's gradients are (``_fsdp_collectives.py:
   foreach_reduce``): over the next micro-batch's forward too, where more than the last are reduced (ZeRO 2 and 3).
@@ -98,6 +98,8 @@ class _Rank:
         batch, recipe = pipe.batch, pipe.workload.recipe
         self.zero, self.nothing = batch.zero_stage, np.zeros(len(batch))
         self.weight, self.grad = float(recipe.params.num_bytes), float(recipe.grads.num_bytes)
+        # what is reduced is cast to the dtype of the parameters
+        self.reduced_grad = float(recipe.master.num_bytes) if recipe.master and recipe.has_master else self.grad
         self.casts = recipe.has_master and recipe.grads is not recipe.compute
         self.sharded = (self.zero > 0) | recipe.has_master  # by FSDP2, over one rank at ZeRO 0
         # gradients of a unit are tensors of their own until they are reduced or added to whole ones
@@ -134,7 +136,7 @@ class _Rank:
             inputs=inputs,
             outputs=outputs,
             received=received,
-            grads=np.where(self.zero <= 1, whole.whole, whole.owned) * self.grad,
+            grads=np.where(self.zero <= 1, whole.whole * self.grad, whole.owned * self.reduced_grad),
             sends=pipelined and not counts[-1],
             receives=receives,
         )
@@ -173,6 +175,8 @@ class _Backward:
         self.last = state.last
         self.reduces = rank.sharded & ((self.zero >= 2) | self.last)
         self.splits = rank.pipe.schedule in SPLIT_BACKWARD
+        first = ~self.resident & (state.held[..., state.chunk] == 1.0)
+        self.gathers = (self.zero == 3) | ((self.zero > 0) & first)  # in the forward of the micro-batch at hand
         self.in_flight = self._in_flight()
         self.grads = self._resident_grads()
         self.sent_back = self._sent_back()
@@ -215,10 +219,14 @@ class _Backward:
 
     def _taken_up(self, unit: Numbers) -> FloatArray:
         """What a unit's backward adds to the gradients that stay."""
-        whole, owned, grad = unit.whole, unit.owned, self.rank.grad
-        shrinks = np.where((self.zero == 1) & self.last & self.rank.sharded, owned - whole, 0.0)
-        stays = (self.zero == 0) | ((self.zero == 1) & ~self.last)
-        return np.asarray(np.where(self.resident, shrinks, np.where(stays, whole, owned)) * grad)
+        rank = self.rank
+        whole, owned = unit.whole * rank.grad, unit.owned * rank.reduced_grad
+        reduced = np.where(self.zero == 0, unit.whole * rank.reduced_grad, owned)
+        ends = self.last & rank.sharded & (self.zero <= 1)
+        waits = (self.zero <= 1) & ~ends
+        return np.asarray(
+            np.where(self.resident, np.where(ends, reduced - whole, 0.0), np.where(waits, whole, reduced))
+        )
 
     def _at(
         self,
@@ -248,15 +256,19 @@ class _Backward:
         if self.state.only_weights:
             yield self._weight_gradients()
             return
+        if (self.zero > 0).any():
+            yield self._gather(left)
         if self.head is not None:
             yield self._loss(self.head)
             yield self._loss_backward(self.head)
             left = left - self.head.saved
         yield self._first_block(left)
+        if self.num_blocks < 2.0 and (self.zero == 3).any():
+            yield self._gather_again(self.first_kind, left, self.carried, self.nothing)
         yield from self._reduction(left - self.lives[self.first_kind].saved)
         if self.num_blocks >= 2.0:
             yield self._second_block(left)
-            yield self._last_block()
+            yield from self._last_block()
         if self.outer.whole.any():
             yield from self._outer_reduction()
 
@@ -271,14 +283,31 @@ class _Backward:
         return unit.gathered * self.rank.weight
 
     def _outer_gathered(self) -> FloatArray:
-        """ZeRO 3: the outer unit stays from forward to backward."""
-        return np.where(self.zero == 3, self._flat(self.outer), 0.0)
+        """ZeRO 3: the outer unit stays from forward to backward, on every chunk with micro-batches in flight."""
+        total = self.nothing
+        for number, chunk in enumerate(self.rank.chunks):
+            there = (self.zero == 3) & (self.state.held[..., number] > 0)
+            total = total + np.where(there, self._flat(chunk.outer), 0.0)
+        return total
+
+    def _gather(self, left: FloatArray) -> tuple[Moment, KindBytes]:
+        """The last block's weights are copied out of their flat buffer, that of the unit before still being there."""
+        lives, unit = self.lives[self.first_kind], self._flat(self.rank.blocks[self.first_kind].params)
+        before = unit if self.num_blocks >= 2.0 else self._flat(self.outer)
+        gathered = np.where(self.gathers, before + unit + np.where(self.zero == 3, unit, 0.0), 0.0)
+        saved = lives.saved + (self.nothing if self.head is None else self.head.saved)
+        return self._at(
+            Moment.GATHER,
+            left - saved,
+            self.rank.hop,
+            gathered=gathered + self._outer_gathered(),
+            communication=self.carried,
+        )
 
     def _loss(self, head: Lifetimes) -> tuple[Moment, KindBytes]:
         """Logits and their loss, at the end of forward, with the flat buffer of the last block gathered."""
         unit = self.rank.blocks[self.first_kind].params
-        fresh = (self.zero == 3) | ((self.zero > 0) & ~self.resident)
-        gathered = np.where(fresh, self._flat(unit), 0.0) + self._outer_gathered()
+        gathered = np.where(self.gathers, self._flat(unit), 0.0) + self._outer_gathered()
         return self._at(
             Moment.LOSS, self.in_flight, head.forward - head.saved, gathered=gathered, communication=self.carried
         )
@@ -313,13 +342,17 @@ class _Backward:
         stay = np.where(self.rank.unit_grads | self.resident, 0.0, self.head.weights)
         return stay, np.where(self.rank.unit_grads, self.head.weights, 0.0)
 
+    def _received(self) -> FloatArray:
+        """The gradient that a backward starts from, where it came from the next stage."""
+        return self.nothing if self.head is not None or len(self.rank.pipe.counts) == 1 else self.rank.hop
+
     def _block(
         self, index: int, left: FloatArray, *, gathered: FloatArray, communication: FloatArray, done: FloatArray
     ) -> tuple[Moment, KindBytes]:
         lives = self.lives[index]
         activations, grads, working = self._parted(lives)
         stay, under_way = self._head_grads()
-        received = self.nothing if self.head is not None else self.rank.hop  # the gradient it starts from
+        received = self._received()
         return self._at(
             Moment.BACKWARD,
             left - lives.saved + activations,
@@ -389,17 +422,30 @@ class _Backward:
         """All blocks of the chunk but the one whose backward is last."""
         return self.chunk.inner + self.rank.blocks[self.last_kind].params * -1.0
 
-    def _last_block(self) -> tuple[Moment, KindBytes]:
+    def _gather_again(
+        self, index: int, left: FloatArray, communication: FloatArray, done: FloatArray
+    ) -> tuple[Moment, KindBytes]:
+        """ZeRO 3: a block's weights are copied out of their flat buffer for its backward."""
+        stay, under_way = self._head_grads()
+        units = np.where(self.zero == 3, 2.0 * self._flat(self.rank.blocks[index].params), 0.0)
+        return self._at(
+            Moment.GATHER,
+            left,
+            under_way,
+            grads=stay + done,
+            gathered=units + self._outer_gathered(),
+            communication=communication + self._received(),
+        )
+
+    def _last_block(self) -> Iterator[tuple[Moment, KindBytes]]:
         rank, unit, others = self.rank, self.rank.blocks[self.last_kind].params, self._others()
         freed = np.where(self.last & rank.sharded, -self._flat(others), 0.0)
         gathered = np.where(self.zero == 3, self._flat(unit), freed) + self._outer_gathered()
-        return self._block(
-            self.last_kind,
-            self.in_flight - self.chunk.saved + self.lives[self.last_kind].saved,
-            gathered=gathered,
-            communication=np.where(self.reduces, unit.gathered * rank.grad, 0.0),
-            done=self._taken_up(others),
-        )
+        left = self.in_flight - self.chunk.saved + self.lives[self.last_kind].saved
+        flat, done = np.where(self.reduces, unit.gathered * rank.grad, 0.0), self._taken_up(others)
+        yield self._block(self.last_kind, left, gathered=gathered, communication=flat, done=done)
+        if (self.zero == 3).any():
+            yield self._gather_again(self.last_kind, left, flat, done)
 
     def _outer_reduction(self) -> Iterator[tuple[Moment, KindBytes]]:
         """What stands outside the blocks comes last."""

@@ -168,22 +168,36 @@ def _largest(unlike: FloatArray) -> FloatArray:
 
 
 def _interleaved_states(pipe: Pipeline, rank: int, count: IntArray, per_round: IntArray) -> list[State]:
-    """At the first backward; when the last forward has run; at the last backward."""
+    """Of the first and the last chunk: the first and the second backward, the last one with most in flight, the last.
+
+    Ahead of backward ``j`` of all chunks ``f + j`` forwards have run, of ``vpp m``, where ``f`` ran ahead of the first.
+    """
     pp, vpp = pipe.counts.shape[:2]
-    held = pipeline.held_microbatches(pipe.schedule, pp, vpp, rank, count, per_round)
-    whole = np.repeat(count[:, None], vpp, axis=1).astype(np.float64)
-    nothing = np.zeros_like(whole)
-    done = vpp * count - held.sum(axis=1)  # backwards before the last forward
-    turns, left = np.divmod(done, vpp * per_round)
-    size = np.asarray(per_round, dtype=np.float64)[:, None]
-    back = turns[:, None] * size + np.clip(left[:, None] - np.arange(vpp)[::-1] * size, 0.0, size)
-    last = np.zeros_like(whole)
-    last[:, 0] = 1.0
-    few = count == 1
-    found = [State(vpp - 1, held, nothing, held, nothing, nothing > 0, few)]
-    for chunk in {0, vpp - 1}:
-        found.append(State(chunk, np.maximum(whole - back, last), nothing, whole, back, back > 0, few))
-    found.append(State(0, last, nothing, whole, whole - last, whole > 1, count >= 1))
+    total = vpp * count
+    ahead = pipeline.held_microbatches(pipe.schedule, pp, vpp, rank, count, per_round).sum(axis=1).astype(np.int64)
+    size, cycle = per_round, vpp * per_round
+    places = np.arange(vpp)
+
+    def dealt(units: IntArray) -> FloatArray:
+        """Passes of each chunk, in the order in which chunks have their turn."""
+        turns, left = np.divmod(units, cycle)
+        return np.asarray(
+            turns[:, None] * size[:, None] + np.clip(left[:, None] - places * size[:, None], 0, size[:, None])
+        )
+
+    found = []
+    for chunk in sorted({0, vpp - 1}):
+        start = (vpp - 1 - chunk) * size  # of its turn in a cycle of backwards
+        full, place = np.divmod(np.maximum(total - ahead, 0), cycle)
+        late = np.where(place >= start, full * cycle + np.minimum(place, start + size - 1), start)
+        late = np.where((place < start) & (full > 0), (full - 1) * cycle + start + size - 1, late)
+        last = total - cycle + start + size - 1
+        for number in (start, np.minimum(start + 1, last), late, last):
+            sent = dealt(np.minimum(ahead + number, total)).astype(np.float64)
+            back = dealt(number)[:, ::-1].astype(np.float64)
+            held = np.maximum(sent - back, places == chunk)
+            ends = back[:, chunk] == count - 1.0
+            found.append(State(chunk, held, np.zeros_like(held), sent, back, back > 0, ends))
     return found
 
 

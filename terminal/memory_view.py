@@ -31,6 +31,7 @@ MOMENT_WORDS = {
     "backward": "in backward",
     "update": "in the optimizer's step",
     "build": "while the model is built, before it is sharded",
+    "gather": "while weights are gathered",
     "loss": "around the loss",
     "weights": "while gradients of weights are worked out",
     "reduction": "while gradients are reduced",
