@@ -48,11 +48,12 @@ def track_steps(
             tracker.take_up([*trained.batch, *beside])
             for step in range(steps):
                 tracker.begin_step()
-                _step(trained, tracker, first if step == 0 else parallel.num_microbatches, left_out if step else 0)
+                _step(trained, tracker, first if step == 0 else parallel.num_microbatches, left_out if step == 1 else 0)
     except (RuntimeError, TypeError, ValueError) as error:
-        if not isinstance(trained.batch[0], FakeTensor):
+        explained = _explained(error, tracker.failed_at) if isinstance(trained.batch[0], FakeTensor) else None
+        if explained is None:
             raise
-        raise _explained(error, tracker.failed_at) from error
+        raise explained from error
     finally:
         gc.enable()
     return tracker.peak()
@@ -62,10 +63,11 @@ def _step(trained: Trained, tracker: MemoryTracker, num_microbatches: int, left_
     parallel = trained.parallel
     whole, rows = parallel.num_microbatches, num_microbatches * parallel.plan.config.micro_batch_size
     parallel.num_microbatches = num_microbatches
-    parallel._pipelines.clear()  # they are made for a number of micro-batches
     if left_out and parallel.plan.config.pp > 1:
         _hold_left_out(parallel, tracker, left_out, trained.batch[0].shape[1])
     parallel.step((trained.batch[0][:rows], trained.batch[1][:rows]))
+    if num_microbatches != whole:
+        parallel._pipelines.clear()  # they are made for a number of micro-batches
     parallel.num_microbatches = whole
     tracker.mark_gradients()
     with tracker.phase("clip"):
@@ -105,15 +107,15 @@ def _hold_left_out(parallel: ParallelModel, tracker: MemoryTracker, count: int, 
     pipeline.run = holding  # type: ignore[method-assign]
 
 
-def _explained(error: Exception, failed_at: str) -> Exception:
-    """What to raise: the first cause (torch's pipeline wraps what a stage raised) and where, or the error itself."""
+def _explained(error: Exception, failed_at: str) -> Error | None:
+    """The first cause (torch's pipeline wraps what a stage raised) and where, as one sentence, if it can be told."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, Error):
         return cause
     if not failed_at:
-        return error
+        return None
     if isinstance(cause, DataDependentOutputException | DynamicOutputShapeException):
         return InputError(f"{failed_at} the model asks for the values of tensors, which a dry run does not have")
     lines = str(cause).strip().splitlines() or [""]
