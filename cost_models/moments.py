@@ -177,7 +177,7 @@ class _Backward:
         self.splits = rank.pipe.schedule in SPLIT_BACKWARD
         first = ~self.resident & (state.held[..., state.chunk] == 1.0)
         self.gathers = (self.zero == 3) | ((self.zero > 0) & first)  # in the forward of the micro-batch at hand
-        self.in_flight = self._in_flight()
+        self.in_flight, self.outer_gathered = self._in_flight(), self._outer_gathered()
         self.grads = self._resident_grads()
         self.sent_back = self._sent_back()
         carried = self.outer if self.outer.whole.any() else rank.blocks[self.last_kind].params
@@ -300,14 +300,14 @@ class _Backward:
             Moment.GATHER,
             left - saved,
             self.rank.hop,
-            gathered=gathered + self._outer_gathered(),
+            gathered=gathered + self.outer_gathered,
             communication=self.carried,
         )
 
     def _loss(self, head: Lifetimes) -> tuple[Moment, KindBytes]:
         """Logits and their loss, at the end of forward, with the flat buffer of the last block gathered."""
         unit = self.rank.blocks[self.first_kind].params
-        gathered = np.where(self.gathers, self._flat(unit), 0.0) + self._outer_gathered()
+        gathered = np.where(self.gathers, self._flat(unit), 0.0) + self.outer_gathered
         return self._at(
             Moment.LOSS, self.in_flight, head.forward - head.saved, gathered=gathered, communication=self.carried
         )
@@ -325,7 +325,7 @@ class _Backward:
         """The same backward; ZeRO 3 gathers the last block already."""
         unit = self.rank.blocks[self.first_kind].params
         activations, grads, working = self._parted(head)
-        gathered = np.where(self.zero == 3, self._flat(unit), 0.0) + self._outer_gathered()
+        gathered = np.where(self.zero == 3, self._flat(unit), 0.0) + self.outer_gathered
         return self._at(
             Moment.LOSS,
             self.in_flight - head.saved + activations,
@@ -365,7 +365,7 @@ class _Backward:
     def _first_block(self, left: FloatArray) -> tuple[Moment, KindBytes]:
         unit = self.rank.blocks[self.first_kind].params
         units = 2.0 if self.num_blocks >= 2.0 else 1.0  # its own, and the flat buffer of the one before
-        gathered = np.where(self.zero == 3, units * self._flat(unit), 0.0) + self._outer_gathered()
+        gathered = np.where(self.zero == 3, units * self._flat(unit), 0.0) + self.outer_gathered
         return self._block(self.first_kind, left, gathered=gathered, communication=self.carried, done=self.nothing)
 
     def _reduction(self, left: FloatArray) -> Iterator[tuple[Moment, KindBytes]]:
@@ -374,7 +374,7 @@ class _Backward:
         stay, under_way = self._head_grads()
         units = 1.0 if self.num_blocks >= 2.0 else 0.0
         freed = np.where(self.last & rank.sharded, -self._flat(unit), 0.0)
-        gathered = np.where(self.zero == 3, units * self._flat(unit), freed) + self._outer_gathered()
+        gathered = np.where(self.zero == 3, units * self._flat(unit), freed) + self.outer_gathered
         yield from self._reduced(unit, left, gathered, stay, under_way)
 
     def _reduced(
@@ -408,7 +408,7 @@ class _Backward:
         unit = self.rank.blocks[self.first_kind].params
         units = 2.0 if self.num_blocks >= 3.0 else 1.0
         freed = np.where(self.last & self.rank.sharded, -self._flat(unit), 0.0)
-        gathered = np.where(self.zero == 3, units * self._flat(unit), freed) + self._outer_gathered()
+        gathered = np.where(self.zero == 3, units * self._flat(unit), freed) + self.outer_gathered
         index = self.first_kind if self.counts[self.first_kind] > 1 else self.chunk.order[-2]
         return self._block(
             index,
@@ -433,14 +433,14 @@ class _Backward:
             left,
             under_way,
             grads=stay + done,
-            gathered=units + self._outer_gathered(),
+            gathered=units + self.outer_gathered,
             communication=communication + self._received(),
         )
 
     def _last_block(self) -> Iterator[tuple[Moment, KindBytes]]:
         rank, unit, others = self.rank, self.rank.blocks[self.last_kind].params, self._others()
         freed = np.where(self.last & rank.sharded, -self._flat(others), 0.0)
-        gathered = np.where(self.zero == 3, self._flat(unit), freed) + self._outer_gathered()
+        gathered = np.where(self.zero == 3, self._flat(unit), freed) + self.outer_gathered
         left = self.in_flight - self.chunk.saved + self.lives[self.last_kind].saved
         flat, done = np.where(self.reduces, unit.gathered * rank.grad, 0.0), self._taken_up(others)
         yield self._block(self.last_kind, left, gathered=gathered, communication=flat, done=done)

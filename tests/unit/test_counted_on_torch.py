@@ -36,9 +36,33 @@ RECIPE_OF = {torch.float32: "fp32", torch.bfloat16: "bf16-pure"}
 DTYPES = pytest.mark.parametrize("dtype", list(RECIPE_OF), ids=str)
 
 
+def gpt2(dtype: torch.dtype) -> tuple[nn.Module, ModelSpec]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=512, n_embd=256, n_layer=2, n_head=8, n_positions=SEQUENCE, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, use_cache=False,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return model.to(dtype), load_model(config.to_dict())
+
+
+def mixtral(dtype: torch.dtype) -> tuple[nn.Module, ModelSpec]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=512, hidden_size=256, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
+        intermediate_size=512, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=SEQUENCE,
+        use_cache=False,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return model.to(dtype), load_model(config.to_dict())
+
+
 @DTYPES
-def test_bytes_that_autograd_keeps_of_a_block(dtype: torch.dtype) -> None:
-    model, spec = llama(dtype)
+@pytest.mark.parametrize(
+    ("build", "name"), [(llama, "model.layers.1"), (gpt2, "transformer.h.1"), (mixtral, "model.layers.1")]
+)
+def test_bytes_that_autograd_keeps_of_a_block(build: Any, name: str, dtype: torch.dtype) -> None:
+    model, spec = build(dtype)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, tuple[int, Tensor]] = {}
     inside = False
@@ -57,7 +81,7 @@ def test_bytes_that_autograd_keeps_of_a_block(dtype: torch.dtype) -> None:
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, so that no address is used again
         return tensor
 
-    block = model.get_submodule("model.layers.1")
+    block = model.get_submodule(name)
     block.register_forward_pre_hook(enter)
     block.register_forward_hook(leave)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -65,9 +89,8 @@ def test_bytes_that_autograd_keeps_of_a_block(dtype: torch.dtype) -> None:
     assert output.logits.requires_grad
     workload = Workload(seq_len=SEQUENCE, global_batch_size=SEQUENCES, recipe=RECIPES[RECIPE_OF[dtype]])
     expected = block_bytes(spec.blocks[1], workload, MESHWRIGHT, BATCH).saved[0]
-    assert sum(size for size, _ in kept.values()) == pytest.approx(
-        expected, rel=0.01
-    )  # rotary tables, statistics of norms
+    # rotary tables, statistics of norms, indices of routed rows
+    assert sum(size for size, _ in kept.values()) == pytest.approx(expected, rel=0.015)
 
 
 @DTYPES
