@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from meshwright.cost_models.estimate import Moment
 from meshwright.cost_models.framework import num_microbatches
 from meshwright.cost_models.memory_traits import HeldBlocks
-from meshwright.cost_models.moments import KindBytes
+from meshwright.cost_models.rank_bytes import KindBytes
 from meshwright.cost_models.residency import Numbers
 from meshwright.cost_models.step_states import Pipeline
 

@@ -14,7 +14,8 @@ from meshwright.cost_models.estimate import KINDS, MOMENTS, Moment
 from meshwright.cost_models.framework import microbatches_per_round, num_microbatches
 from meshwright.cost_models.held_blocks import held_bytes, late_moments
 from meshwright.cost_models.memory_traits import HeldBlocks, UpdateTensors
-from meshwright.cost_models.moments import KindBytes, fullest
+from meshwright.cost_models.moments import fullest
+from meshwright.cost_models.rank_bytes import KindBytes
 from meshwright.cost_models.residency import Numbers, StateBytes, state_bytes
 from meshwright.cost_models.saved import BlockBytes
 from meshwright.cost_models.step_states import Pipeline, unlike_ranks

@@ -9,7 +9,8 @@ import pytest
 
 from meshwright.cost_models.blocks import block_kinds, stage_counts
 from meshwright.cost_models.estimate import KINDS, Moment
-from meshwright.cost_models.moments import KindBytes, rank_moments
+from meshwright.cost_models.moments import rank_moments
+from meshwright.cost_models.rank_bytes import KindBytes
 from meshwright.cost_models.saved import block_bytes
 from meshwright.cost_models.step_states import Pipeline, states, unlike_ranks
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule

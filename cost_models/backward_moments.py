@@ -1,0 +1,335 @@
+"""What a rank of our own executors holds at each moment of a step at which it may hold the most, tensor by tensor.
+
+Read off ``executors`` and torch 2.13's FSDP2 (``torch/distributed/fsdp/_fully_shard``) and pipelines
+(``torch/distributed/pipelining``). A stage's *units* are its decoder blocks and, together, what stands outside them
+(the *outer* unit: embedding, final norm, head). A unit
+
+* is gathered into one flat buffer, then copied into its tensors; the buffer of the last one gathered is there until the
+  next has been copied or the stage's forward is over (``_fsdp_param_group.py: wait_for_unshard``). ZeRO 3 gathers a
+  block again for its backward, and by then the one before it into a flat buffer, too;
+* has its weights' gradients in the compute dtype while its backward runs. They are then copied into a flat buffer in
+  the dtype of the reduction, which is there until the next unit's gradients are (``_fsdp_collectives.py:
+  foreach_reduce``): over the next micro-batch's forward too, where more than the last are reduced (ZeRO 2 and 3).
+  Replicated over all ranks (ZeRO 0) the reduced ones are another tensor of that size, and their quotient by the divide
+  factor a third; with shards they are smaller. Or they are added to whole ones (ZeRO 0 and 1, but for the last
+  micro-batch).
+
+A micro-batch in flight keeps, beside what its blocks save, the hidden states it received and those it sent. Every
+pipeline but 1f1b keeps what it sent, gradients too, until the step ends: the handles of sends do.
+
+Left out: batches of tokens, a few numbers a token, gradients of norms summed over tp, what rounding to 512 bytes adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost_models.estimate import Moment
+from meshwright.cost_models.rank_bytes import KindBytes, Rank
+from meshwright.cost_models.residency import Numbers
+from meshwright.cost_models.step_states import State
+from meshwright.cost_models.strategy import SPLIT_BACKWARD, Schedule
+from meshwright.cost_models.tape import Lifetimes
+
+FloatArray = NDArray[np.float64]
+
+
+class Backward:
+    """The backward of one micro-batch on one chunk, from its loss to its last unit's reduction."""
+
+    def __init__(self, rank: Rank, state: State) -> None:
+        self.rank, self.state, self.zero, self.nothing = rank, state, rank.zero, rank.nothing
+        counts = rank.pipe.counts[rank.rank]
+        self.chunk = rank.chunks[state.chunk]
+        self.outer, order = self.chunk.outer, self.chunk.order
+        self.counts = counts[state.chunk]
+        self.lives = rank.lives
+        self.head = self.lives[-1] if self.counts[-1] else None
+        self.first_kind, self.last_kind = order[-1], order[0]  # in the order of the backward
+        self.num_blocks = float(sum(self.counts[index] for index in order))
+        self.resident = state.resident[..., state.chunk]
+        self.last = state.last
+        self.reduces = rank.sharded & ((self.zero >= 2) | self.last)
+        self.splits = rank.pipe.schedule in SPLIT_BACKWARD
+        first = ~self.resident & (state.held[..., state.chunk] == 1.0)
+        self.gathers = (self.zero == 3) | ((self.zero > 0) & first)  # in the forward of the micro-batch at hand
+        self.in_flight, self.outer_gathered = self._in_flight(), self._outer_gathered()
+        self.grads = self._resident_grads()
+        self.sent_back = self._sent_back()
+        carried = self.outer if self.outer.whole.any() else rank.blocks[self.last_kind].params
+        self.carried = np.where((self.zero >= 2) & self.resident, carried.gathered * rank.grad, 0.0)
+
+    # -- what is there throughout -----------------------------------------------------------------------------------
+
+    def _in_flight(self) -> FloatArray:
+        """Activations of all micro-batches in flight, the one at hand whole."""
+        rank, state, total = self.rank, self.state, self.nothing
+        one_at_a_time = rank.pipe.schedule is Schedule.ONE_F_ONE_B
+        for number, chunk in enumerate(rank.chunks):
+            held, sent = state.held[..., number], state.sent[..., number]
+            total = total + held * (chunk.saved + chunk.received)
+            if self.splits:
+                total = total + state.waiting[..., number] * chunk.inputs
+            if chunk.sends:  # 1f1b keeps the handle of its last send before the first backward
+                handle = (sent > held) & (held > 1.0)
+                total = total + rank.hop * (held + handle if one_at_a_time else sent)
+        return total
+
+    def _sent_back(self) -> FloatArray:
+        """Gradients of hidden states: those sent whose handles are still there; and those that wait."""
+        rank, state, total = self.rank, self.state, self.nothing
+        one_at_a_time = rank.pipe.schedule is Schedule.ONE_F_ONE_B
+        for number, chunk in enumerate(rank.chunks):
+            if chunk.receives:
+                back = state.back[..., number]
+                total = total + rank.hop * (np.minimum(back, 1.0) if one_at_a_time else back)
+            if self.splits:
+                total = total + state.waiting[..., number] * chunk.outputs
+        return total
+
+    def _resident_grads(self) -> FloatArray:
+        total = self.nothing
+        for number, chunk in enumerate(self.rank.chunks):
+            total = total + np.where(self.state.resident[..., number], chunk.grads, 0.0)
+        return total
+
+    def _taken_up(self, unit: Numbers) -> FloatArray:
+        """What a unit's backward adds to the gradients that stay."""
+        rank = self.rank
+        whole, owned = unit.whole * rank.grad, unit.owned * rank.reduced_grad
+        reduced = np.where(self.zero == 0, unit.whole * rank.reduced_grad, owned)
+        ends = self.last & rank.sharded & (self.zero <= 1)
+        waits = (self.zero <= 1) & ~ends
+        return np.asarray(
+            np.where(self.resident, np.where(ends, reduced - whole, 0.0), np.where(waits, whole, reduced))
+        )
+
+    def _at(
+        self,
+        moment: Moment,
+        activations: FloatArray,
+        working: FloatArray,
+        *,
+        grads: FloatArray | float = 0.0,
+        gathered: FloatArray | float = 0.0,
+        communication: FloatArray | float = 0.0,
+    ) -> tuple[Moment, KindBytes]:
+        rank = self.rank
+        return moment, KindBytes(
+            params=rank.params,
+            grads=self.grads + grads,
+            optimizer=rank.optimizer,
+            activations=activations,
+            gathered=rank.gathered + gathered,
+            working=working + self.sent_back,
+            communication=self.nothing + communication,
+        )
+
+    # -- moments ----------------------------------------------------------------------------------------------------
+
+    def moments(self) -> Iterator[tuple[Moment, KindBytes]]:
+        """One after the other, of arrays ``[num_configs]`` or, where times differ, ``[num_times, num_configs]``."""
+        left = self.in_flight
+        if self.state.only_weights:
+            yield self._weight_gradients()
+            return
+        if (self.zero > 0).any():
+            yield self._gather(left)
+        if self.head is not None:
+            yield self._loss(self.head)
+            yield self._loss_backward(self.head)
+            left = left - self.head.saved
+        yield self._first_block(left)
+        if self.num_blocks < 2.0 and (self.zero == 3).any():
+            yield self._gather_again(self.first_kind, left, self.carried, self.nothing)
+        yield from self._reduction(left - self.lives[self.first_kind].saved)
+        if self.num_blocks >= 2.0:
+            yield self._second_block(left)
+            yield from self._last_block()
+        if self.outer.whole.any():
+            yield from self._outer_reduction()
+
+    def _weight_gradients(self) -> tuple[Moment, KindBytes]:
+        """All gradients of matrices of a stage at once, before they are added to those of earlier micro-batches."""
+        rank, inner = self.rank, self.chunk.inner.whole
+        own = np.where(rank.unit_grads, inner * rank.weight, 0.0) - self.chunk.outputs
+        grads = np.where(self.resident, 0.0, inner * rank.grad)
+        return self._at(Moment.WEIGHTS, self.in_flight - self.chunk.inputs, own, grads=grads)
+
+    def _flat(self, unit: Numbers) -> FloatArray:
+        return unit.gathered * self.rank.weight
+
+    def _outer_gathered(self) -> FloatArray:
+        """ZeRO 3: the outer unit stays from forward to backward, on every chunk with micro-batches in flight."""
+        total = self.nothing
+        for number, chunk in enumerate(self.rank.chunks):
+            there = (self.zero == 3) & (self.state.held[..., number] > 0)
+            total = total + np.where(there, self._flat(chunk.outer), 0.0)
+        return total
+
+    def _gather(self, left: FloatArray) -> tuple[Moment, KindBytes]:
+        """The last block's weights are copied out of their flat buffer, that of the unit before still being there."""
+        lives, unit = self.lives[self.first_kind], self._flat(self.rank.blocks[self.first_kind].params)
+        before = unit if self.num_blocks >= 2.0 else self._flat(self.outer)
+        gathered = np.where(self.gathers, before + unit + np.where(self.zero == 3, unit, 0.0), 0.0)
+        saved = lives.saved + (self.nothing if self.head is None else self.head.saved)
+        return self._at(
+            Moment.GATHER,
+            left - saved,
+            self.rank.hop,
+            gathered=gathered + self.outer_gathered,
+            communication=self.carried,
+        )
+
+    def _loss(self, head: Lifetimes) -> tuple[Moment, KindBytes]:
+        """Logits and their loss, at the end of forward, with the flat buffer of the last block gathered."""
+        unit = self.rank.blocks[self.first_kind].params
+        gathered = np.where(self.gathers, self._flat(unit), 0.0) + self.outer_gathered
+        return self._at(
+            Moment.LOSS, self.in_flight, head.forward - head.saved, gathered=gathered, communication=self.carried
+        )
+
+    def _parted(self, lives: Lifetimes) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Activations, gradients that stay and the rest of a block's fullest moment."""
+        backward, adding = (lives.deferring, lives.deferring) if self.splits else (lives.backward, lives.adding)
+        kept = self.rank.unit_grads | ~self.resident
+        activations = np.where(kept, backward.activations, adding.activations)
+        weights = np.where(kept & ~self.rank.unit_grads, backward.weights, 0.0)
+        total = np.where(kept, backward.total, adding.total)
+        return activations, weights, total - activations - weights
+
+    def _loss_backward(self, head: Lifetimes) -> tuple[Moment, KindBytes]:
+        """The same backward; ZeRO 3 gathers the last block already."""
+        unit = self.rank.blocks[self.first_kind].params
+        activations, grads, working = self._parted(head)
+        gathered = np.where(self.zero == 3, self._flat(unit), 0.0) + self.outer_gathered
+        return self._at(
+            Moment.LOSS,
+            self.in_flight - head.saved + activations,
+            working,
+            grads=grads,
+            gathered=gathered,
+            communication=self.carried,
+        )
+
+    def _head_grads(self) -> tuple[FloatArray, FloatArray]:
+        """Gradients of the head's weights that stay, and those on their way."""
+        if self.head is None:
+            return self.nothing, self.nothing
+        stay = np.where(self.rank.unit_grads | self.resident, 0.0, self.head.weights)
+        return stay, np.where(self.rank.unit_grads, self.head.weights, 0.0)
+
+    def _received(self) -> FloatArray:
+        """The gradient that a backward starts from, where it came from the next stage."""
+        return self.nothing if self.head is not None or len(self.rank.pipe.counts) == 1 else self.rank.hop
+
+    def _block(
+        self, index: int, left: FloatArray, *, gathered: FloatArray, communication: FloatArray, done: FloatArray
+    ) -> tuple[Moment, KindBytes]:
+        lives = self.lives[index]
+        activations, grads, working = self._parted(lives)
+        stay, under_way = self._head_grads()
+        received = self._received()
+        return self._at(
+            Moment.BACKWARD,
+            left - lives.saved + activations,
+            working + under_way - received,
+            grads=grads + stay + done,
+            gathered=gathered,
+            communication=communication + received,
+        )
+
+    def _first_block(self, left: FloatArray) -> tuple[Moment, KindBytes]:
+        unit = self.rank.blocks[self.first_kind].params
+        units = 2.0 if self.num_blocks >= 2.0 else 1.0  # its own, and the flat buffer of the one before
+        gathered = np.where(self.zero == 3, units * self._flat(unit), 0.0) + self.outer_gathered
+        return self._block(self.first_kind, left, gathered=gathered, communication=self.carried, done=self.nothing)
+
+    def _reduction(self, left: FloatArray) -> Iterator[tuple[Moment, KindBytes]]:
+        """The first block's gradients are copied into a flat buffer and reduced."""
+        rank, unit = self.rank, self.rank.blocks[self.first_kind].params
+        stay, under_way = self._head_grads()
+        units = 1.0 if self.num_blocks >= 2.0 else 0.0
+        freed = np.where(self.last & rank.sharded, -self._flat(unit), 0.0)
+        gathered = np.where(self.zero == 3, units * self._flat(unit), freed) + self.outer_gathered
+        yield from self._reduced(unit, left, gathered, stay, under_way)
+
+    def _reduced(
+        self, unit: Numbers, activations: FloatArray, gathered: FloatArray, done: FloatArray, under_way: FloatArray
+    ) -> Iterator[tuple[Moment, KindBytes]]:
+        """A unit's gradients beside their copy in the flat buffer; then that beside what it is reduced into."""
+        rank, flat = self.rank, unit.gathered * self.rank.grad
+        summed = self.resident & (self.zero <= 1)  # in the whole gradients
+        own = np.where(rank.unit_grads & ~summed, unit.whole * rank.weight, 0.0)
+        kept = np.where(rank.unit_grads | self.resident, 0.0, unit.whole * rank.grad)
+        yield self._at(
+            Moment.REDUCTION,
+            activations,
+            own + under_way,
+            grads=done + kept,
+            gathered=gathered,
+            communication=np.where(self.reduces, flat, 0.0),
+        )
+        quotient = np.where(self.zero == 0, unit.whole * rank.grad, 0.0)
+        yield self._at(
+            Moment.REDUCTION,
+            activations,
+            under_way,
+            grads=done + self._taken_up(unit),
+            gathered=gathered,
+            communication=np.where(self.reduces, flat + quotient, 0.0),
+        )
+
+    def _second_block(self, left: FloatArray) -> tuple[Moment, KindBytes]:
+        """The last one's gradients are being reduced."""
+        unit = self.rank.blocks[self.first_kind].params
+        units = 2.0 if self.num_blocks >= 3.0 else 1.0
+        freed = np.where(self.last & self.rank.sharded, -self._flat(unit), 0.0)
+        gathered = np.where(self.zero == 3, units * self._flat(unit), freed) + self.outer_gathered
+        index = self.first_kind if self.counts[self.first_kind] > 1 else self.chunk.order[-2]
+        return self._block(
+            index,
+            left - self.lives[self.first_kind].saved,
+            gathered=gathered,
+            communication=np.where(self.reduces, unit.gathered * self.rank.grad, 0.0),
+            done=self._taken_up(unit),
+        )
+
+    def _others(self) -> Numbers:
+        """All blocks of the chunk but the one whose backward is last."""
+        return self.chunk.inner + self.rank.blocks[self.last_kind].params * -1.0
+
+    def _gather_again(
+        self, index: int, left: FloatArray, communication: FloatArray, done: FloatArray
+    ) -> tuple[Moment, KindBytes]:
+        """ZeRO 3: a block's weights are copied out of their flat buffer for its backward."""
+        stay, under_way = self._head_grads()
+        units = np.where(self.zero == 3, 2.0 * self._flat(self.rank.blocks[index].params), 0.0)
+        return self._at(
+            Moment.GATHER,
+            left,
+            under_way,
+            grads=stay + done,
+            gathered=units + self.outer_gathered,
+            communication=communication + self._received(),
+        )
+
+    def _last_block(self) -> Iterator[tuple[Moment, KindBytes]]:
+        rank, unit, others = self.rank, self.rank.blocks[self.last_kind].params, self._others()
+        freed = np.where(self.last & rank.sharded, -self._flat(others), 0.0)
+        gathered = np.where(self.zero == 3, self._flat(unit), freed) + self.outer_gathered
+        left = self.in_flight - self.chunk.saved + self.lives[self.last_kind].saved
+        flat, done = np.where(self.reduces, unit.gathered * rank.grad, 0.0), self._taken_up(others)
+        yield self._block(self.last_kind, left, gathered=gathered, communication=flat, done=done)
+        if (self.zero == 3).any():
+            yield self._gather_again(self.last_kind, left, flat, done)
+
+    def _outer_reduction(self) -> Iterator[tuple[Moment, KindBytes]]:
+        """What stands outside the blocks comes last."""
+        rank, inner = self.rank, self.chunk.inner
+        freed = np.where(self.last & rank.sharded & (self.zero < 3), -self._flat(inner + self.outer), 0.0)
+        left = self.in_flight - self.chunk.saved
+        yield from self._reduced(self.outer, left, freed, self._taken_up(inner), self.nothing)

@@ -1,0 +1,107 @@
+"""What a pipeline rank of our own executors holds whatever the moment, and bytes of a moment by kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost_models.residency import Numbers, state_bytes
+from meshwright.cost_models.saved import BlockBytes
+from meshwright.cost_models.step_states import Pipeline
+from meshwright.cost_models.tape import Lifetimes
+from meshwright.profiler.model import BlockKind
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class KindBytes:
+    """Bytes of one pipeline rank at one moment, by kind: arrays of shape ``[num_configs]``."""
+
+    params: FloatArray
+    grads: FloatArray
+    optimizer: FloatArray
+    activations: FloatArray
+    gathered: FloatArray
+    working: FloatArray
+    communication: FloatArray
+
+    @property
+    def total(self) -> FloatArray:
+        """Their sum."""
+        return np.asarray(sum(getattr(self, field.name) for field in fields(self)))
+
+
+class Rank:
+    """One pipeline rank: its chunks, what it holds throughout, and its moments."""
+
+    def __init__(self, blocks: list[BlockBytes], pipe: Pipeline, rank: int, hop_bytes: FloatArray) -> None:
+        self.blocks, self.pipe, self.rank, self.hop = blocks, pipe, rank, hop_bytes
+        batch, recipe = pipe.batch, pipe.workload.recipe
+        self.zero, self.nothing = batch.zero_stage, np.zeros(len(batch))
+        self.weight, self.grad = float(recipe.params.num_bytes), float(recipe.grads.num_bytes)
+        # what is reduced is cast to the dtype of the parameters
+        self.reduced_grad = float(recipe.master.num_bytes) if recipe.master and recipe.has_master else self.grad
+        self.casts = recipe.has_master and recipe.grads is not recipe.compute
+        self.sharded = (self.zero > 0) | recipe.has_master  # by FSDP2, over one rank at ZeRO 0
+        # gradients of a unit are tensors of their own until they are reduced or added to whole ones
+        self.unit_grads = self.sharded & ((self.zero >= 2) | self.casts)
+        counts = pipe.counts[rank]
+        self.lives = [_lifetimes(block) for block in blocks]
+        self.chunks = [self._chunk(counts[number]) for number in range(len(counts))]
+        everything = sum((chunk.outer + chunk.inner for chunk in self.chunks), Numbers.zeros(len(batch)))
+        state = state_bytes(everything, pipe.workload, pipe.framework, batch)
+        self.params, self.optimizer, self.gathered = state.params, state.optimizer, state.gathered
+
+    def _chunk(self, counts: FloatArray) -> Chunk:
+        outer = inner = Numbers.zeros(len(self.pipe.batch))
+        order: list[int] = []
+        saved, inputs, outputs, received = (self.nothing,) * 4
+        for index in np.flatnonzero(counts):
+            number, lives = float(counts[index]), self.lives[index]
+            saved = saved + number * lives.saved
+            if self.pipe.kinds.kinds[index].kind is BlockKind.DECODER:
+                inner, order = inner + self.blocks[index].params * number, [*order, int(index)]
+                inputs, outputs = inputs + number * lives.inputs, outputs + number * lives.outputs
+            else:
+                outer = outer + self.blocks[index].params * number
+        pipelined = len(self.pipe.counts) > 1
+        receives = pipelined and not counts[0]
+        if receives:  # what its first block does not save anyway
+            received = self.hop * (1.0 - self.lives[order[0]].keeps_input)
+        whole = outer + inner
+        return Chunk(
+            outer=outer,
+            inner=inner,
+            order=order,
+            saved=saved,
+            inputs=inputs,
+            outputs=outputs,
+            received=received,
+            grads=np.where(self.zero <= 1, whole.whole * self.grad, whole.owned * self.reduced_grad),
+            sends=pipelined and not counts[-1],
+            receives=receives,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One stage: parameters outside its blocks and in them, kinds of blocks in order, bytes of one micro-batch."""
+
+    outer: Numbers
+    inner: Numbers
+    order: list[int]
+    saved: FloatArray
+    inputs: FloatArray
+    outputs: FloatArray
+    received: FloatArray
+    grads: FloatArray
+    sends: bool
+    receives: bool
+
+
+def _lifetimes(block: BlockBytes) -> Lifetimes:
+    assert block.lifetimes is not None
+    return block.lifetimes
