@@ -9,7 +9,7 @@ from the first step's end on. ``memory_tracker`` counts. Context, communicators 
 out: they are the device's ``reserved_bytes``, shown apart.
 
 Each rank runs in a forked process of its own, since torch keeps one process group and one mesh apiece. A step of many
-micro-batches is not run whole where fewer reach the same peak (``enough_microbatches``).
+micro-batches is not run whole where fewer reach the same peak (``shorter_step``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -28,7 +27,7 @@ from meshwright import InputError
 from meshwright.cost_models.estimate import MemoryBreakdown
 from meshwright.cost_models.placement import rank_grid
 from meshwright.cost_models.residency import reserved_bytes
-from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Schedule
+from meshwright.cost_models.strategy import ConfigBatch
 from meshwright.cost_models.targets import framework_named
 from meshwright.executors.apply import parallelize
 from meshwright.executors.checks import check_cluster
@@ -38,6 +37,7 @@ from meshwright.executors.fake_ranks import fake_tensors, fake_world, give_memor
 from meshwright.executors.loss import LossFunction
 from meshwright.executors.memory_peak import LiveTensor, Peak, TimePoint
 from meshwright.executors.memory_steps import track_steps
+from meshwright.executors.shorter_step import enough_microbatches, fewest_microbatches, shortened
 from meshwright.executors.spec_model import build_spec_model
 from meshwright.executors.trained import Trained
 from meshwright.planner.plan import Plan
@@ -185,26 +185,6 @@ def stage_ranks(plan: Plan) -> tuple[int, ...]:
     return tuple(int(rank) for rank in rank_grid(plan.config, plan.placement)[:, busiest, 0, 0])
 
 
-def enough_microbatches(plan: Plan, pp_rank: int, num_microbatches: int) -> int:
-    """How many micro-batches of a step reach the peak that all of them reach.
-
-    Without a pipeline three: the first makes gradients, the second adds to them, the last reduces them. Under 1F1B
-    three more than the rank has in flight (``schedules.rank_actions``): its second and third backward find as many in
-    flight as any later one, and gradients to add to. Under gpipe all are in flight. The other schedules repeat
-    themselves from round to round of ``pp`` micro-batches: four rounds hold a whole one in the middle (what torch's
-    runtime keeps of those left out, the tensors it sent, ``dry_run_peak`` adds); where ``pp`` does not divide the
-    micro-batches they run whole.
-    """
-    config = plan.config
-    if config.pp == 1:
-        return min(num_microbatches, 3)
-    if config.schedule is Schedule.ONE_F_ONE_B:
-        return min(num_microbatches, max(config.pp, config.pp - pp_rank + 3))
-    if config.schedule is Schedule.GPIPE or num_microbatches % config.pp:
-        return num_microbatches
-    return min(num_microbatches, 4 * config.pp)
-
-
 def dry_run_peak(
     model: nn.Module | None,
     plan: Plan,
@@ -246,15 +226,9 @@ def dry_run_peak(
             kernels=kernels,
             beside=[tokens],
             left_out=left_out,
-            first_microbatches=_fewest_microbatches(config, parallel.num_microbatches),
+            first_microbatches=fewest_microbatches(config, parallel.num_microbatches),
             on_progress=show,
         )
-
-
-def _fewest_microbatches(config: ParallelConfig, num_microbatches: int) -> int:
-    if num_microbatches % config.pp and config.schedule is Schedule.INTERLEAVED:
-        return num_microbatches
-    return min(num_microbatches, 2 * config.pp if config.schedule is Schedule.DUALPIPEV else config.pp)
 
 
 def _one_rank(
@@ -274,7 +248,7 @@ def _one_rank(
     enough = whole if all_microbatches else enough_microbatches(plan, pp_rank, whole)
     peak = dry_run_peak(
         model if model is None or isinstance(model, nn.Module) else model(),
-        _shortened(plan, enough),
+        shortened(plan, enough),
         rank,
         loss_fn=loss_fn,
         kernels=kernels,
@@ -303,13 +277,6 @@ def _one_rank(
         predicted=plan.memory,
         seconds=time.perf_counter() - start,
     )
-
-
-def _shortened(plan: Plan, num_microbatches: int) -> Plan:
-    """The plan with at most so many micro-batches a data rank."""
-    shares = tuple(min(share, num_microbatches) for share in plan.micro_batches_per_data_rank)
-    batch = sum(shares) * plan.config.micro_batch_size
-    return replace(plan, micro_batches_per_data_rank=shares, workload=replace(plan.workload, global_batch_size=batch))
 
 
 def _device_bytes(plan: Plan, cluster: ClusterProfile | None) -> tuple[int | None, int | None]:

@@ -20,8 +20,9 @@ from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.schedules import Pass, rank_actions
 from meshwright.cost_models.strategy import ParallelConfig, Recompute, Schedule
 from meshwright.cost_models.workload import RECIPES, Optimizer, Workload
-from meshwright.executors.dry_run import DryRun, dry_run, enough_microbatches, stage_ranks
+from meshwright.executors.dry_run import DryRun, dry_run, stage_ranks
 from meshwright.executors.fake_kernels import workspace_bytes
+from meshwright.executors.shorter_step import enough_microbatches
 from meshwright.executors.spec_model import Attention, build_spec_model
 from meshwright.planner.plan import Plan, default_stages, save_plan
 from meshwright.profiler.model import ModelSpec, load_model
