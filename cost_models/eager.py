@@ -83,7 +83,7 @@ class _Writer:
         stream = normed = 0
         for layer in block.layers:
             if isinstance(layer, NormLayer):
-                normed = self.norm(layer, normed, self.shard)
+                normed = self.norm(layer, normed)
                 continue
             made = self.layer(layer, normed)
             adds = isinstance(layer, AttentionLayer | MlpLayer | MoeLayer)
@@ -118,7 +118,7 @@ class _Writer:
             return x
         return self.tape.run(x, self.bytes_of(x) * (self.size / self.wide))
 
-    def norm(self, layer: NormLayer, x: int, rows: FloatArray) -> int:
+    def norm(self, layer: NormLayer, x: int) -> int:
         return self.layer_norm(x) if layer.norm_kind is NormKind.LAYER else self.rms_norm(x)
 
     def layer_norm(self, x: int) -> int:
@@ -215,11 +215,12 @@ class _Writer:
     def latent(self, layer: AttentionLayer, x: int) -> int:
         """MLA as one operator: latents before and after their norms, queries, keys and values of every head."""
         heads = layer.num_heads / self.tp
+        inside_params = layer.params - layer.num_heads * layer.value_head_dim * layer.hidden
         query_dim, value_dim = layer.head_dim + layer.rope_head_dim, layer.value_head_dim
         latents = 2.0 * (layer.q_lora_rank + layer.kv_lora_rank)
         width = heads * (2.0 * query_dim + value_dim) + latents
         inside = self.tape.run(
-            x, self.tokens * width * self.size, saves=(x,), weights=layer.params * self.size / self.tp
+            x, self.tokens * width * self.size, saves=(x,), weights=inside_params * self.size / self.tp
         )
         statistics = self.tape.run((), self.tokens * heads * 4.0, kept=True)
         out = self.tokens * heads * value_dim * self.size

@@ -50,7 +50,7 @@ class MemoryTraits:
     ``margin_source`` the peaks that say so; both are read from ``memory_margins.json``.
     """
 
-    by_operator: bool = False  # eager blocks of Hugging Face, as our executors run them (``eager``, ``moments``)
+    by_operator: bool = False  # eager blocks of Hugging Face, as our executors run them (``moments``)
     fragmentation: float = 0.0
     margin: float = 0.0
     margin_source: str = ""
