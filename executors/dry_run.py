@@ -14,6 +14,7 @@ micro-batches is not run whole where fewer reach the same peak (``shorter_step``
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -205,7 +206,7 @@ def dry_run_peak(
     if model is None:
         with torch.device("meta"):
             model = build_spec_model(plan.model)
-    model = model.to("meta").to(torch_dtype(recipe.master or recipe.params))
+    model = _on_meta(model).to(torch_dtype(recipe.master or recipe.params))
     with ExitStack() as stack:
         stack.enter_context(fake_world(config.world_size, rank))
         on_progress(0.1, f"rank {rank}: splitting")
@@ -229,6 +230,16 @@ def dry_run_peak(
             first_microbatches=fewest_microbatches(config, parallel.num_microbatches),
             on_progress=show,
         )
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy without values; tensors that are one stay one, which ``model.to("meta")`` would part (tied embeddings)."""
+    tensors: dict[int, object] = {
+        id(weight): nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
+        for weight in model.parameters()
+    }
+    tensors |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, tensors)
 
 
 def _one_rank(

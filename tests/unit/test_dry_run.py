@@ -33,10 +33,12 @@ FIELDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make_plan(recipe: str = "fp32", micro_batches: int = 2, sequence: int = 64, **axes: Any) -> Plan:
+def make_plan(
+    recipe: str = "fp32", micro_batches: int = 2, sequence: int = 64, *, tied: bool = False, **axes: Any
+) -> Plan:
     axes["dp_shard"] = axes.get("dp", 1) if axes.get("zero_stage") else 1
     config = ParallelConfig(vocab_parallel=axes.get("tp", 1) > 1, **axes)
-    spec = load_model(FIELDS)
+    spec = load_model(FIELDS | {"tie_word_embeddings": tied})
     return Plan(
         framework="meshwright", model=spec,
         workload=Workload(seq_len=sequence, global_batch_size=micro_batches * config.dp, recipe=RECIPES[recipe]),
@@ -158,6 +160,13 @@ def test_the_model_given_is_left_as_it_was() -> None:
     assert isinstance(run, DryRun)
     assert {name: id(weight) for name, weight in model.named_parameters()} == names
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("axes", [{"dp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2, "schedule": Schedule.ZBV}])
+def test_a_model_in_memory_keeps_its_tied_embedding(axes: dict[str, Any]) -> None:
+    plan = make_plan(tied=True, **axes)
+    model = build_spec_model(plan.model)
+    assert dry_run(model, plan).peak_bytes == dry_run(None, plan).peak_bytes
 
 
 def test_an_optimizer_without_states() -> None:
