@@ -179,7 +179,7 @@ class Backward:
         return self._at(
             Moment.GATHER,
             left - saved,
-            self.rank.hop,
+            np.where(self.state.after_forward, self.rank.hop, -np.inf),
             gathered=gathered + self.outer_gathered,
             communication=self.carried,
         )
@@ -189,7 +189,11 @@ class Backward:
         unit = self.rank.blocks[self.first_kind].params
         gathered = np.where(self.gathers, self._flat(unit), 0.0) + self.outer_gathered
         return self._at(
-            Moment.LOSS, self.in_flight, head.forward - head.saved, gathered=gathered, communication=self.carried
+            Moment.LOSS,
+            self.in_flight,
+            np.where(self.state.after_forward, head.forward - head.saved, -np.inf),
+            gathered=gathered,
+            communication=self.carried,
         )
 
     def _parted(self, lives: Lifetimes) -> tuple[FloatArray, FloatArray, FloatArray]:

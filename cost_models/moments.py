@@ -22,7 +22,8 @@ def rank_moments(
     ``hop_bytes`` is what a stage hands to the next.
     """
     held = Rank(blocks, pipe, rank, hop_bytes)
-    return [moment for state in states(pipe, rank) for moment in Backward(held, state).moments()]
+    found = [moment for state in states(pipe, rank) for moment in Backward(held, state).moments()]
+    return [*found, (Moment.REDUCTION, held.at_the_end())] if (pipe.batch.tp > 1).any() else found
 
 
 def fullest(

@@ -11,6 +11,7 @@ from meshwright.cost_models.residency import Numbers, state_bytes
 from meshwright.cost_models.saved import BlockBytes
 from meshwright.cost_models.step_states import Pipeline
 from meshwright.cost_models.tape import Lifetimes
+from meshwright.cost_models.traffic import shared_grad_bytes
 from meshwright.profiler.model import BlockKind
 
 FloatArray = NDArray[np.float64]
@@ -54,6 +55,23 @@ class Rank:
         everything = sum((chunk.outer + chunk.inner for chunk in self.chunks), Numbers.zeros(len(batch)))
         state = state_bytes(everything, pipe.workload, pipe.framework, batch)
         self.params, self.optimizer, self.gathered = state.params, state.optimizer, state.gathered
+
+    def at_the_end(self) -> KindBytes:
+        """Gradients of which each rank of tp has a part: side by side, in one flat tensor, and their sum."""
+        pipe, shared = self.pipe, self.nothing
+        for kind, number in zip(pipe.kinds.kinds, pipe.counts[self.rank].sum(axis=0), strict=True):
+            shared = shared + number * shared_grad_bytes(kind, pipe.workload, pipe.batch)
+        whole = sum((chunk.outer + chunk.inner for chunk in self.chunks), Numbers.zeros(len(pipe.batch)))
+        numbers = np.where(self.zero == 0, whole.whole, whole.owned)
+        return KindBytes(
+            params=self.params,
+            grads=numbers * self.reduced_grad,
+            optimizer=self.optimizer,
+            activations=self.nothing,
+            gathered=self.nothing,
+            working=self.nothing,
+            communication=3.0 * shared,
+        )
 
     def _chunk(self, counts: FloatArray) -> Chunk:
         outer = inner = Numbers.zeros(len(self.pipe.batch))

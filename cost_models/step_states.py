@@ -42,7 +42,7 @@ class State:
     Arrays are ``[num_times, num_configs, vpp]``, ``last`` is ``[num_times, num_configs]``. ``held`` micro-batches of
     each chunk are in flight, the one at hand among them; ``waiting`` ones wait for their gradients of matrices;
     ``sent`` have gone through, ``back`` of them backward too; ``resident`` chunks have gradients of earlier
-    micro-batches; it is a chunk's ``last`` backward of the step.
+    micro-batches; it is a chunk's ``last`` backward of the step; ``after_forward``: a forward has just run.
     """
 
     chunk: int
@@ -52,6 +52,7 @@ class State:
     back: FloatArray
     resident: BoolArray
     last: BoolArray
+    after_forward: BoolArray
     only_weights: bool = False  # it is the second half of a split backward
 
 
@@ -70,6 +71,7 @@ def states(pipe: Pipeline, rank: int) -> list[State]:
             back=np.stack([one.back for one in of]),
             resident=np.stack([one.resident for one in of]),
             last=np.stack([one.last for one in of]),
+            after_forward=np.stack([one.after_forward for one in of]),
             only_weights=only_weights,
         )
         for (chunk, only_weights), of in alike.items()
@@ -90,12 +92,13 @@ def _states(pipe: Pipeline, rank: int) -> list[State]:
     several = whole > 1
     most = pipeline.held_microbatches(pipe.schedule, pp, vpp, rank, count, per_round)
     later = np.clip(np.minimum(most, whole - 1.0), 1.0, None)
-    first = State(0, most, nothing, most, nothing, several & False, count == 1)
-    last = State(0, one, nothing, whole, whole - 1.0, several, count >= 1)
+    first = State(0, most, nothing, most, nothing, several & False, count == 1, count >= 1)
+    steady = (count > most[:, 0]) & (pipe.schedule is Schedule.ONE_F_ONE_B)
+    last = State(0, one, nothing, whole, whole - 1.0, several, count >= 1, steady & (most[:, 0] == 1.0))
     if pp == 1:
         return [first, last]
     back = np.minimum(whole - 1.0, 1.0)
-    return [first, State(0, later, nothing, whole, back, several, later[:, 0] == 1.0), last]
+    return [first, State(0, later, nothing, whole, back, several, later[:, 0] == 1.0, steady), last]
 
 
 def _split_states(pipe: Pipeline, rank: int, count: IntArray) -> list[State]:
@@ -114,7 +117,15 @@ def _split_states(pipe: Pipeline, rank: int, count: IntArray) -> list[State]:
             rest = np.where(back.sum(axis=1) >= pp, count - few, 0)[:, None]  # of the steady state that was left out
             found.append(
                 State(
-                    chunk, held, waiting, sent + rest, back + rest, resident > 0, count == 1, only_weights=only_weights
+                    chunk,
+                    held,
+                    waiting,
+                    sent + rest,
+                    back + rest,
+                    resident > 0,
+                    count == 1,
+                    count >= 1,
+                    only_weights=only_weights,
                 )
             )
     return found
@@ -197,7 +208,7 @@ def _interleaved_states(pipe: Pipeline, rank: int, count: IntArray, per_round: I
             back = dealt(number)[:, ::-1].astype(np.float64)
             held = np.maximum(sent - back, places == chunk)
             ends = back[:, chunk] == count - 1.0
-            found.append(State(chunk, held, np.zeros_like(held), sent, back, back > 0, ends))
+            found.append(State(chunk, held, np.zeros_like(held), sent, back, back > 0, ends, ahead + number <= total))
     return found
 
 
