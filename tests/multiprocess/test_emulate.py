@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,8 @@ def test_nothing_is_left_when_the_emulator_is_killed(tmp_path: Path, how: signal
     command = [sys.executable, "-m", "meshwright.cli", "emulate", "-t", str(ROOT / "examples" / "two_hosts.json")]
     # a child of the rank that has left its session, as torchrun's workers do, must not survive either
     rank = ["sh", "-c", f"setsid sleep 300 & stat -Lc %i /proc/self/ns/net > {tmp_path}/$RANK; wait"]
-    with subprocess.Popen([*command, "--", *rank], stderr=subprocess.DEVNULL) as emulator:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell in the background has ignored
+    with subprocess.Popen([*command, "--", *rank], stderr=subprocess.DEVNULL, preexec_fn=heard) as emulator:
         wait_until(lambda: sum(path.stat().st_size > 0 for path in tmp_path.iterdir()) == 8)
         ours = {int(path.read_text()) for path in tmp_path.iterdir()}
         assert len(ours) == 2
