@@ -19,7 +19,7 @@ from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.executors.apply import ParallelModel, parallelize
 from meshwright.executors.counting import count_collectives
 from meshwright.planner.plan import Plan, default_stages
-from meshwright.profiler.launch import Rank, run_ranks
+from meshwright.profiler.launch import Rank, RankError, run_ranks
 from meshwright.profiler.model import load_model
 
 SEQUENCE = 8
@@ -292,6 +292,16 @@ def gradient_bounds(expected: dict[str, Tensor], *, double: bool) -> dict[str, f
     }
 
 
+def _ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
+    """``run_ranks``, once more where a rank crashed: inside gloo, one in some thousand runs on a busy machine does."""
+    try:
+        return run_ranks(function, num_ranks, *args, timeout_s=CASE_TIMEOUT_S)
+    except RankError as error:
+        if "SIGSEGV" not in str(error) and "SIGABRT" not in str(error):
+            raise
+    return run_ranks(function, num_ranks, *args, timeout_s=CASE_TIMEOUT_S)
+
+
 @pytest.fixture
 def assert_equal() -> Callable[[str], None]:
     """Run a case on one process and on ranks, and compare loss, gradients, norms and weights after training."""
@@ -302,7 +312,7 @@ def assert_equal() -> Callable[[str], None]:
         model, fields = build_model(case)
         plan = build_plan(case, fields)
         expected = reference(case, build_model(case)[0], plan)
-        outcomes = run_ranks(run_split, plan.config.world_size, case, model, plan, expected, timeout_s=CASE_TIMEOUT_S)
+        outcomes = _ranks(run_split, plan.config.world_size, case, model, plan, expected)
         double = case.dtype is torch.float64
         bounds = gradient_bounds(expected.grads, double=double)
         for outcome in outcomes:
