@@ -1,8 +1,8 @@
 """Predicted peaks of plans for our own executors against the dry run's: per plan, per kind of tensor, and by axis.
 
 Run it with ``python benchmarks/memory_accuracy.py [--ends] [WORDS...]``; with words only plans whose description has,
-for each, a word that starts so (``llama pp zero1``). Every plan's model is Hugging Face's, built on the meta device. The dry
-run is of a rank of the stage predicted to hold the most, with ``--ends`` also of the first and the last stage.
+for each, a word that starts so (``llama pp zero1``). Every plan's model is Hugging Face's, built on the meta device.
+The dry run is of a rank of the stage predicted to hold the most, with ``--ends`` also of the first and the last stage.
 About six minutes on two cores, twice that with ``--ends``.
 """
 
