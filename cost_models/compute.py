@@ -135,7 +135,7 @@ def _total(ops: Operators, inverse: NDArray[np.int64], *, recomputes: bool) -> B
     projection and the residual addition behind it are not repeated (torch/utils/checkpoint.py, early stop;
     ``executors/recompute.py``).
     """
-    times = recomputes * (forward_calls(ops.batch) - 1)
+    times = (recomputes * (forward_calls(ops.batch) - 1)).astype(np.float64)
     full = ops.batch.is_recompute(Recompute.FULL)
     choice, early = ops.framework.selective, ops.framework.recompute_stops_early
     again = ops.forward - early * (ops.last + ops.last_rest)

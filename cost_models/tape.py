@@ -119,6 +119,9 @@ class Most:
         self.weights = np.where(more, weights, self.weights)
 
 
+LIFETIME_ROWS = 15  # six of its own, and three of each of the three fullest moments
+
+
 @dataclass(frozen=True, slots=True)
 class Lifetimes:
     """Bytes of one block and micro-batch, arrays of shape ``[num_configs]``: the rows of ``table``."""
@@ -134,7 +137,7 @@ class Lifetimes:
     @classmethod
     def assembled(cls, parts: Sequence[tuple[NDArray[np.int64], Lifetimes]], num_configs: int) -> Lifetimes:
         """Those of several groups of configs, each with the positions it belongs to."""
-        table = np.empty((len(parts[0][1].table), num_configs))
+        table = np.empty((LIFETIME_ROWS, num_configs))
         for positions, part in parts:
             table[:, positions] = part.table
         return cls(table)

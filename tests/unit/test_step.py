@@ -20,6 +20,7 @@ from meshwright.cost_models.stages import Stages
 from meshwright.cost_models.step import assumptions, estimate, estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute, Schedule
 from meshwright.cost_models.target_torch import MESHWRIGHT
+from meshwright.cost_models.targets import framework_named
 from meshwright.cost_models.workload import RECIPES, Optimizer, Workload
 
 WORKLOAD = Workload(seq_len=32, global_batch_size=8)
@@ -299,3 +300,10 @@ def test_assumptions_say_what_was_not_measured(toy: Any) -> None:
     assert said[0] == "rates of attention_backward, attention_forward, grouped_matmul, matmul on cpu are not measured"
     assert "latency and bandwidth of links (node, cluster) are not measured" in said
     assert any("sliding window" in words for words in said)
+
+
+@pytest.mark.parametrize("name", ["meshwright", "megatron-lm", "nanotron", "torchtitan"])
+def test_no_config_at_all_is_an_answer_of_nothing(toy: Any, name: str) -> None:
+    batch = ConfigBatch.from_configs([ParallelConfig()]).take(np.array([], dtype=np.int64))
+    found = estimate_batch(toy.model(), WORKLOAD, toy.cluster(), framework_named(name), batch)
+    assert len(found.step_s) == len(found.peak_bytes) == 0
