@@ -82,18 +82,18 @@ def profile(
     output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Write the profile to this file.")],
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, help="Ranks on this machine [default: one for each GPU, else core].", show_default=False),
+        typer.Option(min=1, help="Ranks on this machine (default: one for each GPU, else core).", show_default=False),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda or virtual:h100/1000 [default: cuda if there is any].", show_default=False),
+        typer.Option(help="cpu, cuda or virtual:h100/1000 (default: cuda if there is any).", show_default=False),
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="Measure kernels in this dtype [default: bfloat16, on a CPU float32]. Repeat for more."),
+        typer.Option(help="Measure kernels in this dtype (default: bfloat16, on a CPU float32). Repeat for more."),
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Measure for about this long: 25s, 2min.")] = None,
-    name: Annotated[str | None, typer.Option(help="What to call the cluster [default: this host's name].")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the cluster (default: this host's name).")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure this machine, or under torchrun or Slurm the whole cluster: links, collectives, kernels, memory."""
@@ -197,7 +197,7 @@ def measure(
     steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 10,
     warmup: Annotated[int, typer.Option(min=0, help="Steps before those.")] = 3,
     model: Annotated[
-        Path | None, typer.Option(help="A Hugging Face config.json to build the model from [default: a plain decoder].")
+        Path | None, typer.Option(help="A Hugging Face config.json to build the model from (default: a plain decoder).")
     ] = None,
     cluster: Annotated[
         str | None, typer.Option("--cluster", "-c", help="This machine's profile: refuse plans made for another.")

@@ -16,11 +16,11 @@ DRY_RUN_EXAMPLE = "Example: meshwright dry-run plan.json --all-stages"
 def dry_run(
     plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan for our own executors.")],
     rank: Annotated[
-        int | None, typer.Option(min=0, help="The rank [default: one of the fullest stage].", show_default=False)
+        int | None, typer.Option(min=0, help="The rank (default: one of the fullest stage).", show_default=False)
     ] = None,
     all_stages: Annotated[bool, typer.Option("--all-stages", help="One rank of every pipeline stage.")] = False,
     model: Annotated[
-        Path | None, typer.Option(help="A Hugging Face config.json to build the model from [default: a plain decoder].")
+        Path | None, typer.Option(help="A Hugging Face config.json to build the model from (default: a plain decoder).")
     ] = None,
     cluster: Annotated[
         str | None, typer.Option("--cluster", "-c", help="The plan's cluster, for a plan without a prediction.")

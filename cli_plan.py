@@ -26,13 +26,13 @@ SeqLen = Annotated[int, typer.Option(min=1, help="Tokens in one sequence.")]
 Recipe = Annotated[str, typer.Option(help="Dtypes of weights, gradients and optimizer: bf16, bf16-pure, fp32, fp64.")]
 OptimizerName = Annotated[str, typer.Option("--optimizer", help="adamw or sgd.")]
 FrameworkName = Annotated[str, typer.Option("--framework", help="What runs the plan.")]
-Gpus = Annotated[int | None, typer.Option(help="Use so many devices, whole nodes [default: all].", show_default=False)]
+Gpus = Annotated[int | None, typer.Option(help="Use so many devices, whole nodes (default: all).", show_default=False)]
 MemoryMarginShare = Annotated[
     float | None,
     typer.Option(
         "--memory-margin",
-        help="Memory to keep free beyond the prediction, as a share of it; 0 takes whatever fits [default: by how much "
-        "measured peaks exceeded predicted ones of this target].",
+        help="Memory to keep free beyond the prediction, as a share of it; 0 takes whatever fits (default: by how much "
+        "measured peaks exceeded predicted ones of this target).",
         show_default=False,
     ),
 ]
@@ -89,7 +89,7 @@ def estimate(
     seq_len: SeqLen,
     tp: Annotated[int | None, typer.Option(help="Tensor parallel.", show_default=False)] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline parallel.", show_default=False)] = None,
-    dp: Annotated[int | None, typer.Option(help="Data parallel [default: what is left].", show_default=False)] = None,
+    dp: Annotated[int | None, typer.Option(help="Data parallel (default: what is left).", show_default=False)] = None,
     cp: Annotated[int | None, typer.Option(help="Context parallel.", show_default=False)] = None,
     cp_ulysses: Annotated[int | None, typer.Option(help="The all-to-all part of cp.", show_default=False)] = None,
     ep: Annotated[int | None, typer.Option(help="Expert parallel.", show_default=False)] = None,
@@ -97,7 +97,7 @@ def estimate(
     vpp: Annotated[int | None, typer.Option(help="Chunks on each pipeline rank.", show_default=False)] = None,
     micro_batch: Annotated[int, typer.Option(help="Sequences in a micro-batch.")] = 1,
     zero_stage: Annotated[int, typer.Option(help="ZeRO stage, 0 to 3.")] = 0,
-    dp_shard: Annotated[int | None, typer.Option(help="Ranks ZeRO shards over [default: dp*cp].")] = None,
+    dp_shard: Annotated[int | None, typer.Option(help="Ranks ZeRO shards over (default: dp*cp).")] = None,
     sp: Annotated[bool, typer.Option("--sp/--no-sp", help="Sequence parallel beside tp.")] = False,
     schedule: Annotated[str, typer.Option(help="gpipe, 1f1b, interleaved, zb-h1, zbv, dualpipev.")] = "1f1b",
     recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "none",

@@ -197,6 +197,14 @@ def test_help_shows_an_example(run: Run, command: str) -> None:
     assert code == 0 and f"Example: meshwright {command}" in " ".join(out.split())
 
 
+@pytest.mark.parametrize("command", ["plan", "estimate", "profile", "measure", "dry-run"])
+def test_help_says_every_default(run: Run, command: str) -> None:
+    # what stands in square brackets is markup to rich, and gone
+    _, out, _ = run(command, "--help")
+    words = " ".join(out.replace("│", " ").split())
+    assert " ." not in words and "(default: " in words
+
+
 def test_version_and_bare_command(run: Run) -> None:
     assert run("--version")[:2] == (0, "meshwright 0.1.0\n")
     code, out, _ = run()
