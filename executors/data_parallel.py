@@ -101,8 +101,12 @@ class DataParallel:
         perform_reduce_grad``): gradients are added up in the recipe's dtype, and after the ``last`` ones every unit is
         reduced and resharded.
         """
-        if isinstance(self._module, FSDPModule):
-            self.before_backward(last=last)
+        if not isinstance(self._module, FSDPModule):
+            return
+        # added up first, also the last ones: of a step's only micro-batch norms' gradients are by now in the recipe's
+        # dtype and those of matrices are not, and a unit is reduced in one
+        for reduces in (False, True) if last else (False,):
+            self.before_backward(last=reduces)
             fully_shard.state(self._module)._root_post_backward_final_callback()  # type: ignore[attr-defined]
 
     def finish(self) -> None:

@@ -72,16 +72,25 @@ def _gradients(parallel: Any, batch: Any) -> tuple[dict[str, Any], float]:
     return grads, parallel.clip_grad_norm_(1e9).item()
 
 
-@pytest.mark.parametrize(("split", "whole"), [("zb-h1", "1f1b"), ("zbv", "interleaved"), ("dualpipev", "interleaved")])
+@pytest.mark.parametrize(
+    ("split", "whole", "number"),
+    [
+        ("zb-h1", "1f1b", "n8"),
+        ("zbv", "interleaved", "n8"),
+        ("dualpipev", "interleaved", "n8"),
+        ("zb-h1", "gpipe", "n2"),  # one micro-batch of each data rank, with nothing to add to
+        ("zbv", "interleaved", "n2"),
+    ],
+)
 @pytest.mark.parametrize("zero", ["", "zero1"])
 def test_gradients_beside_master_weights_add_up_in_their_own_dtype(
-    split: str, whole: str, zero: str, on_split: Callable[..., list[Any]]
+    split: str, whole: str, number: str, zero: str, on_split: Callable[..., list[Any]]
 ) -> None:
     """Each micro-batch has the same gradients in bfloat16 either way; their sums in bfloat16 would differ by 1e-3."""
     torch.set_num_threads(1)
     found = []
     for schedule in (split, whole):
-        outcomes = on_split(f"example tied | pp2 dp2 {zero} {schedule} | n8 bf16", _gradients)
+        outcomes = on_split(f"example tied | pp2 dp2 {zero} {schedule} | {number} bf16", _gradients)
         found.append(({name: grad for grads, _ in outcomes for name, grad in grads.items()}, outcomes[0][1]))
     (grads, norm), (expected, expected_norm) = found
     assert grads.keys() == expected.keys()
