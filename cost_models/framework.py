@@ -198,6 +198,7 @@ class Framework:
     pipeline_parallel: bool = True
     torch_schedules: bool = True  # its pipelines are torch's, with their rules for the number of micro-batches
     defers_products: bool = False  # a split backward puts off the products of blocks' weights; else it is torch's own
+    expert_chunks: tuple[int, ...] = (1,)  # values of ep_chunks that it runs where ep is above 1
     half_precision: bool = False  # runs float16 (loss scaling)
     float8: bool = False  # runs float8 matmuls
     float8_gathers: bool = False  # with them, gathers weights and sequence-parallel activations in float8
@@ -248,6 +249,7 @@ def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, worklo
         rules.append(batch.cp == 1)
     if not framework.expert_parallel:
         rules.append((batch.ep == 1) & (batch.etp == 1))
+    rules.append((batch.ep_chunks == 1) | ((batch.ep > 1) & np.isin(batch.ep_chunks, framework.expert_chunks)))
     if not framework.partial_sharding:
         rules.append(batch.dp_shard == shard)
     if not framework.tensor_parallel_moe and model.moe is not None:

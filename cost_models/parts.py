@@ -33,9 +33,9 @@ class BlockParts:
     """Seconds of one block on one rank, arrays of shape ``[num_configs]``.
 
     For each micro-batch: ``compute_*`` kernels (``compute_weights`` is the part of ``compute_backward`` that a schedule
-    may put off, gradients of weights), ``recompute``, ``host_*`` launches not hidden, ``tp_*`` and ``dp_*``
-    exposed communication, ``hidden`` communication behind compute. Once a step: ``dp_end`` after the last backward;
-    ``dp_first`` and ``dp_last`` beside the first forward and the last backward, overlap not taken off yet, and
+    may put off, gradients of weights), ``recompute``, ``host_*`` launches not hidden, ``tp_*``, ``cp_*``, ``ep_*`` and
+    ``dp_*`` exposed communication, ``hidden`` communication behind compute. Once a step: ``dp_end`` after the last
+    backward; ``dp_first`` and ``dp_last`` beside the first forward and last backward, overlap not taken off yet, and
     ``dp_*_inside`` what the same bytes would take inside a node.
     ``optimizer`` and its ``optimizer_host`` are the update of the block's parameters on this rank.
     """
@@ -48,6 +48,10 @@ class BlockParts:
     host_backward: FloatArray
     tp_forward: FloatArray
     tp_backward: FloatArray
+    cp_forward: FloatArray
+    cp_backward: FloatArray
+    ep_forward: FloatArray
+    ep_backward: FloatArray
     dp_forward: FloatArray
     dp_backward: FloatArray
     hidden: FloatArray
@@ -183,6 +187,10 @@ def _parts(
         host_backward=host_backward + accumulate_host,
         tp_forward=tp_forward,
         tp_backward=tp_backward,
+        cp_forward=zero,
+        cp_backward=zero,
+        ep_forward=zero,
+        ep_backward=zero,
         dp_forward=dp_forward,
         dp_backward=dp_backward,
         hidden=hidden_forward + hidden_backward + hidden_tp_forward + hidden_tp_backward,

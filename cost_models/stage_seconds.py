@@ -13,19 +13,17 @@ from meshwright.cost_models.stages import Stages, sum_of
 from meshwright.cost_models.strategy import SPLIT_BACKWARD, V_SHAPED
 
 FloatArray = NDArray[np.float64]
+_EXPOSED = ("host", "tp", "cp", "ep", "dp")  # parts of a forward and of a backward beside their compute
 
 
 def cost(stages: Stages, parts: list[BlockParts], *, tells_waits: bool) -> dict[str, FloatArray]:
     """The breakdown of the rank that finishes last."""
     count = num_microbatches(stages.batch, stages.workload).astype(np.float64)[:, None]
     forward = stages.by_chunk(
-        [sum_of(part, ("compute_forward", "host_forward", "tp_forward", "dp_forward")) for part in parts]
+        [sum_of(part, ("compute_forward", *(f"{name}_forward" for name in _EXPOSED))) for part in parts]
     )
     backward = stages.by_chunk(
-        [
-            sum_of(part, ("compute_backward", "recompute", "host_backward", "tp_backward", "dp_backward"))
-            for part in parts
-        ]
+        [sum_of(part, ("compute_backward", "recompute", *(f"{name}_backward" for name in _EXPOSED))) for part in parts]
     )
     hop = exchanges.hops(stages)
     wait = stages.framework.host.microbatch_s
@@ -58,6 +56,8 @@ def cost(stages: Stages, parts: list[BlockParts], *, tells_waits: bool) -> dict[
         "compute_s": count * stages.by_rank(parts, "compute_forward", "compute_backward"),
         "recompute_s": count * stages.by_rank(parts, "recompute"),
         "tp_s": count * stages.by_rank(parts, "tp_forward", "tp_backward") + shared,
+        "cp_s": count * stages.by_rank(parts, "cp_forward", "cp_backward"),
+        "ep_s": count * stages.by_rank(parts, "ep_forward", "ep_backward"),
         "pp_s": waits + tied + count * (2.0 * held.sum(axis=2) + exchanged),
         "dp_s": count * stages.by_rank(parts, "dp_forward", "dp_backward") + first + last + end,
         "bubble_s": idle - waits + delay,

@@ -6,7 +6,11 @@ folding): ``world_size = tp * cp * pp * dp`` and ``edp = dp * cp * tp / (ep * et
 
 Canonical form: a degree or flag without effect has one value, so that each plan that can run is counted once.
 Without a pipeline ``schedule`` is 1f1b; ``zero_stage`` above 0 needs ``dp * cp`` above 1, and ``dp_shard`` is 1 exactly
-where ``zero_stage`` is 0 (a shard group of one shards nothing).
+where ``zero_stage`` is 0 (a shard group of one shards nothing); ``ep_chunks`` above 1 needs ``ep`` above 1.
+
+Of ``cp = cp_ring * cp_ulysses`` ranks the Ulysses groups are neighbours: rank ``c`` along cp is ``ring * cp_ulysses +
+ulysses``. Over the ranks of a pipeline stage in the order ``[dp, cp, tp]`` experts are laid out as ``[edp, ep, etp]``,
+the last changing fastest.
 """
 
 from __future__ import annotations
@@ -105,6 +109,7 @@ class ParallelConfig:
     vpp: int = 1  # chunks of the model on each pipeline rank
     cp_ring: int = 1
     cp_ulysses: int = 1
+    ep_chunks: int = 1  # parts in which tokens are sent to their experts, one beside the work on another
     dp_shard: int = 1  # ranks over which ZeRO shards dense weights; divides dp * cp
     micro_batch_size: int = 1
     zero_stage: int = 0  # resident: 1 whole weights and gradients, 2 sharded gradients, 3 sharded weights too
@@ -159,6 +164,8 @@ class ParallelConfig:
         ]
         if self.cp_ulysses > 1:
             parts.append(f"ring{self.cp_ring}xulysses{self.cp_ulysses}")
+        if self.ep_chunks > 1:
+            parts.append(f"chunks{self.ep_chunks}")
         if self.pp > 1:
             parts.append(self.schedule.value + (f"x{self.vpp}" if self.vpp > 1 else ""))
         if self.zero_stage:
@@ -206,6 +213,7 @@ class ConfigBatch:
     vpp: IntArray
     cp_ring: IntArray
     cp_ulysses: IntArray
+    ep_chunks: IntArray
     dp_shard: IntArray
     micro_batch_size: IntArray
     zero_stage: IntArray

@@ -43,7 +43,7 @@ class Collective:
     ``in_shard`` says that of the data ranks only the ``dp_shard`` that share one copy of the weights take part.
     """
 
-    axis: Literal["tp", "dp"]
+    axis: Literal["tp", "cp_ring", "cp_ulysses", "ep", "etp", "edp", "dp"]
     op: str
     phase: Phase
     calls: FloatArray

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from meshwright import InputError
-from meshwright.profiler.record import record
+from meshwright.profiler.record import check_numbers, record
 
 
 class AttentionKind(StrEnum):
@@ -153,6 +153,11 @@ class MoeLayer:
 
     ``shared_ffn_size`` is the total width of the shared experts (0: none). ``extra_params`` counts router biases,
     expert biases and the gate on the shared expert.
+
+    With a ``capacity_factor`` above 0 an expert takes at most ``ceil(capacity_factor * group_tokens * top_k /
+    num_experts)`` tokens of each group and drops the rest; a group is ``group_tokens`` neighbouring tokens of one
+    sequence. Without one (0) nothing is dropped and there are no groups. ``aux_loss`` is the coefficient of the loss
+    that spreads tokens over experts.
     """
 
     kind: Literal["moe"] = "moe"
@@ -164,10 +169,19 @@ class MoeLayer:
     gated: bool = True
     extra_params: int = 0
     activation: str = "silu"
+    capacity_factor: float = 0.0
+    group_tokens: int = 0
+    aux_loss: float = 0.0
 
     def __post_init__(self) -> None:
         positive = ("hidden", "num_experts", "top_k", "expert_ffn_size")
-        _check_sizes(self, positive=positive, not_negative=("shared_ffn_size", "extra_params"))
+        _check_sizes(self, positive=positive, not_negative=("shared_ffn_size", "extra_params", "group_tokens"))
+        check_numbers(self, not_negative=("capacity_factor", "aux_loss"))
+        if bool(self.capacity_factor) != bool(self.group_tokens):
+            raise InputError(
+                f"a capacity is one of a group of tokens: capacity_factor={self.capacity_factor} and "
+                f"group_tokens={self.group_tokens} go together"
+            )
         if self.top_k > self.num_experts:
             raise InputError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
 

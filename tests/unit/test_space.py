@@ -188,6 +188,7 @@ def enumerate_legal(p: Problem, *, everything: bool) -> set[tuple[object, ...]]:
                                         chunks,
                                         d["cp_ring"],
                                         d["cp_ulysses"],
+                                        1,  # ep_chunks: neither target offers more
                                         shard,
                                         size,
                                         stage,
