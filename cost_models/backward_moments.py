@@ -30,11 +30,14 @@ from numpy.typing import NDArray
 from meshwright.cost_models.estimate import Moment
 from meshwright.cost_models.rank_bytes import KindBytes, Rank
 from meshwright.cost_models.residency import Numbers
+from meshwright.cost_models.schedules import Pass
 from meshwright.cost_models.step_states import State
-from meshwright.cost_models.strategy import SPLIT_BACKWARD, Schedule
+from meshwright.cost_models.strategy import Schedule
 from meshwright.cost_models.tape import Lifetimes
 
 FloatArray = NDArray[np.float64]
+
+NOTHING = np.zeros(1)
 
 
 class Backward:
@@ -50,11 +53,11 @@ class Backward:
         self.head = self.lives[-1] if self.counts[-1] else None
         self.first_kind, self.last_kind = order[-1], order[0]  # in the order of the backward
         self.num_blocks = float(sum(self.counts[index] for index in order))
-        self.resident = state.resident[..., state.chunk]
+        self.resident, self.outer_resident = state.resident[..., state.chunk], state.outer[..., state.chunk]
         self.last = state.last
+        self.split = state.kind is Pass.INPUT_GRADIENT  # gradients of blocks' matrices are put off
         self.reduces = rank.sharded & ((self.zero >= 2) | self.last)
-        self.splits = rank.pipe.schedule in SPLIT_BACKWARD
-        first = ~self.resident & (state.held[..., state.chunk] == 1.0)
+        first = ~self.outer_resident & (state.held[..., state.chunk] == 1.0)
         self.gathers = (self.zero == 3) | ((self.zero > 0) & first)  # in the forward of the micro-batch at hand
         self.in_flight, self.outer_gathered = self._in_flight(), self._outer_gathered()
         self.grads = self._resident_grads()
@@ -71,9 +74,11 @@ class Backward:
         for number, chunk in enumerate(rank.chunks):
             held, sent = state.held[..., number], state.sent[..., number]
             total = total + held * (chunk.saved + chunk.received)
-            if self.splits:
+            if rank.splits:
                 total = total + state.waiting[..., number] * chunk.inputs
-            if chunk.sends:  # 1f1b keeps the handle of its last send before the first backward
+            if chunk.hands_over:
+                total = total + rank.hop * held
+            elif chunk.sends:  # 1f1b keeps the handle of its last send before the first backward
                 handle = (sent > held) & (held > 1.0)
                 total = total + rank.hop * (held + handle if one_at_a_time else sent)
         return total
@@ -83,29 +88,34 @@ class Backward:
         rank, state, total = self.rank, self.state, self.nothing
         one_at_a_time = rank.pipe.schedule is Schedule.ONE_F_ONE_B
         for number, chunk in enumerate(rank.chunks):
-            if chunk.receives:
-                back = state.back[..., number]
+            back = state.back[..., number]
+            if chunk.is_handed:  # the chunk before has not taken all of them up; that of its own backward is counted
+                own = float(state.chunk == number - 1)
+                total = total + rank.hop * np.maximum(back - state.back[..., number - 1] - own, 0.0)
+            elif chunk.receives:
                 total = total + rank.hop * (np.minimum(back, 1.0) if one_at_a_time else back)
-            if self.splits:
+            if rank.splits:
                 total = total + state.waiting[..., number] * chunk.outputs
         return total
 
     def _resident_grads(self) -> FloatArray:
         total = self.nothing
         for number, chunk in enumerate(self.rank.chunks):
-            total = total + np.where(self.state.resident[..., number], chunk.grads, 0.0)
+            total = total + np.where(self.state.resident[..., number], chunk.inner_grads, 0.0)
+            total = total + np.where(self.state.outer[..., number], chunk.outer_grads, 0.0)
         return total
 
     def _taken_up(self, unit: Numbers) -> FloatArray:
         """What a unit's backward adds to the gradients that stay."""
-        rank = self.rank
+        rank, outer = self.rank, unit is self.outer
+        if self.split and not outer:
+            return self.nothing
+        resident = self.outer_resident if outer else self.resident
         whole, owned = unit.whole * rank.grad, unit.owned * rank.reduced_grad
         reduced = np.where(self.zero == 0, unit.whole * rank.reduced_grad, owned)
         ends = self.last & rank.sharded & (self.zero <= 1)
         waits = (self.zero <= 1) & ~ends
-        return np.asarray(
-            np.where(self.resident, np.where(ends, reduced - whole, 0.0), np.where(waits, whole, reduced))
-        )
+        return np.asarray(np.where(resident, np.where(ends, reduced - whole, 0.0), np.where(waits, whole, reduced)))
 
     def _at(
         self,
@@ -133,7 +143,7 @@ class Backward:
     def moments(self) -> Iterator[tuple[Moment, KindBytes]]:
         """One after the other, of arrays ``[num_configs]`` or, where times differ, ``[num_times, num_configs]``."""
         left = self.in_flight
-        if self.state.only_weights:
+        if self.state.kind is Pass.WEIGHT_GRADIENT:
             yield self._weight_gradients()
             return
         if (self.zero > 0).any():
@@ -145,7 +155,8 @@ class Backward:
         yield self._first_block(left)
         if self.num_blocks < 2.0 and (self.zero == 3).any():
             yield self._gather_again(self.first_kind, left, self.carried, self.nothing)
-        yield from self._reduction(left - self.lives[self.first_kind].saved)
+        if not self.split:
+            yield from self._reduction(left - self.lives[self.first_kind].saved)
         if self.num_blocks >= 2.0:
             yield self._second_block(left)
             yield from self._last_block()
@@ -198,8 +209,8 @@ class Backward:
 
     def _parted(self, lives: Lifetimes) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Activations, gradients that stay and the rest of a block's fullest moment."""
-        backward, adding = (lives.deferring, lives.deferring) if self.splits else (lives.backward, lives.adding)
-        kept = self.rank.unit_grads | ~self.resident
+        backward, adding = (lives.deferring, lives.deferring) if self.split else (lives.backward, lives.adding)
+        kept = self.rank.unit_grads | ~(self.outer_resident if lives is self.head else self.resident)
         activations = np.where(kept, backward.activations, adding.activations)
         weights = np.where(kept & ~self.rank.unit_grads, backward.weights, 0.0)
         total = np.where(kept, backward.total, adding.total)
@@ -223,24 +234,32 @@ class Backward:
         """Gradients of the head's weights that stay, and those on their way."""
         if self.head is None:
             return self.nothing, self.nothing
-        stay = np.where(self.rank.unit_grads | self.resident, 0.0, self.head.weights)
+        stay = np.where(self.rank.unit_grads | self.outer_resident, 0.0, self.head.weights)
         return stay, np.where(self.rank.unit_grads, self.head.weights, 0.0)
 
     def _received(self) -> FloatArray:
-        """The gradient that a backward starts from, where it came from the next stage."""
-        return self.nothing if self.head is not None or len(self.rank.pipe.counts) == 1 else self.rank.hop
+        """The gradient that a backward starts from, where it came from another rank."""
+        return self.rank.hop if self.chunk.sends and not self.chunk.hands_over else self.nothing
 
     def _block(
-        self, index: int, left: FloatArray, *, gathered: FloatArray, communication: FloatArray, done: FloatArray
+        self,
+        index: int,
+        left: FloatArray,
+        *,
+        gathered: FloatArray,
+        communication: FloatArray,
+        done: FloatArray,
+        waiting: tuple[FloatArray, FloatArray] = (NOTHING, NOTHING),
     ) -> tuple[Moment, KindBytes]:
+        """A block's backward; ``waiting`` is what was put off by those before it: inputs, gradients of outputs."""
         lives = self.lives[index]
         activations, grads, working = self._parted(lives)
         stay, under_way = self._head_grads()
         received = self._received()
         return self._at(
             Moment.BACKWARD,
-            left - lives.saved + activations,
-            working + under_way - received,
+            left - lives.saved + activations + waiting[0],
+            working + under_way - received + waiting[1],
             grads=grads + stay + done,
             gathered=gathered,
             communication=communication + received,
@@ -266,9 +285,10 @@ class Backward:
     ) -> Iterator[tuple[Moment, KindBytes]]:
         """A unit's gradients beside their copy in the flat buffer; then that beside what it is reduced into."""
         rank, flat = self.rank, unit.gathered * self.rank.grad
-        summed = self.resident & (self.zero <= 1)  # in the whole gradients
+        resident = self.outer_resident if unit is self.outer else self.resident
+        summed = resident & (self.zero <= 1)  # in the whole gradients
         own = np.where(rank.unit_grads & ~summed, unit.whole * rank.weight, 0.0)
-        kept = np.where(rank.unit_grads | self.resident, 0.0, unit.whole * rank.grad)
+        kept = np.where(rank.unit_grads | resident, 0.0, unit.whole * rank.grad)
         yield self._at(
             Moment.REDUCTION,
             activations,
@@ -294,13 +314,19 @@ class Backward:
         freed = np.where(self.last & self.rank.sharded, -self._flat(unit), 0.0)
         gathered = np.where(self.zero == 3, units * self._flat(unit), freed) + self.outer_gathered
         index = self.first_kind if self.counts[self.first_kind] > 1 else self.chunk.order[-2]
+        before = self.lives[self.first_kind]
         return self._block(
             index,
-            left - self.lives[self.first_kind].saved,
+            left - before.saved,
             gathered=gathered,
             communication=np.where(self.reduces, unit.gathered * self.rank.grad, 0.0),
             done=self._taken_up(unit),
+            waiting=self._put_off(before.inputs, before.outputs),
         )
+
+    def _put_off(self, inputs: FloatArray, outputs: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """What waits of blocks whose backward is over, if it is the first half of a split one."""
+        return (inputs, outputs) if self.split else (NOTHING, NOTHING)
 
     def _others(self) -> Numbers:
         """All blocks of the chunk but the one whose backward is last."""
@@ -327,7 +353,9 @@ class Backward:
         gathered = np.where(self.zero == 3, self._flat(unit), freed) + self.outer_gathered
         left = self.in_flight - self.chunk.saved + self.lives[self.last_kind].saved
         flat, done = np.where(self.reduces, unit.gathered * rank.grad, 0.0), self._taken_up(others)
-        yield self._block(self.last_kind, left, gathered=gathered, communication=flat, done=done)
+        own = self.lives[self.last_kind]
+        waiting = self._put_off(self.chunk.inputs - own.inputs, self.chunk.outputs - own.outputs)
+        yield self._block(self.last_kind, left, gathered=gathered, communication=flat, done=done, waiting=waiting)
         if (self.zero == 3).any():
             yield self._gather_again(self.last_kind, left, flat, done)
 
@@ -335,5 +363,6 @@ class Backward:
         """What stands outside the blocks comes last."""
         rank, inner = self.rank, self.chunk.inner
         freed = np.where(self.last & rank.sharded & (self.zero < 3), -self._flat(inner + self.outer), 0.0)
-        left = self.in_flight - self.chunk.saved
-        yield from self._reduced(self.outer, left, freed, self._taken_up(inner), self.nothing)
+        inputs, outputs = self._put_off(self.chunk.inputs, self.chunk.outputs)
+        left = self.in_flight - self.chunk.saved + inputs
+        yield from self._reduced(self.outer, left, freed, self._taken_up(inner), outputs)

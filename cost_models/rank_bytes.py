@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from meshwright.cost_models.residency import Numbers, state_bytes
 from meshwright.cost_models.saved import BlockBytes
 from meshwright.cost_models.step_states import Pipeline
+from meshwright.cost_models.strategy import SPLIT_BACKWARD, V_SHAPED
 from meshwright.cost_models.tape import Lifetimes
 from meshwright.cost_models.traffic import shared_grad_bytes
 from meshwright.profiler.model import BlockKind
@@ -49,9 +50,10 @@ class Rank:
         self.sharded = (self.zero > 0) | recipe.has_master  # by FSDP2, over one rank at ZeRO 0
         # gradients of a unit are tensors of their own until they are reduced or added to whole ones
         self.unit_grads = self.sharded & ((self.zero >= 2) | self.casts)
+        self.splits = pipe.schedule in SPLIT_BACKWARD
         counts = pipe.counts[rank]
         self.lives = [_lifetimes(block) for block in blocks]
-        self.chunks = [self._chunk(counts[number]) for number in range(len(counts))]
+        self.chunks = [self._chunk(number, counts[number]) for number in range(len(counts))]
         everything = sum((chunk.outer + chunk.inner for chunk in self.chunks), Numbers.zeros(len(batch)))
         state = state_bytes(everything, pipe.workload, pipe.framework, batch)
         self.params, self.optimizer, self.gathered = state.params, state.optimizer, state.gathered
@@ -73,23 +75,26 @@ class Rank:
             communication=3.0 * shared,
         )
 
-    def _chunk(self, counts: FloatArray) -> Chunk:
+    def _kept_grads(self, unit: Numbers) -> FloatArray:
+        return np.where(self.zero <= 1, unit.whole * self.grad, unit.owned * self.reduced_grad)
+
+    def _chunk(self, number: int, counts: FloatArray) -> Chunk:
         outer = inner = Numbers.zeros(len(self.pipe.batch))
         order: list[int] = []
         saved, inputs, outputs, received = (self.nothing,) * 4
         for index in np.flatnonzero(counts):
-            number, lives = float(counts[index]), self.lives[index]
-            saved = saved + number * lives.saved
+            times, lives = float(counts[index]), self.lives[index]
+            saved = saved + times * lives.saved
             if self.pipe.kinds.kinds[index].kind is BlockKind.DECODER:
-                inner, order = inner + self.blocks[index].params * number, [*order, int(index)]
-                inputs, outputs = inputs + number * lives.inputs, outputs + number * lives.outputs
+                inner, order = inner + self.blocks[index].params * times, [*order, int(index)]
+                inputs, outputs = inputs + times * lives.inputs, outputs + times * lives.outputs
             else:
-                outer = outer + self.blocks[index].params * number
+                outer = outer + self.blocks[index].params * times
         pipelined = len(self.pipe.counts) > 1
-        receives = pipelined and not counts[0]
-        if receives:  # what its first block does not save anyway
-            received = self.hop * (1.0 - self.lives[order[0]].keeps_input)
-        whole = outer + inner
+        turns = self.pipe.schedule in V_SHAPED and self.rank == len(self.pipe.counts) - 1
+        receives, is_handed = pipelined and not counts[0], turns and number == 1
+        if receives:  # what its first block does not save anyway, nor the chunk before that put it out
+            received = self.hop * (1.0 - self.lives[order[0]].keeps_input - float(is_handed))
         return Chunk(
             outer=outer,
             inner=inner,
@@ -98,9 +103,12 @@ class Rank:
             inputs=inputs,
             outputs=outputs,
             received=received,
-            grads=np.where(self.zero <= 1, whole.whole * self.grad, whole.owned * self.reduced_grad),
+            outer_grads=self._kept_grads(outer),
+            inner_grads=self._kept_grads(inner),
             sends=pipelined and not counts[-1],
             receives=receives,
+            hands_over=turns and number == 0,
+            is_handed=is_handed,
         )
 
 
@@ -115,9 +123,12 @@ class Chunk:
     inputs: FloatArray
     outputs: FloatArray
     received: FloatArray
-    grads: FloatArray
+    outer_grads: FloatArray  # between micro-batches
+    inner_grads: FloatArray
     sends: bool
     receives: bool
+    hands_over: bool  # to the next stage on the same rank
+    is_handed: bool
 
 
 def _lifetimes(block: BlockBytes) -> Lifetimes:

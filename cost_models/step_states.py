@@ -42,7 +42,8 @@ class State:
     Arrays are ``[num_times, num_configs, vpp]``, ``last`` is ``[num_times, num_configs]``. ``held`` micro-batches of
     each chunk are in flight, the one at hand among them; ``waiting`` ones wait for their gradients of matrices;
     ``sent`` have gone through, ``back`` of them backward too; ``resident`` chunks have gradients of earlier
-    micro-batches; it is a chunk's ``last`` backward of the step; ``after_forward``: a forward has just run.
+    micro-batches in their blocks, ``outer`` ones outside of them; it is a chunk's ``last`` backward of the step;
+    ``after_forward``: a forward has just run. ``kind``: the backward is whole, or the first or second half of one.
     """
 
     chunk: int
@@ -51,17 +52,18 @@ class State:
     sent: FloatArray
     back: FloatArray
     resident: BoolArray
+    outer: BoolArray
     last: BoolArray
     after_forward: BoolArray
-    only_weights: bool = False  # it is the second half of a split backward
+    kind: Pass = Pass.BACKWARD
 
 
 def states(pipe: Pipeline, rank: int) -> list[State]:
     """The states of a rank of which one is the fullest, whatever the config."""
     found = list(_states(pipe, rank))
-    alike: dict[tuple[int, bool], list[State]] = {}
+    alike: dict[tuple[int, Pass], list[State]] = {}
     for state in found:
-        alike.setdefault((state.chunk, state.only_weights), []).append(state)
+        alike.setdefault((state.chunk, state.kind), []).append(state)
     return [
         State(
             chunk,
@@ -70,11 +72,12 @@ def states(pipe: Pipeline, rank: int) -> list[State]:
             sent=np.stack([one.sent for one in of]),
             back=np.stack([one.back for one in of]),
             resident=np.stack([one.resident for one in of]),
+            outer=np.stack([one.outer for one in of]),
             last=np.stack([one.last for one in of]),
             after_forward=np.stack([one.after_forward for one in of]),
-            only_weights=only_weights,
+            kind=kind,
         )
-        for (chunk, only_weights), of in alike.items()
+        for (chunk, kind), of in alike.items()
     ]
 
 
@@ -92,13 +95,14 @@ def _states(pipe: Pipeline, rank: int) -> list[State]:
     several = whole > 1
     most = pipeline.held_microbatches(pipe.schedule, pp, vpp, rank, count, per_round)
     later = np.clip(np.minimum(most, whole - 1.0), 1.0, None)
-    first = State(0, most, nothing, most, nothing, several & False, count == 1, count >= 1)
+    none = several & False
+    first = State(0, most, nothing, most, nothing, none, none, count == 1, count >= 1)
     steady = (count > most[:, 0]) & (pipe.schedule is Schedule.ONE_F_ONE_B)
-    last = State(0, one, nothing, whole, whole - 1.0, several, count >= 1, steady & (most[:, 0] == 1.0))
+    last = State(0, one, nothing, whole, whole - 1.0, several, several, count >= 1, steady & (most[:, 0] == 1.0))
     if pp == 1:
         return [first, last]
     back = np.minimum(whole - 1.0, 1.0)
-    return [first, State(0, later, nothing, whole, back, several, later[:, 0] == 1.0, steady), last]
+    return [first, State(0, later, nothing, whole, back, several, several, later[:, 0] == 1.0, steady), last]
 
 
 def _split_states(pipe: Pipeline, rank: int, count: IntArray) -> list[State]:
@@ -108,12 +112,12 @@ def _split_states(pipe: Pipeline, rank: int, count: IntArray) -> list[State]:
     counts, group = np.unique(few, return_inverse=True)
     played = [_played(pipe.schedule, pp, vpp, rank, int(number)) for number in counts]
     found = []
-    for chunk, only_weights in sorted({key for states_of in played for key in states_of}):
-        absent = np.zeros((1, 5, vpp))
-        lists = [states_of.get((chunk, only_weights), absent) for states_of in played]
+    for chunk, kind in sorted({key for states_of in played for key in states_of}):
+        absent = np.zeros((1, 6, vpp))
+        lists = [states_of.get((chunk, kind), absent) for states_of in played]
         for number in range(max(map(len, lists))):
             chosen = np.array([of[min(number, len(of) - 1)] for of in lists])[group]
-            held, waiting, sent, back, resident = chosen.transpose(1, 0, 2)
+            held, waiting, sent, back, resident, outer = chosen.transpose(1, 0, 2)
             rest = np.where(back.sum(axis=1) >= pp, count - few, 0)[:, None]  # of the steady state that was left out
             found.append(
                 State(
@@ -123,19 +127,20 @@ def _split_states(pipe: Pipeline, rank: int, count: IntArray) -> list[State]:
                     sent + rest,
                     back + rest,
                     resident > 0,
+                    outer > 0,
                     count == 1,
                     count >= 1,
-                    only_weights=only_weights,
+                    kind,
                 )
             )
     return found
 
 
 @lru_cache(maxsize=1024)
-def _played(schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: int) -> dict[tuple[int, bool], FloatArray]:
-    """(held, waiting, sent, back, resident) ahead of a chunk's backwards, or of its weight gradients alone.
+def _played(schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: int) -> dict[tuple[int, Pass], FloatArray]:
+    """(held, waiting, sent, back, resident, outer) ahead of a chunk's backwards, whole or either half.
 
-    By chunk and which of the two it is: ``[num_times, 5, vpp]``, those that may be the fullest.
+    By chunk and which it is: ``[num_times, 6, vpp]``, those that may be the fullest.
     """
     chunk_of = {int(stage): chunk for chunk, stage in enumerate(stage_indices(schedule, pp, vpp)[rank])}
     actions = rank_actions(schedule, pp, vpp, microbatches)[rank]
@@ -150,16 +155,14 @@ def _played(schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: int)
     forward, whole = before(Pass.FORWARD), before(Pass.BACKWARD)
     inputs, weights = before(Pass.INPUT_GRADIENT), before(Pass.WEIGHT_GRADIENT)
     back = whole + inputs
-    resident = (back > 0).astype(np.float64)
-    states_of = np.stack([forward - back, inputs - weights, forward, back, resident], axis=1)
-    only_weights = kinds == Pass.WEIGHT_GRADIENT.value
-    backwards = (kinds != Pass.FORWARD.value) & ~only_weights
+    resident, outer = whole + weights > 0, back > 0
+    states_of = np.stack([forward - back, inputs - weights, forward, back, resident, outer], axis=1)
     found = {}
     for chunk in range(vpp):
-        for of, chosen in ((False, backwards), (True, only_weights)):
-            rows = np.flatnonzero(chosen & (chunks == chunk))
+        for kind in (Pass.BACKWARD, Pass.INPUT_GRADIENT, Pass.WEIGHT_GRADIENT):
+            rows = np.flatnonzero((kinds == kind.value) & (chunks == chunk))
             if len(rows):
-                found[chunk, of] = _largest(states_of[rows])
+                found[chunk, kind] = _largest(states_of[rows])
     return found
 
 
@@ -208,7 +211,10 @@ def _interleaved_states(pipe: Pipeline, rank: int, count: IntArray, per_round: I
             back = dealt(number)[:, ::-1].astype(np.float64)
             held = np.maximum(sent - back, places == chunk)
             ends = back[:, chunk] == count - 1.0
-            found.append(State(chunk, held, np.zeros_like(held), sent, back, back > 0, ends, ahead + number <= total))
+            resident = back > 0
+            found.append(
+                State(chunk, held, np.zeros_like(held), sent, back, resident, resident, ends, ahead + number <= total)
+            )
     return found
 
 

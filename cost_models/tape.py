@@ -17,7 +17,7 @@ is kept; backward first runs the operators again, up to the last that saves anyt
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +27,7 @@ from meshwright.cost_models.strategy import Recompute
 
 FloatArray = NDArray[np.float64]
 Bytes = FloatArray | float
+Meet = Callable[[Bytes, Bytes], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,13 +263,17 @@ class _Play:
             references.update({storage: 1 for storage in self.left - asked})
         activations = self._bytes(self.left & set(references))
         now = self._bytes(references) + gradient
-        grads = _Gradients(tape.operators[-1].makes, gradient)
+        full = self.recompute is Recompute.FULL  # ``executors/weight_gradients.py: _Input``
+        grads = _Gradients(tape.operators[-1].makes, gradient, adds_anew=full)
         weights = self.zero
         other, later, later_activations = self.zero, self.zero, self.zero  # of what is not put off; what is kept for it
 
         def meet(beside: Bytes, own: Bytes, own_other: Bytes = 0.0) -> None:
             backward.meet(now + beside + weights + own, activations, weights + own)
             adding.meet(now + beside + own, activations, self.zero + own)
+            meet_deferring(beside, own_other)
+
+        def meet_deferring(beside: Bytes, own_other: Bytes) -> None:
             total = now + beside + other + own_other + later
             deferring.meet(total, activations + later_activations, other + own_other)
 
@@ -279,7 +284,7 @@ class _Play:
             if operator.passes:
                 for tensor in operator.reads:
                     grads.shares[number] += 1
-                    now = now + grads.take(tensor, number, meet)
+                    now = now + grads.take(tensor, number, meet, meet_deferring)
                 now = now - grads.drop(number)
                 for storage in operator.saves:
                     references[storage] -= 1
@@ -302,13 +307,14 @@ class _Play:
                         later, later_activations = later + sizes[storage], later_activations + left
             now = now - grads.drop(number)
             for tensor, each in new:
-                now = now + grads.take(tensor, each, meet)
+                now = now + grads.take(tensor, each, meet, meet_deferring)
 
 
 class _Gradients:
     """Gradients that wait for the operators they belong to; tensors may share one."""
 
-    def __init__(self, tensor: int, gradient: Bytes) -> None:
+    def __init__(self, tensor: int, gradient: Bytes, *, adds_anew: bool) -> None:
+        self.adds_anew = adds_anew  # where products are put off: torch sees that Python holds the first gradient too
         self.sizes: dict[int, Bytes] = {0: gradient}
         self.shares = Counter({0: 1})
         self.pending = {tensor: 0}
@@ -323,15 +329,17 @@ class _Gradients:
         self.shares[number] -= 1
         return 0.0 if self.shares[number] else self.sizes[number]
 
-    def take(self, tensor: int, number: int, meet: object) -> Bytes:
+    def take(self, tensor: int, number: int, meet: Meet, meet_deferring: Meet) -> Bytes:
         """Give a tensor a gradient, its first or one more; returns the bytes by which what is alive changes."""
         first = self.pending.get(tensor)
         if first is None:
             self.pending[tensor] = number
             return 0.0
         if self.shares[first] == 1:
+            if self.adds_anew:
+                meet_deferring(self.sizes[first], 0.0)
             return -self.drop(number)
         total = self.make(self.sizes[first])
-        meet(self.sizes[total], 0.0)  # type: ignore[operator]
+        meet(self.sizes[total], 0.0)
         self.pending[tensor] = total
         return self.sizes[total] - self.drop(first) - self.drop(number)
