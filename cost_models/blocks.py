@@ -109,6 +109,19 @@ def rank_params(block: Block, batch: ConfigBatch) -> FloatArray:
     return total
 
 
+def routed_params(block: Block, batch: ConfigBatch) -> FloatArray:
+    """Those of ``rank_params`` that are routed experts laid out apart from the dense weights: ``[num_configs]``.
+
+    Without expert parallelism, and cut as these are (``etp = tp``), experts are shared by the same ranks: none then.
+    """
+    total, apart = np.zeros(len(batch)), (batch.ep > 1) | (batch.etp != batch.tp)
+    for weight in block_weights(block):
+        if weight.experts:
+            experts, rows, columns = local_shape(weight, batch)
+            total = total + weight.copies * experts * rows * columns
+    return np.where(apart, total, 0.0)
+
+
 def num_tensors(block: Block) -> int:
     """Parameter tensors of a block (projections apart, as modules hold them): what an eager optimizer loops over."""
     return sum(weight.copies for weight in block_weights(block))

@@ -46,23 +46,41 @@ def groups_of(batch: ConfigBatch, cluster: ClusterProfile, placement: Placement,
     """The groups that join ``axes`` under ``placement`` (its order; a permutation is left out), over arrays.
 
     An axis of degree ``n`` and stride ``s`` (the product of the faster degrees) has ``min(n, max(1, G // s))`` ranks
-    in an aligned domain of ``G`` devices; where ``G`` is no multiple of ``s`` some groups have fewer.
+    in an aligned domain of ``G`` devices; where ``G`` is no multiple of ``s`` some groups have fewer. ``edp``, ``ep``
+    and ``etp`` fold the ranks of ``[dp, cp, tp]`` anew, ``etp`` fastest (``executors/mesh.py``): each is the axes it
+    spans there, with the strides these have.
     """
     size = np.ones(len(batch), dtype=np.int64)
     sizes = [tier.group_size for tier in cluster.tiers] or [1]
     inside = np.ones((len(sizes), len(batch)), dtype=np.int64)
     per_node = np.ones(len(batch), dtype=np.int64)
-    stride = np.ones(len(batch), dtype=np.int64)
-    for axis in placement.order:
-        degree = getattr(batch, axis)
-        if axis in axes:
-            size = size * degree
-            for row, domain in enumerate(sizes):
-                inside[row] *= np.minimum(degree, np.maximum(domain // stride, 1))
-            per_node = per_node * np.minimum(degree, np.maximum(cluster.devices_per_node // stride, 1))
-        stride = stride * degree
+    for degree, stride in _spans(batch, placement, axes):
+        size = size * degree
+        for row, domain in enumerate(sizes):
+            inside[row] *= np.minimum(degree, np.maximum(domain // stride, 1))
+        per_node = per_node * np.minimum(degree, np.maximum(cluster.devices_per_node // stride, 1))
     inside[-1] = size
     return Groups(size.astype(np.float64), np.minimum(inside, size).astype(np.float64), np.minimum(per_node, size))
+
+
+def _spans(batch: ConfigBatch, placement: Placement, axes: tuple[str, ...]) -> list[tuple[IntArray, IntArray]]:
+    """Degrees that make up the groups, and the devices between neighbours along each."""
+    strides, stride = {}, np.ones(len(batch), dtype=np.int64)
+    for axis in placement.order:
+        strides[axis] = stride
+        stride = stride * getattr(batch, axis)
+    found = [(getattr(batch, axis), strides[axis]) for axis in placement.order if axis in axes]
+    below = np.ones(len(batch), dtype=np.int64)  # ranks of the stage between neighbours along the expert axis
+    for folded in ("etp", "ep", "edp"):
+        degree = np.maximum(getattr(batch, folded), 1)
+        if folded in axes:
+            first = np.ones(len(batch), dtype=np.int64)
+            for axis in ("tp", "cp", "dp"):
+                low, high = np.maximum(below, first), np.minimum(below * degree, first * getattr(batch, axis))
+                found.append((np.maximum(high // low, 1), strides[axis] * np.maximum(low // first, 1)))
+                first = first * getattr(batch, axis)
+        below = below * degree
+    return found
 
 
 def seconds(cluster: ClusterProfile, op: str, groups: Groups, message_bytes: Any) -> FloatArray:

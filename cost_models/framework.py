@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright import InputError
+from meshwright.cost_models.expert_traits import ExpertTraits
 from meshwright.cost_models.memory_traits import MemoryTraits
 from meshwright.cost_models.strategy import (
     RECOMPUTES,
@@ -176,6 +177,7 @@ class Framework:
     pointwise: Pointwise
     host: HostCost = HostCost()
     memory: MemoryTraits = MemoryTraits()
+    experts: ExpertTraits = ExpertTraits()
     attention: AttentionKernel = AttentionKernel.FLASH
     partition: Partition = Partition.EVEN
     pointwise_factor: float = 1.0  # seconds of the memory-bound rest over what its passes cost

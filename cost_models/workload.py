@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from meshwright import InputError
+from meshwright.cost_models.routing import Skew
 from meshwright.profiler.record import record
 
 MAX_SIZE = 2**31  # of a batch in sequences and of a sequence in tokens: a slip, not a workload
@@ -101,6 +102,7 @@ RECIPES: dict[str, DTypeRecipe] = {
 class Workload:
     """One optimizer step: ``global_batch_size`` sequences of ``seq_len`` tokens.
 
+    ``routing`` is how unevenly its tokens fall on experts (``routing.skew_of`` a measured load), ``None`` for evenly.
     Raises ``InputError`` when a size is below 1 or above ``MAX_SIZE``.
     """
 
@@ -109,6 +111,7 @@ class Workload:
     recipe: DTypeRecipe = DTypeRecipe()
     optimizer: Optimizer = Optimizer.ADAMW
     phase: Phase = Phase.TRAIN
+    routing: Skew | None = None
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "global_batch_size"):
