@@ -41,7 +41,7 @@ def config_of(row: Row, model: ModelSpec, workload: Workload, target: str) -> tu
     misprinted = _is_misprinted(row)
     if misprinted:
         pp, dp = 4, tp * pp * dp // 4
-    ep, etp = _experts(row, model, tp, dp * cp)
+    ep, etp, expert_notes = _experts(row, model, tp, dp * cp)
     micro, micro_notes = (1, (MISPRINTED,)) if misprinted else _micro_batch(row, dp, pp, target)
     if workload.global_batch_size % (dp * micro):
         raise Skip(f"dp*micro_batch={dp * micro} does not divide global_batch={workload.global_batch_size}")
@@ -71,7 +71,7 @@ def config_of(row: Row, model: ModelSpec, workload: Workload, target: str) -> tu
         schedule=schedule,
         recompute=recompute,
     )
-    return config, (*recompute_notes, *sp_notes, *micro_notes, *schedule_notes, *sharding_notes)
+    return config, (*recompute_notes, *sp_notes, *micro_notes, *expert_notes, *schedule_notes, *sharding_notes)
 
 
 # Llama 3 70B on GB300 in MXFP8 and NVFP4 runs with pp 4, five chunks and micro batches of 1 in every recipe and table
@@ -87,17 +87,23 @@ def _is_misprinted(row: Row) -> bool:
     return recipe and row.integer("tp", 1) == 1 and row.number("vpp") is None and row.number("zero_stage") == 1
 
 
-def _experts(row: Row, model: ModelSpec, tp: int, data_ranks: int) -> tuple[int, int]:
-    """``ep`` and ``etp``; a blank ``etp`` is ``tp``, as in Megatron without folding, where the ranks allow it."""
+def _experts(row: Row, model: ModelSpec, tp: int, data_ranks: int) -> tuple[int, int, tuple[str, ...]]:
+    """``ep`` and ``etp``; a blank ``etp`` is ``tp``, as in Megatron without folding, where the ranks allow it.
+
+    A variant in parentheses shares the column of its line, though its pipeline may leave fewer ranks than that.
+    """
     if model.moe is None:
-        return 1, 1
-    ep = row.integer("ep", 1)
+        return 1, 1, ()
+    ep, notes = row.integer("ep", 1), list[str]()
+    if ep > data_ranks * tp and "parenthesised" in row.text("notes").lower():
+        notes.append(f"ep {data_ranks * tp}: the {ep} of the line would exceed the ranks of a stage")
+        ep = data_ranks * tp
     etp = row.integer("etp", tp if data_ranks % ep == 0 else 1)
     if (data_ranks * tp) % (ep * etp):
         raise Skip(f"ep*etp={ep * etp} does not divide dp*cp*tp={data_ranks * tp}")
     if model.moe.num_experts % ep:
         raise Skip(f"ep={ep} does not divide the {model.moe.num_experts} experts")
-    return ep, etp
+    return ep, etp, tuple(notes)
 
 
 # accumulation steps of a line of Megatron-Bridge's tables, and of its variant in parentheses, which shares all other

@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from functools import lru_cache
 
+from meshwright.cost_models.published_known import known_model
 from meshwright.cost_models.published_rows import Row, Skip
 from meshwright.cost_models.workload import RECIPES, DType, DTypeRecipe, Workload
 from meshwright.profiler.layers import (
@@ -71,11 +72,16 @@ def model_of(row: Row) -> tuple[ModelSpec, tuple[str, ...]]:
         raise Skip(f"no model of architecture {row.text('arch_family')!r}: gpt, llama and moe are known")
     if _words(name) & {"lora", "qlora"}:
         raise Skip("LoRA trains adapters: not modelled")
+    known = known_model(row)
+    if known is not None:
+        return known
     hidden, heads = row.integer("hidden"), row.integer("heads")
     modern = arch != "gpt" or "nemotron" in name or "neox" in name
     experts = row.integer("experts", 1) if row.number("experts") else 0
     if experts and any(word in name for word in _LATENT):
-        raise Skip("MLA ranks and shared experts have no column: not modelled")
+        raise Skip(
+            "MLA ranks and shared experts have no column, and no preset has this name: see meshwright model presets"
+        )
     shape = Shape(
         name=row.text("model"),
         arch_family=arch,

@@ -15,6 +15,7 @@ from meshwright import InputError
 from meshwright.profiler.hf_deepseek import deepseek
 from meshwright.profiler.hf_fields import Fields, shorten
 from meshwright.profiler.hf_gpt import gpt2, gpt_neox, opt
+from meshwright.profiler.hf_gpt_oss import gpt_oss
 from meshwright.profiler.hf_llama import llama_like
 from meshwright.profiler.hf_parts import Parts
 from meshwright.profiler.model import Block, BlockKind, ModelSpec
@@ -40,6 +41,11 @@ BUILDERS: dict[str, tuple[Callable[[Fields, str], Parts], dict[str, str]]] = {
         deepseek,
         {"n_routed_experts": "num_local_experts", "num_nextn_predict_layers": "num_mtp_layers"},
     ),
+    "kimi_k2": (  # DeepSeek-V3's module with a config class of its own on the hub
+        deepseek,
+        {"n_routed_experts": "num_local_experts", "num_nextn_predict_layers": "num_mtp_layers"},
+    ),
+    "gpt_oss": (gpt_oss, {"num_local_experts": "num_experts"}),
     "opt": (opt, {}),
     "gpt_neox": (gpt_neox, {}),
     "gpt2": (gpt2, GPT2_ALIASES),

@@ -17,7 +17,7 @@ from meshwright.profiler.layers import (
 
 def deepseek(fields: Fields, model_type: str) -> Parts:
     """The parts of a deepseek_v2 or deepseek_v3 config; V3's multi-token prediction layers are noted, not counted."""
-    is_v3 = model_type == "deepseek_v3"
+    is_v3 = model_type != "deepseek_v2"
     hidden = fields.size("hidden_size", 7168 if is_v3 else 4096)
     num_layers = fields.num_layers(61 if is_v3 else 32)
     norm = NormLayer(norm_kind=NormKind.RMS, hidden=hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,13 @@ class Fields:
         if self._get(name, default) is None:
             return None
         return self.size(name, default)
+
+    def number(self, name: str, default: float) -> float:
+        """A number that is not negative."""
+        value = self._get(name, default)
+        if type(value) not in (int, float) or not 0.0 <= value < math.inf:
+            raise self.error(name, f"expected a number of at least 0, found {shorten(value)}")
+        return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""

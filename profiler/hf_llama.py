@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from meshwright.profiler.hf_fields import Fields, shorten
-from meshwright.profiler.hf_parts import Parts, check_divides, head_layer, top_k
+from meshwright.profiler.hf_fields import Fields
+from meshwright.profiler.hf_parts import Parts, aux_loss, check_divides, head_layer, layer_windows, top_k
 from meshwright.profiler.layers import (
     AttentionKind,
     AttentionLayer,
@@ -129,16 +129,12 @@ def _windows(fields: Fields, model_type: str, num_layers: int) -> list[int]:
     window = fields.optional_size("sliding_window", 4096) or 0
     if model_type == "qwen3_moe":
         return [window] * num_layers
-    kinds = fields.items("layer_types", str)
-    if kinds is None:
-        from_layer = fields.size("max_window_layers", 28, least=0)
-        if model_type == "qwen2_moe":
-            return [window if layer % 2 == 0 and layer < from_layer else 0 for layer in range(num_layers)]
-        return [window if layer >= from_layer else 0 for layer in range(num_layers)]
-    if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
-        expected = f'{num_layers} (num_hidden_layers) times "full_attention" or "sliding_attention"'
-        raise fields.error("layer_types", f"expected {expected}, found {len(kinds)}: {shorten(sorted(set(kinds)))}")
-    return [window if kind == "sliding_attention" else 0 for kind in kinds]
+    from_layer = fields.size("max_window_layers", 28, least=0)
+    if model_type == "qwen2_moe":
+        slides = [layer % 2 == 0 and layer < from_layer for layer in range(num_layers)]
+    else:
+        slides = [layer >= from_layer for layer in range(num_layers)]
+    return layer_windows(fields, num_layers, window, slides)
 
 
 def _dense(fields: Fields, model_type: str, hidden: int, num_layers: int) -> list[LayerSpec]:
@@ -159,6 +155,7 @@ def _mixtral(fields: Fields, model_type: str, hidden: int, num_layers: int) -> l
         top_k=top_k(fields, num_experts, 2),
         expert_ffn_size=fields.size("intermediate_size", LLAMA_LIKE[model_type].ffn_size),
         activation=fields.word("hidden_act", "silu"),
+        aux_loss=aux_loss(fields, 0.001),
     )
     return [moe] * num_layers
 
@@ -181,6 +178,7 @@ def _qwen_moe(fields: Fields, model_type: str, hidden: int, num_layers: int) -> 
         shared_ffn_size=shared,
         extra_params=hidden if is_qwen2 else 0,  # the gate on the shared expert
         activation=fields.word("hidden_act", "silu"),
+        aux_loss=aux_loss(fields, 0.001),
     )
     return [moe if layer not in only_dense and (layer + 1) % step == 0 else dense for layer in range(num_layers)]
 

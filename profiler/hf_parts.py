@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from meshwright.profiler.hf_fields import Fields
+from collections.abc import Sequence
+
+from meshwright.profiler.hf_fields import Fields, shorten
 from meshwright.profiler.layers import EmbeddingLayer, HeadLayer, LayerSpec
 from meshwright.profiler.record import record
 
@@ -36,6 +38,23 @@ def top_k(fields: Fields, num_experts: int, default: int | None) -> int:
     if chosen > num_experts:
         raise fields.error("num_experts_per_tok", f"{chosen} is more than the {num_experts} experts")
     return chosen
+
+
+def aux_loss(fields: Fields, coefficient: float) -> float:
+    """``router_aux_loss_coef`` where the config trains with it, as transformers' modules do: 0 without router logits."""
+    found = fields.number("router_aux_loss_coef", coefficient)
+    return found if fields.flag("output_router_logits", False) else 0.0
+
+
+def layer_windows(fields: Fields, num_layers: int, window: int, slides: Sequence[bool]) -> list[int]:
+    """The window of each layer by ``layer_types``, or where that is absent by ``slides``; 0 reaches to the start."""
+    kinds = fields.items("layer_types", str)
+    if kinds is None:
+        return [window if slide else 0 for slide in slides]
+    if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        expected = f'{num_layers} (num_hidden_layers) times "full_attention" or "sliding_attention"'
+        raise fields.error("layer_types", f"expected {expected}, found {len(kinds)}: {shorten(sorted(set(kinds)))}")
+    return [window if kind == "sliding_attention" else 0 for kind in kinds]
 
 
 def check_divides(fields: Fields, hidden: int, num_heads: int) -> None:

@@ -106,7 +106,9 @@ class ModelSpec:
     def _check_layers(self) -> None:
         layers = tuple(self.layers())
         for part, count in ((EmbeddingLayer, 1), (HeadLayer, 1), (AttentionLayer, 0)):
-            found = sum(isinstance(layer, part) for layer in layers)
+            alike = [layer for layer in layers if isinstance(layer, part)]
+            # a head that runs again on the same weight, as for multi-token prediction, is no other head
+            found = len(alike) - sum(isinstance(layer, HeadLayer) and layer.tied for layer in alike[1:])
             if found < 1 or (count and found != count):
                 raise InputError(f"a model needs {'one' if count else 'at least one'} {part.__name__}, found {found}")
         widths = sorted({layer.hidden for layer in layers})

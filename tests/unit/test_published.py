@@ -148,7 +148,7 @@ class TestModels:
         [
             ({"arch_family": "mamba"}, "no model of architecture 'mamba'"),
             ({"model": "llama3-8b LoRA"}, "LoRA"),
-            ({"model": "DeepSeek-V3", "experts": "256"}, "MLA"),
+            ({"model": "deepseek-v9", "arch_family": "moe", "experts": "256"}, "MLA"),
             ({"precision": "int4"}, "no dtype recipe for precision 'int4'"),
             ({"global_batch": ""}, "global_batch is not published"),
         ],
