@@ -46,8 +46,8 @@ def groups_of(batch: ConfigBatch, cluster: ClusterProfile, placement: Placement,
     """The groups that join ``axes`` under ``placement`` (its order; a permutation is left out), over arrays.
 
     An axis of degree ``n`` and stride ``s`` (the product of the faster degrees) has ``min(n, max(1, G // s))`` ranks
-    in an aligned domain of ``G`` devices; where ``G`` is no multiple of ``s`` some groups have fewer. ``edp``, ``ep``
-    and ``etp`` fold the ranks of ``[dp, cp, tp]`` anew, ``etp`` fastest (``executors/mesh.py``): each is the axes it
+    in an aligned domain of ``G`` devices; where ``G`` is no multiple of ``s`` some groups have fewer. ``cp_ulysses`` and
+    ``cp_ring`` are the two axes of ``cp``, Ulysses groups being neighbours there. ``edp``, ``ep`` and ``etp`` fold the ranks of ``[dp, cp, tp]`` anew, ``etp`` fastest (``executors/mesh.py``): each is the axes it
     spans there, with the strides these have.
     """
     size = np.ones(len(batch), dtype=np.int64)
@@ -69,7 +69,10 @@ def _spans(batch: ConfigBatch, placement: Placement, axes: tuple[str, ...]) -> l
     for axis in placement.order:
         strides[axis] = stride
         stride = stride * getattr(batch, axis)
-    found = [(getattr(batch, axis), strides[axis]) for axis in placement.order if axis in axes]
+    strides |= {"cp_ulysses": strides["cp"], "cp_ring": strides["cp"] * batch.cp_ulysses}
+    found = [
+        (getattr(batch, axis), strides[axis]) for axis in (*placement.order, "cp_ulysses", "cp_ring") if axis in axes
+    ]
     below = np.ones(len(batch), dtype=np.int64)  # ranks of the stage between neighbours along the expert axis
     for folded in ("etp", "ep", "edp"):
         degree = np.maximum(getattr(batch, folded), 1)
