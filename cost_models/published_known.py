@@ -75,7 +75,7 @@ def preset_named(name: str) -> ModelPreset | None:
 
 
 def _is_experts_width(row: Row, config: dict[str, Any], name: str) -> bool:
-    """Whether the column of dense layers has the width of experts again, or the model has no dense layers of its own."""
+    """Whether the column of dense layers repeats the width of experts, or the model has no dense layers of its own."""
     repeated = row.number("ffn") == row.number("moe_ffn")
     return repeated or (name == "intermediate_size" and "moe_intermediate_size" not in config)
 

@@ -41,7 +41,7 @@ def top_k(fields: Fields, num_experts: int, default: int | None) -> int:
 
 
 def aux_loss(fields: Fields, coefficient: float) -> float:
-    """``router_aux_loss_coef`` where the config trains with it, as transformers' modules do: 0 without router logits."""
+    """``router_aux_loss_coef`` where the config trains with it, as transformers does: 0 without router logits."""
     found = fields.number("router_aux_loss_coef", coefficient)
     return found if fields.flag("output_router_logits", False) else 0.0
 
