@@ -19,6 +19,7 @@ class LlamaConfig:
     ffn_size: int = 176
     max_seq_len: int = 256
     tied: bool = False
+    causal: bool = True
 
 
 class RMSNorm(nn.Module):
@@ -30,11 +31,13 @@ class RMSNorm(nn.Module):
         return functional.rms_norm(x, (x.shape[-1],), self.weight, 1e-5)
 
 
-def rotate(x: Tensor) -> Tensor:
+def rotate(x: Tensor, position_ids: Tensor | None) -> Tensor:
     """Rotary positions (arXiv 2104.09864) on ``[batch, heads, sequence, head_dim]``."""
     sequence, head_dim = x.shape[-2], x.shape[-1]
+    if position_ids is None:
+        position_ids = torch.arange(sequence, device=x.device)
     frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, device=x.device, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(sequence, device=x.device, dtype=torch.float32), frequencies)
+    angles = position_ids.flatten()[:, None] * frequencies
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -44,20 +47,20 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = config.hidden // config.num_heads
+        self.causal = config.causal
         self.q_proj = nn.Linear(config.hidden, config.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden, config.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden, config.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_heads * self.head_dim, config.hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, position_ids: Tensor | None) -> Tensor:
         batch, sequence, _ = x.shape
         q, k, v = (
             projection(x).view(batch, sequence, -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        repeats = q.shape[1] // k.shape[1]
-        k, v = rotate(k).repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        mixed = functional.scaled_dot_product_attention(rotate(q), k, v, is_causal=True)
+        q, k = rotate(q, position_ids), rotate(k, position_ids)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, sequence, -1))
 
 
@@ -80,13 +83,16 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden)
         self.mlp = Mlp(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, position_ids: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), position_ids)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Llama(nn.Module):
-    """Tokens ``[batch, sequence]`` to logits ``[batch, sequence, vocab_size]``."""
+    """Tokens ``[batch, sequence]`` to logits ``[batch, sequence, vocab_size]``.
+
+    ``position_ids`` ``[1, sequence]`` say where tokens stand, where they are not a whole sequence in order.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -101,8 +107,8 @@ class Llama(nn.Module):
             if weight.dim() > 1:
                 nn.init.normal_(weight, std=0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, position_ids: Tensor | None = None) -> Tensor:
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, position_ids)
         return self.head(self.norm(x))

@@ -1,8 +1,9 @@
 """``parallelize(model, plan)``: the order in which a plan is applied, written once; and the model that comes out.
 
 The order matters: the mesh first; then each stage is cut out; its matrices are split over tp, so that recompute and
-ZeRO see the pieces; recompute wraps a block's forward, inside everything that hooks onto the block; ZeRO shards what is
-left over dp; and the pipeline's runtime runs the result.
+ZeRO see the pieces; its attentions are led over cp, within what recompute runs again; recompute wraps a block's
+forward, inside everything that hooks onto the block; ZeRO shards what is left over dp; and the pipeline's runtime runs
+the result.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from meshwright import InputError
 from meshwright.cost_models.strategy import SPLIT_BACKWARD, Recompute
+from meshwright.executors.attention_hooks import apply_context_parallel
 from meshwright.executors.checks import check_cluster, check_environment, check_model, check_plan
 from meshwright.executors.clip import global_grad_norm, scale_grads
+from meshwright.executors.context_parallel import ContextParallel
 from meshwright.executors.data_parallel import DataParallel, local, torch_dtype
 from meshwright.executors.loss import IGNORED, LossFunction, loss_on_shards
 from meshwright.executors.mesh import Mesh, build_mesh
@@ -67,12 +70,20 @@ def parallelize(
     rules = find_tensor_parallel_rules(model) if plan.config.tp > 1 else None
     loss = loss_on_shards(loss_fn, group=tp_group, vocab_size=plan.model.vocab_size)
     stages = _own_stages(model, anatomy, plan, mesh, loss)
-    chunks = [_split_stage(index, module, plan, mesh, rules) for index, module in stages]
-    return ParallelModel(plan, mesh, anatomy, chunks, check_count=loss_fn is not None)
+    context = ContextParallel(mesh) if plan.config.cp > 1 else None
+    chunks = [_split_stage(index, module, plan, mesh, rules, context) for index, module in stages]
+    return ParallelModel(plan, mesh, anatomy, chunks, context, check_count=loss_fn is not None)
 
 
-def _split_stage(index: int, module: StageModule, plan: Plan, mesh: Mesh, rules: TensorParallelRules | None) -> Chunk:
-    """Stage ``index`` on its device, split over tp, then recomputing, then sharded over dp."""
+def _split_stage(
+    index: int,
+    module: StageModule,
+    plan: Plan,
+    mesh: Mesh,
+    rules: TensorParallelRules | None,
+    context: ContextParallel | None,
+) -> Chunk:
+    """Stage ``index`` on its device, split over tp, attending over cp, then recomputing, then sharded over dp."""
     config, recipe, stage = plan.config, plan.workload.recipe, plan.stages[index]
     on_meta = any(weight.device.type == "meta" for weight in module.parameters())
     module.to(
@@ -87,6 +98,8 @@ def _split_stage(index: int, module: StageModule, plan: Plan, mesh: Mesh, rules:
         put_off = WeightGradients(
             module.blocks.values(), tensor_parallel=config.tp > 1, recomputed=Recompute.FULL in stage.recompute
         )
+    if context is not None:
+        apply_context_parallel(module.model, module.blocks, context)
     for layer, block in module.blocks.items():
         apply_recompute(block, stage.recompute[layer - stage.first_layer])
     sharded = DataParallel(module, list(module.blocks.values()), mesh, config.zero_stage, recipe)
@@ -121,10 +134,19 @@ class ParallelModel:
         optimizer.zero_grad()
 
     ``data_rank`` and ``data_size`` say which share of the global batch this rank takes; ranks of one ``data_rank``
-    (pp and tp peers) must be given the same batch.
+    (pp, cp and tp peers) must be given the same batch, of whole sequences: context parallelism cuts them here.
     """
 
-    def __init__(self, plan: Plan, mesh: Mesh, anatomy: Anatomy, chunks: list[Chunk], *, check_count: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        anatomy: Anatomy,
+        chunks: list[Chunk],
+        context: ContextParallel | None,
+        *,
+        check_count: bool,
+    ) -> None:
         self.plan = plan
         self.mesh = mesh.root
         self.data_rank = mesh.index("dp")
@@ -132,6 +154,7 @@ class ParallelModel:
         self.num_microbatches = plan.micro_batches_per_data_rank[self.data_rank]
         self._mesh = mesh
         self._chunks = chunks
+        self._context = context
         self._check_count = check_count  # the user's loss_fn may count otherwise; ours does not
         self._tied = _tied_across_stages(plan, anatomy, chunks)
         self._pipelines: dict[int, Pipeline] = {}  # by sequence length
@@ -146,10 +169,14 @@ class ParallelModel:
         Raises ``InputError`` for a batch of another shape, or a ``loss_fn`` that counts other targets.
         """
         tokens, targets = self._checked(batch)
+        positions = None
+        if self._context is not None:
+            positions = self._context.positions(tokens.shape[1], tokens.device)
+            tokens, targets = tokens[:, positions], targets[:, positions]
         count = (targets != IGNORED).sum()
         dist.all_reduce(count, group=self._mesh.shard.get_group())
         for chunk in self._chunks:
-            chunk.module.begin_step(count.clamp(min=1))
+            chunk.module.begin_step(count.clamp(min=1), positions)
         if self._mesh.size("pp") > 1:
             self._pipeline(tokens.shape[1]).run(tokens, targets)
         else:

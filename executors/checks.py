@@ -30,7 +30,7 @@ def check_plan(plan: Plan) -> None:
         raise InputError(
             f"the plan is for {config.world_size} ranks ({config.describe()}), this run has {dist.get_world_size()}"
         )
-    for name in ("cp", "ep", "etp"):
+    for name in ("ep", "etp"):
         if getattr(config, name) > 1:
             raise InputError(f"{name}={getattr(config, name)}: this version runs {name}=1 only")
     if config.vocab_parallel != (config.tp > 1):

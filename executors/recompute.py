@@ -37,8 +37,18 @@ from meshwright.cost_models.strategy import Recompute
 _aten = torch.ops.aten
 _collectives = torch.ops._c10d_functional
 
+torch.library.define("meshwright::keep", "(Tensor x) -> Tensor")
+
+
+@torch.library.impl("meshwright::keep", "default")
+def _keep(x: Tensor) -> Tensor:
+    """``x``, by an operator that selective recompute keeps."""
+    return x
+
+
 KEPT: frozenset[Any] = frozenset(
     {
+        torch.ops.meshwright.keep.default,
         _aten.mm.default,
         _aten.addmm.default,
         _aten._grouped_mm.default,
@@ -89,6 +99,19 @@ def unkept_product(x: Tensor, weight: Tensor) -> Tensor:
         if isinstance(mode, _CachedTorchDispatchMode):
             return x.new_empty(*x.shape[:-1], weight.shape[0])
         return nn.functional.linear(x, weight)
+
+
+def kept_outputs(compute: Callable[[], tuple[Tensor, ...]], blank: Callable[[], tuple[Tensor, ...]]) -> Any:
+    """What ``compute`` returns, kept under selective recompute as one operator's outputs, and then not computed twice.
+
+    For what is made of many operators and messages, such as ring attention; within a ``torch.autograd.Function``'s
+    forward. ``blank`` makes tensors of the same shapes and types, whose values do not matter.
+    """
+    if not isinstance(_get_current_dispatch_mode(), SELECTIVE_PASSES):
+        return compute()
+    with _pop_mode_temporarily() as mode:
+        outputs = blank() if isinstance(mode, _CachedTorchDispatchMode) else compute()
+    return tuple(torch.ops.meshwright.keep(output) for output in outputs)
 
 
 class _PartialProduct(torch.autograd.Function):

@@ -96,9 +96,13 @@ class StageModule(nn.Module):
         self.sink: Takeover | None = None
         self.begin_step(1)
 
-    def begin_step(self, global_count: Tensor | int) -> None:
-        """Start a step in which ``global_count`` targets count, over all micro-batches of all data ranks."""
+    def begin_step(self, global_count: Tensor | int, positions: Tensor | None = None) -> None:
+        """Start a step in which ``global_count`` targets count, over all micro-batches of all data ranks.
+
+        ``positions`` ``[sequence]`` say where the tokens stand in the sequence, if they are a part of it.
+        """
         self.global_count = global_count
+        self.given = {} if positions is None else {"position_ids": positions[None]}
         self.loss_sum: Tensor | float = 0.0
         self.count: Tensor | float = 0.0
 
@@ -108,7 +112,7 @@ class StageModule(nn.Module):
             (self.source.hidden,) = hidden
         if self.sink is not None:
             self.sink.sequence = tokens.shape[1]
-        output = self.model(tokens)
+        output = self.model(tokens, **self.given)
         if self.sink is not None:
             leaving, self.sink.hidden = self.sink.hidden, None
             assert leaving is not None

@@ -66,7 +66,9 @@ def parse(line: str) -> Case:
     names = OPTIONS if kind == "example" else HF_NAMES
     model_options: dict[str, Any] = {}
     for word in model_words:
-        if word == "tied":
+        if word == "twoway":
+            model_options["causal"] = False
+        elif word == "tied":
             model_options["tied" if kind == "example" else "tie_word_embeddings"] = True
         else:
             name = word.rstrip("0123456789")
@@ -83,7 +85,11 @@ def parse(line: str) -> Case:
             axes["sequence_parallel"] = True
         else:
             axes[{"mbs": "micro_batch_size", "zero": "zero_stage"}.get(name, name)] = int(word.removeprefix(name))
-    axes["dp_shard"] = axes.get("dp", 1) if axes.get("zero_stage") else 1
+    for name in ("ring", "ulysses"):  # of cp, which they make up
+        if name in axes:
+            axes[f"cp_{name}"] = axes.pop(name)
+            axes["cp"] = axes.get("cp_ring", 1) * axes.get("cp_ulysses", 1)
+    axes["dp_shard"] = axes.get("dp", 1) * axes.get("cp", 1) if axes.get("zero_stage") else 1
     config = ParallelConfig(vocab_parallel=axes.get("tp", 1) > 1, **axes)
     counts, *rest = batch_words
     assert all(word.startswith("ignored") or word in ("float32", "bf16") for word in rest), f"cannot read {rest}"
