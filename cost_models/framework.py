@@ -74,7 +74,7 @@ class Pointwise:
     embedding_table: PointwiseCost  # the whole table, whose gradient is dense
     loss: PointwiseCost  # the logits
     sharded_loss: PointwiseCost  # the logits, split by vocabulary
-    routing: PointwiseCost  # the rows of tokens that experts take
+    routing: PointwiseCost  # rows read or written on their way to experts and back (``feed_forward.add_experts``)
     adamw: PointwiseCost  # a parameter tensor in the optimizer's dtype, forward being the update
     sgd: PointwiseCost  # the same
     accumulate: PointwiseCost  # a gradient added to those of earlier micro-batches
@@ -229,29 +229,46 @@ def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, worklo
     ``megatron/core/pipeline_parallel/schedules.py``) and want equal stages. A batch that does not divide is left to
     ``strategy.legal``, which has a reason of its own.
     """
-    data_ranks = batch.dp * batch.cp
-    shard = np.where(batch.zero_stage > 0, data_ranks, 1)
+    return runs_pipeline(batch, framework, model, workload) & combines(batch, framework, model)
+
+
+def runs_pipeline(batch: ConfigBatch, framework: Framework, model: ModelSpec, workload: Workload) -> BoolArray:
+    """The rules of ``supported`` about schedules with their stages and micro-batches; shape ``[num_configs]``.
+
+    They look at nothing of a config but ``pp``, ``vpp``, ``schedule``, ``dp`` and ``micro_batch_size``.
+    """
     rules: list[BoolArray] = [
         np.isin(batch.schedule, [SCHEDULES.index(schedule) for schedule in framework.schedules]),
+        _runs(batch, num_microbatches(batch, workload), framework) | (_remainder(batch, workload) != 0),
+    ]
+    if not framework.torch_schedules and framework.partition is Partition.EVEN:
+        rules.append(model.num_layers % batch.num_stages == 0)
+    if not framework.pipeline_parallel:
+        rules.append(batch.pp == 1)
+    return np.asarray(np.logical_and.reduce(rules), dtype=np.bool_)
+
+
+def combines(batch: ConfigBatch, framework: Framework, model: ModelSpec) -> BoolArray:
+    """The other rules of ``supported``, each about a field or about how some go together; shape ``[num_configs]``.
+
+    Of the schedule they look at its name alone, of micro-batches at nothing.
+    """
+    shard = np.where(batch.zero_stage > 0, batch.dp * batch.cp, 1)
+    rules: list[BoolArray] = [
         np.isin(batch.zero_stage, framework.zero_stages),
         np.isin(batch.recompute, [RECOMPUTES.index(recompute) for recompute in framework.recomputes]),
         batch.vocab_parallel == ((batch.tp > 1) & framework.vocab_parallel),
-        _runs(batch, num_microbatches(batch, workload), framework) | (_remainder(batch, workload) != 0),
+        (batch.ep_chunks == 1) | ((batch.ep > 1) & np.isin(batch.ep_chunks, framework.expert_chunks)),
     ]
     if framework.torch_schedules:
         recomputes = framework.defers_products | batch.is_recompute(Recompute.NONE)
         rules.append(~splits_backward(batch) | (recomputes & (batch.zero_stage < 2)))
-    elif framework.partition is Partition.EVEN:
-        rules.append(model.num_layers % batch.num_stages == 0)
     if not framework.tensor_parallel:
         rules.append(batch.tp == 1)
-    if not framework.pipeline_parallel:
-        rules.append(batch.pp == 1)
     if not framework.context_parallel:
         rules.append(batch.cp == 1)
     if not framework.expert_parallel:
         rules.append((batch.ep == 1) & (batch.etp == 1))
-    rules.append((batch.ep_chunks == 1) | ((batch.ep > 1) & np.isin(batch.ep_chunks, framework.expert_chunks)))
     if not framework.partial_sharding:
         rules.append(batch.dp_shard == shard)
     if not framework.tensor_parallel_moe and model.moe is not None:

@@ -15,6 +15,7 @@ the last changing fastest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright import InputError
+from meshwright.profiler.layers import AttentionKind, MoeLayer
 from meshwright.profiler.record import record
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ class Reason(StrEnum):
     HEADS = "HEADS"  # tp * cp_ulysses does not divide the attention heads
     KV_HEADS = "KV_HEADS"  # neither tp divides the kv heads nor the reverse
     FFN = "FFN"  # tp does not divide the feed-forward width
-    EXPERTS = "EXPERTS"  # ep does not divide the experts, or etp their width, or ep * etp the ranks they share
+    EXPERTS = "EXPERTS"  # ep, etp, ep * etp, ep_chunks or groups with a capacity do not divide what they must
     SEQUENCE = "SEQUENCE"  # the sequence does not divide as cp or sequence_parallel need
     LAYERS = "LAYERS"  # fewer layers than pipeline chunks
     SCHEDULE = "SCHEDULE"  # the schedule does not run with these chunks or this number of micro-batches
@@ -307,37 +309,70 @@ def legal(batch: ConfigBatch, model: ModelSpec, workload: Workload) -> NDArray[n
     """Position in ``REASONS`` of the first rule each config breaks, or -1 for a legal config; shape ``[num_configs]``.
 
     The rules are those of any target; a target's own come from ``framework.supported``. A batch assembled by
-    ``planner.space`` is canonical already, so only rules about model and workload are looked at here.
+    ``planner.space`` is canonical already, so only rules about model and workload are looked at here. That
+    ``ep_chunks`` divides a rank's tokens is looked at last of all, and is of EXPERTS.
     """
-    attention, ffn, moe = model.attention, model.ffn_size, model.moe
+    attention, ffn = model.attention, model.ffn_size
     heads, kv_heads = attention.num_heads, attention.num_kv_heads
+    if attention.attention_kind is AttentionKind.MLA:  # keys and values of each head are made from one latent
+        kv_heads = heads
     chunks = batch.num_stages
     microbatch_share = batch.dp * batch.micro_batch_size
     seq_shard = workload.seq_len // batch.cp
+    ring_indivisible = (batch.cp_ring > 1) & attention.causal & (workload.seq_len % (2 * batch.cp) != 0)
+    sp_indivisible = batch.sequence_parallel & ((batch.tp == 1) | (seq_shard % batch.tp != 0))
     rules: list[tuple[Reason, BoolArray]] = [
         (Reason.HEADS, heads % (batch.tp * batch.cp_ulysses) != 0),
         (Reason.KV_HEADS, (kv_heads % batch.tp != 0) & (batch.tp % kv_heads != 0)),
         (Reason.FFN, np.asarray(ffn % batch.tp != 0) if ffn else np.zeros(len(batch), dtype=np.bool_)),
-    ]
-    shares_experts = (batch.dp * batch.cp * batch.tp) % (batch.ep * batch.etp) != 0
-    if moe is None:
-        rules.append((Reason.EXPERTS, (batch.ep > 1) | (batch.etp > 1)))
-    else:
-        folded_without_sp = (batch.tp > 1) & (batch.etp != batch.tp) & ~batch.sequence_parallel
-        indivisible = (moe.num_experts % batch.ep != 0) | (moe.expert_ffn_size % batch.etp != 0)
-        rules.append((Reason.EXPERTS, indivisible | shares_experts | folded_without_sp))
-    ring_indivisible = (batch.cp_ring > 1) & attention.causal & (workload.seq_len % (2 * batch.cp) != 0)
-    sp_indivisible = batch.sequence_parallel & ((batch.tp == 1) | (seq_shard % batch.tp != 0))
-    rules += [
+        (Reason.EXPERTS, _experts_indivisible(batch, model, workload)),
         (Reason.SEQUENCE, ring_indivisible | (workload.seq_len % batch.cp != 0) | sp_indivisible),
         (Reason.LAYERS, model.num_layers < chunks),
         (Reason.SCHEDULE, ~_chunks_match_schedule(batch)),
         (Reason.BATCH, workload.global_batch_size % microbatch_share != 0),
+        (Reason.EXPERTS, rank_tokens(batch, workload) % batch.ep_chunks != 0),
     ]
     verdict = np.full(len(batch), -1, dtype=np.int8)
     for reason, broken in reversed(rules):
         verdict[broken] = REASONS.index(reason)
     return verdict
+
+
+def rank_tokens(batch: ConfigBatch, workload: Workload) -> IntArray:
+    """Tokens of one micro-batch that a rank sends to experts: its part of the sequence, cut over tp where sp is on."""
+    parts = batch.cp * np.where(batch.sequence_parallel, batch.tp, 1)
+    return np.asarray(batch.micro_batch_size * workload.seq_len // parts, dtype=np.int64)
+
+
+def sequence_piece(batch: ConfigBatch, workload: Workload, causal: bool) -> IntArray:
+    """Neighbouring tokens of one sequence that a rank holds at least: of a causal ring's halves, one.
+
+    Groups of tokens that share a capacity (``MoeLayer.group_tokens``) lie inside such pieces.
+    """
+    halves = np.where((batch.cp_ring > 1) & causal, 2, 1)
+    return np.asarray(workload.seq_len // (batch.cp * halves), dtype=np.int64)
+
+
+def _experts_indivisible(batch: ConfigBatch, model: ModelSpec, workload: Workload) -> BoolArray:
+    """Whether experts don't divide: their number, their width, the ranks they share, their groups of tokens.
+
+    Without ``sequence_parallel`` all tp ranks hold the same tokens, so that experts are cut by tp as the rest is.
+    """
+    layers = [layer for layer in model.layers() if isinstance(layer, MoeLayer)]
+    if not layers:
+        return np.asarray((batch.ep > 1) | (batch.etp > 1))
+    number = math.gcd(*(layer.num_experts for layer in layers))
+    width = math.gcd(*(layer.expert_ffn_size for layer in layers))
+    broken = (number % batch.ep != 0) | (width % batch.etp != 0)
+    broken |= (batch.dp * batch.cp * batch.tp) % (batch.ep * batch.etp) != 0
+    broken |= (batch.tp > 1) & (batch.etp != batch.tp) & ~batch.sequence_parallel
+    groups = {layer.group_tokens for layer in layers if layer.group_tokens}
+    if groups:
+        piece = sequence_piece(batch, workload, model.attention.causal)
+        own = workload.seq_len // (batch.cp * np.where(batch.sequence_parallel, batch.tp, 1))
+        for group in groups:
+            broken |= (piece % group != 0) | (own % group != 0)
+    return np.asarray(broken)
 
 
 def _chunks_match_schedule(batch: ConfigBatch) -> BoolArray:

@@ -14,7 +14,7 @@ from meshwright.cost_models.framework import Framework
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Reason, Recompute, Schedule
 from meshwright.cost_models.target_torch import MESHWRIGHT
 from meshwright.cost_models.workload import Workload
-from meshwright.planner import space as space_module
+from meshwright.planner import tails as tails_module
 from meshwright.planner.constraints import parse_constraints
 from meshwright.planner.space import divisors, legal_space
 from meshwright.profiler.model import (
@@ -239,7 +239,8 @@ def test_space_of_our_executors_equals_nested_loops(p: Problem) -> None:
 def test_space_of_a_target_that_runs_everything_equals_nested_loops(
     p: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(space_module, "supported", lambda batch, *_: np.ones(len(batch), dtype=np.bool_))
+    for rules in ("runs_pipeline", "combines"):
+        monkeypatch.setattr(tails_module, rules, lambda batch, *_: np.ones(len(batch), dtype=np.bool_))
     found = legal_space(p.model(), p.workload(), p.world, UNRESTRICTED)
     assert as_set(found.batch) == enumerate_legal(p, everything=True)
     assert len(as_set(found.batch)) == len(found.batch), "a config stands twice"
