@@ -18,11 +18,12 @@ from meshwright import InputError
 from meshwright.cost_models.framework import Framework
 from meshwright.cost_models.margin import margin_of, needed_bytes
 from meshwright.cost_models.placement import Placement
-from meshwright.cost_models.published_config import Counts, config_of, counts_of
+from meshwright.cost_models.published_config import config_of
 from meshwright.cost_models.published_hardware import cluster_named, cluster_of, target_of
 from meshwright.cost_models.published_measured import Measured, measured_of
 from meshwright.cost_models.published_model import model_of, packed, workload_of
 from meshwright.cost_models.published_rows import Malformed, Row, read_rows
+from meshwright.cost_models.published_stages import Counts, counts_of
 from meshwright.cost_models.step import estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig
 from meshwright.cost_models.targets import framework_named

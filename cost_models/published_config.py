@@ -1,24 +1,17 @@
-"""How a published run was split, from its columns: degrees, sharding, schedule, recompute, blocks of each stage.
+"""How a published run was split, from its columns: degrees, sharding, schedule, recompute.
 
 What a source does not say is filled with what its framework does by default, and said in the notes.
 """
 
 from __future__ import annotations
 
-import math
 import re
 
-from meshwright.cost_models.blocks import block_kinds
-from meshwright.cost_models.framework import Framework
 from meshwright.cost_models.published_hardware import cluster_named, cluster_of
 from meshwright.cost_models.published_rows import Row, Skip
-from meshwright.cost_models.strategy import ParallelConfig, Partition, Recompute, Schedule
+from meshwright.cost_models.strategy import ParallelConfig, Recompute, Schedule
 from meshwright.cost_models.workload import Workload
-from meshwright.profiler.layers import HeadLayer, LayerSpec, MlpLayer
 from meshwright.profiler.model import ModelSpec
-
-# blocks of each kind (blocks.block_kinds) on every chunk of every pipeline rank: [pp][vpp][kind]
-Counts = tuple[tuple[tuple[float, ...], ...], ...]
 
 # targets whose tensor parallelism cuts activations by sequence too, where a source does not say: nanotron's and
 # torchtitan's default mode, what Megatron-Core's recipes turn on with tp > 1
@@ -254,63 +247,3 @@ def _recompute(row: Row) -> tuple[Recompute, tuple[str, ...]]:
         return Recompute.NONE, (SIMULATED_RECOMPUTE,)
     known = {"none": Recompute.NONE, "false": Recompute.NONE, "full": Recompute.FULL, "true": Recompute.FULL}
     return known.get(said, Recompute.SELECTIVE), ()
-
-
-def counts_of(row: Row, model: ModelSpec, config: ParallelConfig, target: Framework, seq_len: int) -> Counts | None:
-    """Blocks of each stage where a source cut its model in a way of its own; ``None`` for the target's default.
-
-    Vocabulary parallelism (arXiv 2411.05288, sections 3 and 6) moves decoder layers away from the stage of the head
-    ("redistribution"), or splits embedding and head over all stages. Zero-bubble pipelines (arXiv 2401.10241, section
-    5.1) leave a layer out of the first and of the last stage, for embedding and head; so does Megatron-Core where it
-    counts both as layers. Raises ``Skip`` with fewer layers than chunks.
-    """
-    said, stages = row.text("schedule").lower(), config.num_stages
-    if config.pp == 1 or target.partition is not Partition.EVEN:
-        return None
-    if "redis" in said and config.vpp == 1:
-        return _counts(model, config, redistributed(model, config.pp, seq_len), ends=True)
-    if ("vocab" in said or "interlaced" in said) and model.num_layers % stages == 0:
-        return _counts(model, config, [model.num_layers // stages] * stages, ends=False)
-    if model.num_layers < stages:
-        per_stage, left = divmod(model.num_layers + 2, stages)
-        if left or not per_stage:
-            raise Skip(f"{model.num_layers} layers cannot fill pp*vpp={stages} stages")
-        return _counts(model, config, [per_stage - (stage in (0, stages - 1)) for stage in range(stages)], ends=True)
-    return None
-
-
-def redistributed(model: ModelSpec, pp: int, seq_len: int) -> list[int]:
-    """Decoder layers of each stage where the head counts as some: the last has what is left of an even share.
-
-    The head is ``h`` layers by FLOPs (a token's attention over all ``seq_len`` others among a layer's); the last
-    stage takes ``(layers + h) / pp - h`` layers, rounded up, at least none: so the settings that the authors publish
-    (sail-sg/VocabularyParallelism, ``artifact/exp_one_host.csv``, layers_last). The others share the rest, those
-    before the last having one more (``transformer_block.py: get_num_layers_to_build`` there).
-    """
-    attention = model.attention.num_heads * (model.attention.head_dim + model.attention.value_head_dim) * seq_len
-    layer = attention + sum(_weights(layer, model) for layer in model.decoder_blocks[0].layers)
-    head = _weights(model.head, model) / layer
-    last = max(math.ceil((model.num_layers + head) / pp - head), 0)
-    base, left = divmod(model.num_layers - last, pp - 1)
-    return [base + (stage >= pp - 1 - left) for stage in range(pp - 1)] + [last]
-
-
-def _weights(layer: LayerSpec, model: ModelSpec) -> int:
-    if isinstance(layer, HeadLayer):
-        return layer.hidden * layer.vocab_size
-    if isinstance(layer, MlpLayer):
-        return (2 + layer.gated) * layer.hidden * layer.ffn_size
-    return sum(rows * columns for rows, columns in model.attention.matmuls) if layer is model.attention else 0
-
-
-def _counts(model: ModelSpec, config: ParallelConfig, layers: list[int], *, ends: bool) -> Counts:
-    """Chunk ``s // pp`` of rank ``s % pp`` holds ``layers[s]`` decoder blocks; all of them alike."""
-    kinds = len(block_kinds(model))
-    stages = config.num_stages
-    table = [[[0.0] * kinds for _ in range(config.vpp)] for _ in range(config.pp)]
-    for stage, number in enumerate(layers):
-        blocks = table[stage % config.pp][stage // config.pp]
-        blocks[1] = float(number)
-        blocks[0] = float(stage == 0) if ends else 1.0 / stages
-        blocks[-1] = float(stage == stages - 1) if ends else 1.0 / stages
-    return tuple(tuple(tuple(blocks) for blocks in rank) for rank in table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright import InputError
-from meshwright.profiler.layers import MlpLayer, NormKind, NormLayer
+from meshwright.profiler.layers import HeadLayer, MlpLayer, NormKind, NormLayer
 from meshwright.profiler.model import Block, ModelSpec
 
 
@@ -33,3 +33,8 @@ def with_prediction(model: ModelSpec, depth: int = 1) -> ModelSpec:
     said = f"trained with {depth} multi-token prediction layer(s), the last of its {model.num_layers + depth} blocks"
     notes = tuple(note for note in model.notes if "multi-token" not in note)
     return replace(model, blocks=(*model.blocks[:-1], block, head), notes=(*notes, said))
+
+
+def predicted_tokens(model: ModelSpec) -> int:
+    """How many tokens more than the next one a model predicts in training: runs of its head but the first."""
+    return sum(isinstance(layer, HeadLayer) for layer in model.layers()) - 1

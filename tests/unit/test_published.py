@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from meshwright import InputError
 from meshwright.cost_models.published import grouped, predict, read_published, run_of
-from meshwright.cost_models.published_config import redistributed
 from meshwright.cost_models.published_hardware import cluster_named, cluster_of, target_of
 from meshwright.cost_models.published_measured import hardware_flops
 from meshwright.cost_models.published_rows import REQUIRED, Malformed, Row, Skip, read_rows
+from meshwright.cost_models.published_stages import redistributed
 from meshwright.cost_models.step import estimate_batch
 from meshwright.cost_models.strategy import ConfigBatch, Recompute, Schedule
 from meshwright.cost_models.targets import framework_named

@@ -9,6 +9,7 @@ from meshwright.cost_models.published import run_of
 from meshwright.cost_models.published_known import preset_named
 from meshwright.cost_models.published_model import model_of
 from meshwright.cost_models.published_rows import Row
+from meshwright.cost_models.published_stages import uneven
 from meshwright.profiler.layers import AttentionKind, AttentionLayer, MlpLayer, MoeLayer
 from meshwright.profiler.model import load_model
 
@@ -107,3 +108,26 @@ def test_a_finer_mixtral_is_mixtral_with_other_experts() -> None:
     model, notes = model_of(row(model="Mixtral-8x22B-G8T8", experts="64", topk="8", moe_ffn="2048", **sizes))
     assert model.params == load_model("mixtral-8x22b").params + 56 * 56 * 6144  # a wider router
     assert "experts 64 as published, 8 in the config of mixtral-8x22b" in notes
+
+
+@pytest.mark.parametrize(
+    ("target", "stages", "layers"),
+    [
+        ("megatron-bridge", 16, [4] * 15 + [1]),
+        ("megatron-bridge-25.11", 8, [8] * 7 + [5]),
+        ("megatron-bridge", 32, [1] + [2] * 30 + [0]),
+        ("nemo", 16, [3] + [4] * 14 + [2]),
+        ("nemo", 4, [15, 16, 16, 14]),
+    ],
+)
+def test_stages_of_61_layers_in_nvidias_recipes(target: str, stages: int, layers: list[int]) -> None:
+    assert uneven(61, stages, target) == layers
+
+
+def test_the_layer_that_predicts_stands_on_the_last_stage() -> None:
+    """Kinds: embedding, three dense layers, 58 of experts, the one that predicts, head; 16 stages on 4 ranks."""
+    run = run_of(row(framework="Megatron-Core / Megatron-Bridge (NeMo)", notes=""))
+    assert run.counts is not None
+    assert run.counts[0] == ((1.0, 3.0, 1.0, 0.0, 0.0), *[(0.0, 0.0, 4.0, 0.0, 0.0)] * 3)
+    assert run.counts[3][3] == (0.0, 0.0, 1.0, 1.0, 1.0)
+    assert sum(sum(chunk) for rank in run.counts for chunk in rank) == 64
