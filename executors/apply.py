@@ -1,7 +1,7 @@
 """``parallelize(model, plan)``: the order in which a plan is applied, written once; and the model that comes out.
 
-The order matters: the mesh first; then each stage is cut out; its matrices are split over tp, so that recompute and
-ZeRO see the pieces; its attentions are led over cp, within what recompute runs again; recompute wraps a block's
+The order matters: the mesh first; then each stage is cut out; its matrices are split over tp and its experts over ep
+and etp, so that recompute and ZeRO see the pieces; its attentions are led over cp, within what recompute runs again; recompute wraps a block's
 forward, inside everything that hooks onto the block; ZeRO shards what is left over dp; and the pipeline's runtime runs
 the result.
 """
@@ -23,12 +23,20 @@ from meshwright.executors.checks import check_cluster, check_environment, check_
 from meshwright.executors.clip import global_grad_norm, scale_grads
 from meshwright.executors.context_parallel import ContextParallel
 from meshwright.executors.data_parallel import DataParallel, local, torch_dtype
+from meshwright.executors.expert_parallel import ExpertStatistics, split_experts
 from meshwright.executors.loss import IGNORED, LossFunction, loss_on_shards
 from meshwright.executors.mesh import Mesh, build_mesh
 from meshwright.executors.pipeline import Chunk, Pipeline
 from meshwright.executors.recompute import apply_recompute
 from meshwright.executors.stage import StageModule, cut_stage, whole_stage
-from meshwright.executors.state import gather_stages, load_parts, load_whole, whole_gradients, whole_weights
+from meshwright.executors.state import (
+    gather_stages,
+    gather_statistics,
+    load_parts,
+    load_whole,
+    whole_gradients,
+    whole_weights,
+)
 from meshwright.executors.tensor_parallel import (
     TensorParallelRules,
     apply_tensor_parallel,
@@ -39,6 +47,7 @@ from meshwright.executors.weight_gradients import WeightGradients
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy, find_anatomy
 from meshwright.profiler.cluster import ClusterProfile
+from meshwright.profiler.skeleton import find_experts
 
 
 def parallelize(
@@ -70,7 +79,7 @@ def parallelize(
     rules = find_tensor_parallel_rules(model) if plan.config.tp > 1 else None
     loss = loss_on_shards(loss_fn, group=tp_group, vocab_size=plan.model.vocab_size)
     stages = _own_stages(model, anatomy, plan, mesh, loss)
-    context = ContextParallel(mesh) if plan.config.cp > 1 else None
+    context = ContextParallel(mesh.context) if mesh.context is not None else None
     chunks = [_split_stage(index, module, plan, mesh, rules, context) for index, module in stages]
     return ParallelModel(plan, mesh, anatomy, chunks, context, check_count=loss_fn is not None)
 
@@ -93,6 +102,15 @@ def _split_stage(
     if rules:
         tp_mesh = mesh.axis("tp")
         split = apply_tensor_parallel(module.model, rules, tp_mesh, sequence_parallel=config.sequence_parallel)
+    experts = None
+    if find_experts(module.model):
+        experts = split_experts(
+            module.model,
+            mesh,
+            sequence_parallel=config.sequence_parallel,
+            num_chunks=config.ep_chunks,
+            num_microbatches=sum(plan.micro_batches_per_data_rank),
+        )
     put_off = None
     if config.schedule in SPLIT_BACKWARD:
         put_off = WeightGradients(
@@ -102,8 +120,9 @@ def _split_stage(
         apply_context_parallel(module.model, module.blocks, context)
     for layer, block in module.blocks.items():
         apply_recompute(block, stage.recompute[layer - stage.first_layer])
-    sharded = DataParallel(module, list(module.blocks.values()), mesh, config.zero_stage, recipe)
-    return Chunk(index, module, split, sharded, put_off)
+    routed = list(experts.modules.values()) if experts else []
+    sharded = DataParallel(module, list(module.blocks.values()), mesh, config.zero_stage, recipe, experts=routed)
+    return Chunk(index, module, split, sharded, put_off, experts)
 
 
 def _own_stages(
@@ -177,6 +196,8 @@ class ParallelModel:
         dist.all_reduce(count, group=self._mesh.shard.get_group())
         for chunk in self._chunks:
             chunk.module.begin_step(count.clamp(min=1), positions)
+            if chunk.experts:
+                chunk.experts.begin_step()
         if self._mesh.size("pp") > 1:
             self._pipeline(tokens.shape[1]).run(tokens, targets)
         else:
@@ -322,9 +343,8 @@ class ParallelModel:
 
         The norm is that of the whole model: replicas and the second copy of a tied weight count once.
         """
-        replicas = 1 if self.plan.config.zero_stage else self._mesh.shard.size()
         counted = [
-            (weight, replicas * chunk.tensor_parallel.copies(name))
+            (weight, self._copies(chunk, name))
             for chunk in self._chunks
             for name, weight in chunk.module.model.named_parameters()
             if chunk.index == 0 or not any(weight is copy for copy in self._tied)
@@ -332,6 +352,27 @@ class ParallelModel:
         norm = global_grad_norm(counted, self._mesh.device)
         scale_grads(self.parameters(), max_norm, norm)
         return norm
+
+    def _copies(self, chunk: Chunk, name: str) -> int:
+        """How many ranks of a stage hold each element of a parameter."""
+        is_expert = chunk.experts is not None and name in chunk.experts.names
+        owner = chunk.experts if is_expert else chunk.tensor_parallel
+        assert owner is not None
+        replicas = self._mesh.size("edp") if is_expert else self._mesh.shard.size()
+        return owner.copies(name) * (1 if self.plan.config.zero_stage else replicas)
+
+    def expert_statistics(self) -> ExpertStatistics | None:
+        """What the routers of the whole model did in the last step, on every rank; None for a model without experts.
+
+        Tokens that chose each expert, choices dropped for want of room, and the auxiliary loss, which ``step`` trains
+        on but does not return. It is worked out for each layer over one micro-batch and averaged over micro-batches and
+        data ranks; Hugging Face's own formula mixes the layers of a model, and is kept only where pp, dp and the
+        number of micro-batches are 1.
+        """
+        own = [chunk.experts.statistics() for chunk in self._chunks if chunk.experts]
+        if self.plan.model.moe is None:
+            return None
+        return gather_statistics(own, self._mesh)
 
 
 def _tied_across_stages(plan: Plan, anatomy: Anatomy, chunks: list[Chunk]) -> list[nn.Parameter]:

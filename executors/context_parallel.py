@@ -41,9 +41,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright import InputError
-from meshwright.executors.mesh import Mesh
+from meshwright.executors.mesh import CONTEXT_AXES
 from meshwright.executors.ring_attention import Attention, ring_attention
 from meshwright.executors.ulysses import exchange_heads, exchange_sequence
 
@@ -69,13 +70,14 @@ def own_positions(sequence: int, *, ring: int, ulysses: int, ring_index: int, ul
 
 
 class ContextParallel:
-    """The cp ranks of one rank, as attention and the cutting of batches use them."""
+    """The cp ranks of one rank, as attention and the cutting of batches use them: ``mesh`` ``[cp_ring, cp_ulysses]``."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.ring, self.ulysses = mesh.size("cp_ring"), mesh.size("cp_ulysses")
-        self._indices = mesh.index("cp_ring"), mesh.index("cp_ulysses")
-        self._ring = mesh.axis("cp_ring").get_group() if self.ring > 1 else None
-        self._ulysses = mesh.axis("cp_ulysses").get_group() if self.ulysses > 1 else None
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.ring, self.ulysses = (mesh[name].size() for name in CONTEXT_AXES)
+        self._indices = [mesh.get_local_rank(name) for name in CONTEXT_AXES]
+        self._ring, self._ulysses = (
+            mesh[name].get_group() if mesh[name].size() > 1 else None for name in CONTEXT_AXES
+        )
         self.num_calls = 0  # attentions computed so far
 
     def positions(self, sequence: int, device: torch.device) -> Tensor:
