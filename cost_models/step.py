@@ -7,8 +7,8 @@ same blocks and reported for the rank with the largest total.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from meshwright.cost_models.strategy import (
     SCHEDULES,
     V_SHAPED,
     ConfigBatch,
+    IntArray,
     ParallelConfig,
     legal,
 )
@@ -91,36 +92,81 @@ def estimate_batch(
     Constants that ``meshwright calibrate`` put into the cluster stand in for its own and the target's.
     Raises ``InputError`` when the device has no rate for an operator of the model in the compute dtype.
     """
+    seconds = batch_seconds(model, workload, cluster, framework, batch, placement, counts, tells_waits=tells_waits)
+    return BatchEstimate(**seconds, **batch_bytes(model, workload, cluster, framework, batch, counts))
+
+
+def batch_seconds(
+    model: ModelSpec,
+    workload: Workload,
+    cluster: ClusterProfile,
+    framework: Framework,
+    batch: ConfigBatch,
+    placement: Placement = Placement(),  # noqa: B008  (a frozen record)
+    counts: FloatArray | None = None,
+    *,
+    tells_waits: bool = True,
+) -> dict[str, FloatArray]:
+    """The seconds of ``estimate_batch`` alone, by the fields of ``CostBreakdown``."""
     cluster, framework = as_calibrated(cluster, framework)
-    kinds = block_kinds(model)
-    parts = block_parts(kinds, model, workload, cluster, framework, batch, placement)
-    held = [block_bytes(block, workload, framework, batch) for block in kinds.kinds]
-    columns = {name: np.zeros(len(batch)) for name in (*SECONDS, *BYTES)}
-    pipelines = np.stack([batch.pp, batch.vpp, batch.schedule])
-    for pp, vpp, schedule in np.unique(pipelines, axis=1).T:
-        rows = np.flatnonzero((batch.pp == pp) & (batch.vpp == vpp) & (batch.schedule == schedule))
-        blocks = stage_counts(kinds, int(pp), int(vpp), framework.partition) if counts is None else counts
-        if SCHEDULES[schedule] in V_SHAPED:  # stages of the second chunk run from the last rank to the first
-            blocks = np.array([blocks[:, 0], blocks[::-1, 1]], dtype=np.float64).swapaxes(0, 1)
-        stages = Stages(
-            batch=batch.take(rows),
-            counts=blocks,
-            schedule=SCHEDULES[schedule],
-            model=model,
-            workload=workload,
-            cluster=cluster,
-            placement=placement,
-            framework=framework,
-        )
+    parts = block_parts(block_kinds(model), model, workload, cluster, framework, batch, placement)
+    columns = {name: np.zeros(len(batch)) for name in SECONDS}
+    for rows, stages in _pipelines(model, workload, cluster, framework, batch, placement, counts):
         taken = [
             BlockParts(**{field.name: getattr(part, field.name)[rows] for field in fields(part)}) for part in parts
         ]
-        found = cost(stages, taken, tells_waits=tells_waits) | _memory([block.take(rows) for block in held], stages)
-        for name, column in found.items():
+        for name, column in cost(stages, taken, tells_waits=tells_waits).items():
             columns[name][rows] = column
-    arrays: dict[str, Any] = {name: columns[name] for name in SECONDS}
-    arrays |= {name: np.rint(columns[name]).astype(np.int64) for name in BYTES}
-    return BatchEstimate(**arrays)
+    return columns
+
+
+def batch_bytes(
+    model: ModelSpec,
+    workload: Workload,
+    cluster: ClusterProfile,
+    framework: Framework,
+    batch: ConfigBatch,
+    counts: FloatArray | None = None,
+) -> dict[str, IntArray]:
+    """The bytes of ``estimate_batch`` alone, by the fields of ``MemoryBreakdown``."""
+    cluster, framework = as_calibrated(cluster, framework)
+    held = [block_bytes(block, workload, framework, batch) for block in block_kinds(model).kinds]
+    columns = {name: np.zeros(len(batch)) for name in BYTES}
+    for rows, stages in _pipelines(model, workload, cluster, framework, batch, Placement(), counts):
+        for name, column in _memory([block.take(rows) for block in held], stages).items():
+            columns[name][rows] = column
+    return {name: np.rint(columns[name]).astype(np.int64) for name in BYTES}
+
+
+def _pipelines(
+    model: ModelSpec,
+    workload: Workload,
+    cluster: ClusterProfile,
+    framework: Framework,
+    batch: ConfigBatch,
+    placement: Placement,
+    counts: FloatArray | None,
+) -> Iterator[tuple[IntArray, Stages]]:
+    """The configs of each pipeline shape and schedule: their positions, and their stages."""
+    kinds, shape = block_kinds(model), batch.distinct("pp", "vpp", "schedule")
+    for number, (pp, vpp, schedule) in enumerate(zip(shape[0].pp, shape[0].vpp, shape[0].schedule, strict=True)):
+        rows = np.flatnonzero(shape[1] == number)
+        blocks = stage_counts(kinds, int(pp), int(vpp), framework.partition) if counts is None else counts
+        if SCHEDULES[schedule] in V_SHAPED:  # stages of the second chunk run from the last rank to the first
+            blocks = np.array([blocks[:, 0], blocks[::-1, 1]], dtype=np.float64).swapaxes(0, 1)
+        yield (
+            rows,
+            Stages(
+                batch=batch.take(rows),
+                counts=blocks,
+                schedule=SCHEDULES[schedule],
+                model=model,
+                workload=workload,
+                cluster=cluster,
+                placement=placement,
+                framework=framework,
+            ),
+        )
 
 
 def _memory(blocks: list[BlockBytes], stages: Stages) -> dict[str, FloatArray]:
