@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models.attention import add_attention
-from meshwright.cost_models.framework import Framework, forward_calls
+from meshwright.cost_models.feed_forward import add_experts, add_mlp
+from meshwright.cost_models.framework import Framework
+from meshwright.cost_models.framework import forward_calls as times_forward
 from meshwright.cost_models.operators import Operators, vocab_multiple
 from meshwright.cost_models.strategy import ConfigBatch, Recompute
 from meshwright.cost_models.weights import vocab_rows
@@ -37,7 +39,7 @@ from meshwright.profiler.layers import (
 from meshwright.profiler.model import Block, BlockKind
 
 FloatArray = NDArray[np.float64]
-FIELDS = ("tp", "cp", "micro_batch_size", "sequence_parallel", "vocab_parallel", "recompute")
+FIELDS = ("tp", "cp", "micro_batch_size", "sequence_parallel", "vocab_parallel", "recompute", "ep", "etp", "ep_chunks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ class BlockSeconds:
     """Seconds of one block on one micro-batch of one rank, each of shape ``[num_configs]``.
 
     Backward is apart by what it is for, the gradient of inputs or of weights. ``*_host`` is what the host spends on
-    launching the kernels: see ``host_wait`` for what of it a step waits for.
+    launching the kernels: see ``host_wait`` for what of it a step waits for. ``experts_*`` are the parts of forward and
+    backward that exchanges of other chunks may run beside.
     """
 
     forward: FloatArray
@@ -55,6 +58,8 @@ class BlockSeconds:
     forward_host: FloatArray
     backward_host: FloatArray
     recompute_host: FloatArray
+    experts_forward: FloatArray
+    experts_backward: FloatArray
 
 
 def block_seconds(
@@ -84,9 +89,9 @@ def _add(ops: Operators, layer: LayerSpec) -> None:
     elif isinstance(layer, AttentionLayer):
         add_attention(ops, layer)
     elif isinstance(layer, MlpLayer):
-        _mlp(ops, layer.hidden, layer.ffn_size, layer.gated, bias=layer.bias, activation=layer.activation)
+        add_mlp(ops, layer.hidden, layer.ffn_size, layer.gated, bias=layer.bias, activation=layer.activation)
     elif isinstance(layer, MoeLayer):
-        _moe(ops, layer)
+        add_experts(ops, layer)
     elif isinstance(layer, EmbeddingLayer):
         ops.pointwise(ops.framework.pointwise.embedding, ops.tokens * layer.hidden)
         rows = vocab_rows(layer.vocab_size, ops.batch, vocab_multiple(ops.framework, ops.batch))
@@ -99,35 +104,6 @@ def _add(ops: Operators, layer: LayerSpec) -> None:
         ops.pointwise(table.sharded_loss, np.where(split, ops.tokens * logits, 0.0))
 
 
-def _mlp(ops: Operators, hidden: int, ffn_size: int, gated: bool, *, bias: bool = False, activation: str = "") -> None:
-    width = ffn_size / ops.tp
-    if gated and ops.framework.fused_projections:
-        ops.matmul(ops.tokens, 2.0 * width, hidden, bias=bias, cut="columns")
-    else:
-        for place in range(2 if gated else 1):
-            ops.matmul(ops.tokens, width, hidden, bias=bias, also=place, cut="columns")
-        ops.branch(1 if gated else 0)
-    table = ops.framework.pointwise
-    simple = table.squared_relu if activation == "relu2" and table.squared_relu else table.activation
-    ops.pointwise(table.gated_activation if gated else simple, ops.tokens * width)
-    ops.matmul(ops.tokens, hidden, width, bias=bias, cut="rows")
-
-
-def _moe(ops: Operators, layer: MoeLayer) -> None:
-    """Router, shared experts and all routed experts as grouped matmuls over evenly spread tokens."""
-    table, rows = ops.framework.pointwise, ops.tokens * layer.top_k
-    ops.matmul(ops.tokens, float(layer.num_experts), layer.hidden)
-    ops.pointwise(table.routing, rows * layer.hidden)
-    ways_in = 2 if layer.gated else 1
-    for _ in range(ways_in):
-        ops.grouped(layer, rows, layer.expert_ffn_size, layer.hidden)
-    activation = table.gated_activation if layer.gated else table.activation
-    ops.pointwise(activation, rows * layer.expert_ffn_size)
-    ops.grouped(layer, rows, layer.hidden, layer.expert_ffn_size)
-    if layer.shared_ffn_size:
-        _mlp(ops, layer.hidden, layer.shared_ffn_size, layer.gated)
-
-
 def _total(ops: Operators, inverse: NDArray[np.int64], *, recomputes: bool) -> BlockSeconds:
     """The sums, spread to every config; only decoder blocks are recomputed.
 
@@ -135,7 +111,7 @@ def _total(ops: Operators, inverse: NDArray[np.int64], *, recomputes: bool) -> B
     projection and the residual addition behind it are not repeated (torch/utils/checkpoint.py, early stop;
     ``executors/recompute.py``).
     """
-    times = (recomputes * (forward_calls(ops.batch) - 1)).astype(np.float64)
+    times = (recomputes * (times_forward(ops.batch) - 1)).astype(np.float64)
     full = ops.batch.is_recompute(Recompute.FULL)
     choice, early = ops.framework.selective, ops.framework.recompute_stops_early
     again = ops.forward - early * (ops.last + ops.last_rest)
@@ -146,13 +122,18 @@ def _total(ops: Operators, inverse: NDArray[np.int64], *, recomputes: bool) -> B
     recompute = times * np.where(full, again, part)
     recompute_calls = times * np.where(full, ops.forward_calls, part_calls)
     launch_s = ops.device.launch_s * ops.framework.host.launch_factor
+    replayed = ops.framework.experts.dense_in_graph & (ops.routed_forward_calls > 0)
+    forward_calls = np.where(replayed, ops.routed_forward_calls, ops.forward_calls)
+    backward_calls = np.where(replayed, ops.routed_backward_calls, ops.backward_calls)
     arrays = (
         ops.forward,
         ops.by_input,
         ops.by_weight,
         recompute,
-        ops.forward_calls * launch_s,
-        ops.backward_calls * launch_s,
+        forward_calls * launch_s,
+        backward_calls * launch_s,
         recompute_calls * launch_s,
+        ops.experts_forward,
+        ops.experts_backward,
     )
     return BlockSeconds(*(np.broadcast_to(array, (len(ops.batch),))[inverse] for array in arrays))

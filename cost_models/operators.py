@@ -14,7 +14,6 @@ from meshwright.cost_models.strategy import ConfigBatch, IntArray
 from meshwright.cost_models.workload import DType, Workload
 from meshwright.profiler.cluster import Device
 from meshwright.profiler.efficiency import WIDE_HEAD
-from meshwright.profiler.layers import MoeLayer
 
 FloatArray = NDArray[np.float64]
 HOPPER = ("H100", "H200", "H800")  # kinds of devices
@@ -47,6 +46,8 @@ class Operators:
         self.projections, self.core, self.rest = zero.copy(), zero.copy(), zero.copy()  # what forward is made of
         self.forward_calls, self.backward_calls = zero.copy(), zero.copy()
         self.core_calls, self.rest_calls = zero.copy(), zero.copy()
+        self.experts_forward, self.experts_backward = zero.copy(), zero.copy()  # beside which rows are exchanged
+        self.routed_forward_calls, self.routed_backward_calls = zero.copy(), zero.copy()
         self.hidden = 0
         self.last: FloatArray = zero  # the last projection so far
         self.last_rest: FloatArray = zero  # the last memory-bound operator so far
@@ -56,37 +57,63 @@ class Operators:
         """Numbers in the residual stream on one rank (cut by tp with sequence parallelism)."""
         return np.asarray(self.stream_tokens * self.hidden)
 
-    def matmul(self, m: Any, n: Any, k: Any, *, bias: bool = False, also: int = 0, cut: str = "") -> None:
+    def matmul(
+        self, m: Any, n: Any, k: Any, *, bias: bool = False, also: int = 0, cut: str = "", whole: bool = False
+    ) -> None:
         """One projection, forward and both gradients; its bias is added in the same kernel, and summed apart.
+
+        A ``whole`` one stays in the compute dtype.
 
         In fewer bits, its input and the gradient of its output are cast first: the input of ``also`` more projections
         before it was, and what sequence parallelism gathers in these bits (the input of one ``cut`` by "columns", the
         gradient of one cut by "rows") is cast on its shards.
         """
         slower = unaligned(n, k) if self.size == 2.0 and self.device.num_multiprocessors else 1.0  # on tensor cores
-        self.last = slower * self._matmul(m, n, k)
+        self.last = slower * self._matmul(m, n, k, whole=whole)
         self.forward, self.projections = self.forward + self.last, self.projections + self.last
-        self.by_input = self.by_input + slower * self._matmul(m, k, n)
-        self.by_weight = self.by_weight + slower * self._matmul(k, n, m)
+        self.by_input = self.by_input + slower * self._matmul(m, k, n, whole=whole)
+        self.by_weight = self.by_weight + slower * self._matmul(k, n, m, whole=whole)
         self.launch(1, 2)
-        if self.narrow is not None:
+        if self.narrow is not None and not whole:
             table, shards = self.framework.pointwise.quantize, self._gathered_shards()
             self.pointwise(table.forward_only, 0.0 if also else m * k / (shards if cut == "columns" else 1.0))
             self.pointwise(table.backward_only, m * n / (shards if cut == "rows" else 1.0))
         if bias:
             self.pointwise(self.framework.pointwise.bias, m * n)
 
-    def grouped(self, layer: MoeLayer, rows: Any, n: float, k: float) -> None:
-        """One projection of all experts, ``rows`` tokens spread evenly over them, forward and both gradients."""
-        busy = np.minimum(rows, layer.num_experts)  # experts that have any token
-        m = rows / busy
-        num_bytes = self.size * (rows * (n + k) + busy * n * k)
-        flops = 2.0 * rows * n * k
-        self.last = self.roofline("grouped_matmul", flops, num_bytes, m, n, k)
+    def grouped(self, rows: Any, experts: Any, n: Any, k: Any, chunks: Any) -> None:
+        """One projection of a rank's ``experts``, ``rows`` spread evenly over them, forward and both gradients.
+
+        In so many ``chunks``, each a grouped matmul of its own. A target may launch a kernel for each expert, and cast
+        the operands of each apart.
+        """
+        rows = rows / chunks
+        busy = np.minimum(rows, experts)  # experts that have any token
+        sizes = (rows / busy, n, k)
+        self.last = chunks * self._grouped(rows, busy, *sizes, (0, 1, 2))
         self.forward, self.projections = self.forward + self.last, self.projections + self.last
-        self.by_input = self.by_input + self.roofline("grouped_matmul", flops, num_bytes, m, k, n)
-        self.by_weight = self.by_weight + self.roofline("grouped_matmul", flops, num_bytes, k, n, m)
-        self.launch(1, 2)
+        self.by_input = self.by_input + chunks * self._grouped(rows, busy, *sizes, (0, 2, 1))
+        self.by_weight = self.by_weight + chunks * self._grouped(rows, busy, *sizes, (2, 1, 0))
+        traits = self.framework.experts
+        one = np.maximum(chunks * experts * traits.calls_each_expert, chunks)
+        if self.narrow is not None:
+            one = one + chunks * experts * traits.casts_each_expert
+            self.pointwise(self.framework.pointwise.quantize.forward_only, chunks * rows * k)
+            self.pointwise(self.framework.pointwise.quantize.backward_only, chunks * rows * n)
+        self.launch(one, 2.0 * one)
+
+    def marks(self) -> tuple[FloatArray, ...]:
+        """What has been added up so far, for ``only_experts``."""
+        return self.forward, self.by_input + self.by_weight, self.forward_calls, self.backward_calls
+
+    def only_experts(self, before: tuple[FloatArray, ...], *, beside_exchange: bool = False) -> None:
+        """What was added since ``before`` is the routed experts' alone; ``beside_exchange`` of other chunks or not."""
+        forward, backward, calls, backward_calls = (now - then for now, then in zip(self.marks(), before, strict=True))
+        if beside_exchange:
+            self.experts_forward = self.experts_forward + forward
+            self.experts_backward = self.experts_backward + backward
+        self.routed_forward_calls = self.routed_forward_calls + calls
+        self.routed_backward_calls = self.routed_backward_calls + backward_calls
 
     def pointwise(self, cost: PointwiseCost, elements: Any) -> None:
         """A memory-bound operator over ``elements`` numbers."""
@@ -109,7 +136,7 @@ class Operators:
         for _ in range(times):
             self.pointwise(self.framework.pointwise.branch, self.tokens * self.hidden)
 
-    def launch(self, forward: float, backward: float) -> None:
+    def launch(self, forward: Any, backward: Any) -> None:
         """Count kernels launched."""
         if launches_ahead(self.device):  # elsewhere the curve's overhead_s holds the call
             self.forward_calls = self.forward_calls + forward
@@ -130,16 +157,29 @@ class Operators:
         chosen = (dtype or self.dtype).value
         return operator_seconds(self.device, op, chosen, flops, num_bytes, m, n, k, head_dim)
 
-    def _matmul(self, m: Any, n: Any, k: Any) -> FloatArray:
-        dtype = self.narrow or self.dtype
+    def _matmul(self, m: Any, n: Any, k: Any, *, whole: bool = False) -> FloatArray:
+        dtype = self.dtype if whole else self.narrow or self.dtype
         num_bytes = dtype.num_bytes * (m * k + k * n) + self.size * m * n
-        recipe, slower = self.workload.recipe, 1.0
-        if self.narrow and (recipe.row_scaled or recipe.block_scaled):
-            slower = self.framework.row_scaled_factor if recipe.row_scaled else self.framework.block_scaled_factor
-        slower *= self.framework.matmul_factor
+        return self._slower(narrow=dtype is self.narrow) * self.roofline(
+            "matmul", 2.0 * m * n * k, num_bytes, m, n, k, dtype
+        )
+
+    def _grouped(self, rows: Any, busy: Any, m: Any, n: Any, k: Any, order: tuple[int, int, int]) -> FloatArray:
+        """Seconds of a grouped matmul of sizes ``(m, n, k)`` each, taken in ``order`` for one of its gradients."""
+        dtype, sizes = self.narrow or self.dtype, (m, n, k)
+        num_bytes = dtype.num_bytes * (rows * k + busy * n * k) + self.size * rows * n
+        shape = (sizes[order[0]], sizes[order[1]], sizes[order[2]])
+        seconds = self.roofline("grouped_matmul", 2.0 * rows * n * k, num_bytes, *shape, dtype)
+        return self._slower(narrow=self.narrow is not None) * seconds
+
+    def _slower(self, *, narrow: bool) -> float:
+        """Seconds of the target's matmuls over the device's curves."""
+        recipe, slower = self.workload.recipe, self.framework.matmul_factor
+        if narrow and (recipe.row_scaled or recipe.block_scaled):
+            slower *= self.framework.row_scaled_factor if recipe.row_scaled else self.framework.block_scaled_factor
         if self.device.kind.startswith(HOPPER):
             slower *= self.framework.hopper_factor
-        return slower * self.roofline("matmul", 2.0 * m * n * k, num_bytes, m, n, k, dtype)
+        return slower
 
     def _gathered_shards(self) -> FloatArray:
         """Shards on which a target casts what is gathered in float8; 1 where it gathers first."""

@@ -7,17 +7,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.blocks import BlockKinds, num_tensors, rank_params
+from meshwright.cost_models import expert_exchange
+from meshwright.cost_models.blocks import BlockKinds, num_tensors, rank_params, routed_params
 from meshwright.cost_models.collectives import Groups, groups_of, seconds
-from meshwright.cost_models.compute import block_seconds
+from meshwright.cost_models.compute import BlockSeconds, block_seconds
+from meshwright.cost_models.expert_traffic import moe_layer
 from meshwright.cost_models.framework import Framework, num_microbatches, reduce_overlap
 from meshwright.cost_models.host import host_wait, launches_ahead, slowest
+from meshwright.cost_models.issued import PER_MICROBATCH, Collective
 from meshwright.cost_models.placement import Placement
+from meshwright.cost_models.residency import expert_shards
 from meshwright.cost_models.strategy import ConfigBatch
-from meshwright.cost_models.traffic import PER_MICROBATCH, Collective, block_traffic
+from meshwright.cost_models.traffic import block_traffic
 from meshwright.cost_models.workload import Optimizer, Workload
 from meshwright.profiler.cluster import ClusterProfile
-from meshwright.profiler.model import BlockKind, ModelSpec
+from meshwright.profiler.model import Block, BlockKind, ModelSpec
 from meshwright.profiler.units import MIB
 
 FloatArray = NDArray[np.float64]
@@ -25,6 +29,7 @@ FloatArray = NDArray[np.float64]
 # local copies around an all_reduce of data parallelism after the last backward, in passes over the whole tensor: it
 # flattens and copies back
 _COPIES_AT_END = 4.0
+_ALIKE = {"edp": "dp", "etp": "ep"}  # axes of experts that overlap as another does
 _BUCKET_BYTES = 25 * MIB  # torch/nn/parallel/distributed.py: bucket_cap_mb
 
 
@@ -79,6 +84,9 @@ def block_parts(
         "dp": groups_of(batch, cluster, placement, "dp", "cp"),
         "shard": groups_of(_one_shard(batch), cluster, placement, "dp", "cp"),
     }
+    if model.moe is not None:
+        groups |= {axis: groups_of(batch, cluster, placement, axis) for axis in ("ep", "etp", "edp")}
+        groups["eshard"] = groups_of(_one_shard(batch), cluster, placement, "edp")
     return [
         _parts(kinds, index, model, workload, cluster, framework, batch, groups) for index in range(len(kinds.kinds))
     ]
@@ -96,6 +104,8 @@ class _Priced:
 
 def _priced(
     traffic: list[Collective],
+    block: Block,
+    workload: Workload,
     cluster: ClusterProfile,
     groups: dict[str, Groups],
     framework: Framework,
@@ -105,11 +115,11 @@ def _priced(
     for entry in traffic:
         if not entry.calls.any():
             continue
-        key = (entry.axis, entry.phase)
-        factor = framework.dp_factor if entry.axis == "dp" else 1.0
-        once, copies = _price(entry, cluster, groups, framework, batch)
-        if entry.axis == "dp" and entry.phase != "end" and framework.copies_exposed:
-            after = (entry.axis, entry.phase if entry.phase in PER_MICROBATCH else "end")
+        axis = _ALIKE.get(entry.axis, entry.axis)
+        key, factor = (axis, entry.phase), framework.dp_factor if axis == "dp" else 1.0
+        once, copies = _price(entry, block, workload, cluster, groups, framework, batch)
+        if axis == "dp" and entry.phase != "end" and framework.copies_exposed:
+            after = (axis, entry.phase if entry.phase in PER_MICROBATCH else "end")
             found.copied[after] = found.copied.get(after, zero) + cluster.device.memory_factor * copies
         else:
             once = once + copies
@@ -140,9 +150,12 @@ def _parts(
             backward_input=kernels.backward_input * slower,
             backward_weight=kernels.backward_weight * slower,
             recompute=kernels.recompute * slower,
+            experts_forward=kernels.experts_forward * slower,
+            experts_backward=kernels.experts_backward * slower,
         )
     zero = np.zeros(len(batch))
-    priced = _priced(block_traffic(kinds, index, model, workload, batch, framework), cluster, groups, framework, batch)
+    block, traffic = kinds.kinds[index], block_traffic(kinds, index, model, workload, batch, framework)
+    priced = _priced(traffic, block, workload, cluster, groups, framework, batch)
     spent, inside, copied, calls = priced.spent, priced.inside, priced.copied, priced.calls
     on_streams = launches_ahead(device)  # a CPU runs collectives and compute one after the other
     gather, reduce = framework.overlap_dp_gather * on_streams, reduce_overlap(framework, batch) * on_streams
@@ -161,19 +174,20 @@ def _parts(
     tp_backward, hidden_tp_backward = hide(spent.get(("tp", "backward"), zero), more, behind, cluster)
     tp_again, hidden_tp_again = hide(spent.get(("tp", "recompute"), zero), hidden_tp, kernels.recompute, cluster)
     tp_backward, hidden_tp_backward = tp_backward + tp_again, hidden_tp_backward + hidden_tp_again
+    ep_forward, ep_backward, hidden_ep = _exchanged(spent, kernels, cluster, framework, batch)
     each_rank_s = framework.host.checked_collective_s + (batch.pp > 1) * framework.host.pipelined_collective_s
     call_s = framework.host.collective_s + batch.tp * each_rank_s
     back_calls = calls.get("backward", zero) + calls.get("recompute", zero)
     host_forward = host_wait(
         device,
         framework,
-        kernels.forward + tp_forward + dp_forward,
+        kernels.forward + tp_forward + ep_forward + dp_forward,
         kernels.forward_host + calls.get("forward", zero) * call_s,
     )
     host_backward = host_wait(
         device,
         framework,
-        backward + kernels.recompute + tp_backward + dp_backward,
+        backward + kernels.recompute + tp_backward + ep_backward + dp_backward,
         kernels.backward_host + kernels.recompute_host + back_calls * call_s,
     )
     accumulate, accumulate_host = _accumulation(kinds, index, workload, cluster, framework, batch)
@@ -189,11 +203,11 @@ def _parts(
         tp_backward=tp_backward,
         cp_forward=zero,
         cp_backward=zero,
-        ep_forward=zero,
-        ep_backward=zero,
+        ep_forward=ep_forward,
+        ep_backward=ep_backward,
         dp_forward=dp_forward,
         dp_backward=dp_backward,
-        hidden=hidden_forward + hidden_backward + hidden_tp_forward + hidden_tp_backward,
+        hidden=hidden_forward + hidden_backward + hidden_tp_forward + hidden_tp_backward + hidden_ep,
         dp_first=spent.get(("dp", "first_forward"), zero),
         dp_last=spent.get(("dp", "last_backward"), zero),
         dp_first_inside=inside.get(("dp", "first_forward"), zero),
@@ -204,6 +218,35 @@ def _parts(
         optimizer=optimizer,
         optimizer_host=optimizer_host,
     )
+
+
+def _exchanged(
+    spent: dict[tuple[str, str], FloatArray],
+    kernels: BlockSeconds,
+    cluster: ClusterProfile,
+    framework: Framework,
+    batch: ConfigBatch,
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Exposed seconds of the exchange with experts, forward and backward, and what of it is hidden.
+
+    First behind the experts themselves, in chunks; then what is left behind all of another micro-batch's block, where
+    the target runs two side by side.
+    """
+    exposed, hidden = [], np.zeros(len(batch))
+    share, backward = framework.experts.overlap, kernels.backward_input + kernels.backward_weight
+    for phase, experts, all_kernels in (
+        ("forward", kernels.experts_forward, kernels.forward),
+        ("backward", kernels.experts_backward, backward),
+        ("recompute", kernels.experts_forward, kernels.recompute),
+    ):
+        exchange = spent.get(("ep", phase), np.zeros(len(batch)))
+        if launches_ahead(cluster.device):
+            alone = expert_exchange.exposed(exchange, experts, batch.ep_chunks.astype(np.float64))
+            chunked, beside = hide(exchange, 1.0, exchange - alone, cluster)
+            visible, behind = hide(chunked, share, all_kernels, cluster)
+            exchange, hidden = visible, hidden + beside + behind
+        exposed.append(exchange)
+    return exposed[0], exposed[1] + exposed[2], hidden
 
 
 def _checks(kinds: BlockKinds, index: int, workload: Workload, framework: Framework, batch: ConfigBatch) -> FloatArray:
@@ -246,20 +289,28 @@ def _one_shard(batch: ConfigBatch) -> ConfigBatch:
 
 
 def _price(
-    entry: Collective, cluster: ClusterProfile, groups: dict[str, Groups], framework: Framework, batch: ConfigBatch
+    entry: Collective,
+    block: Block,
+    workload: Workload,
+    cluster: ClusterProfile,
+    groups: dict[str, Groups],
+    framework: Framework,
+    batch: ConfigBatch,
 ) -> tuple[FloatArray, FloatArray]:
     """Seconds of the collective and of the local copies around it."""
-    once = seconds(
-        cluster,
-        entry.op,
-        groups["shard" if entry.in_shard else entry.axis],
-        np.where(entry.calls > 0, entry.message_bytes, 0.0),
-    )
+    axis, message = entry.axis, np.where(entry.calls > 0, entry.message_bytes, 0.0)
+    layer = moe_layer(block) if axis in ("ep", "etp") else None
+    if layer is not None:
+        slower = expert_exchange.rows_of(layer, workload, batch).slower
+        one = expert_exchange.exchange_seconds(cluster, entry.op, groups[axis], message, layer, framework.experts)
+        return np.asarray(entry.calls * slower * one), np.zeros(len(batch))
+    shard = {"dp": "shard", "edp": "eshard"}
+    once = seconds(cluster, entry.op, groups[shard[axis] if entry.in_shard else axis], message)
     # what is laid out by sequences is no row of shards
     passes = np.where(batch.sequence_parallel & (batch.micro_batch_size > 1), framework.sequence_copies, 0.0)
-    if entry.axis == "dp":
-        gathers = entry.op in ("all_gather", "broadcast")
-        each = framework.gather_copies if gathers else framework.reduce_copies
+    if axis in ("dp", "edp"):
+        moves = entry.op in ("all_gather", "broadcast")
+        each = framework.gather_copies if moves else framework.reduce_copies
         passes = np.full(len(batch), _COPIES_AT_END if entry.phase == "end" else each)
     copies = passes * entry.message_bytes / cluster.device.memory_bytes_per_s
     return np.asarray(entry.calls * once), np.asarray(entry.calls * copies)
@@ -285,7 +336,7 @@ def _accumulation(
     block, cost = kinds.kinds[index], framework.pointwise.accumulate
     count = num_microbatches(batch, workload)
     adds = (count - 1) / np.maximum(count, 1)
-    held = rank_params(block, batch) / np.where(batch.zero_stage >= 2, batch.dp_shard, 1)
+    held = _own_params(block, batch, batch.zero_stage >= 2)
     num_bytes = held * workload.recipe.grads.num_bytes * cost.backward_passes
     host = 0.0 if launches_ahead(cluster.device) else cluster.device.launch_s * cost.backward_kernels
     return (
@@ -300,7 +351,7 @@ def _optimizer(
     """The update of this rank's own parameters: memory-bound; a CPU calls every kernel for every tensor."""
     block, recipe = kinds.kinds[index], workload.recipe
     cost = framework.pointwise.adamw if workload.optimizer is Optimizer.ADAMW else framework.pointwise.sgd
-    owned = rank_params(block, batch) / np.where(batch.zero_stage > 0, batch.dp_shard, 1)
+    owned = _own_params(block, batch, batch.zero_stage > 0)
     width = recipe.optimizer.num_bytes * cost.forward_passes
     if recipe.master is not None:
         width += recipe.master.num_bytes + recipe.params.num_bytes  # the weights are written out of the master copy
@@ -308,3 +359,10 @@ def _optimizer(
     return owned * width * cluster.device.memory_factor / cluster.device.memory_bytes_per_s, np.full(
         len(batch), host * num_tensors(block)
     )
+
+
+def _own_params(block: Block, batch: ConfigBatch, sharded: NDArray[np.bool_]) -> FloatArray:
+    """Parameters of a block on one rank, its shard of them where they are ``sharded``."""
+    routed = routed_params(block, batch)
+    dense = (rank_params(block, batch) - routed) / np.where(sharded, batch.dp_shard, 1)
+    return np.asarray(dense + routed / np.where(sharded, expert_shards(batch), 1))

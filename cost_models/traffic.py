@@ -11,14 +11,23 @@ reduce-scatter of the same tensor (Korthikanti et al. 2022, arXiv 2205.05198, se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.blocks import BlockKinds, block_kinds, num_tensors, rank_params, stage_counts
+from meshwright.cost_models.blocks import (
+    BlockKinds,
+    block_kinds,
+    num_tensors,
+    rank_params,
+    routed_params,
+    stage_counts,
+)
+from meshwright.cost_models.expert_traffic import expert_traffic
 from meshwright.cost_models.framework import Framework, num_microbatches
+from meshwright.cost_models.issued import PER_MICROBATCH, Collective, Phase
+from meshwright.cost_models.residency import expert_shards
 from meshwright.cost_models.schedules import stage_indices
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
 from meshwright.cost_models.target_torch import MESHWRIGHT
@@ -28,27 +37,7 @@ from meshwright.profiler.layers import AttentionLayer, MlpLayer, MoeLayer, NormL
 from meshwright.profiler.model import Block, BlockKind, ModelSpec
 
 FloatArray = NDArray[np.float64]
-Phase = Literal["forward", "backward", "recompute", "first_forward", "last_backward", "end"]
 COUNT_BYTES, LOSS_BYTES = 8.0, 16.0  # all_reduces of a step: the number of targets over dp, the loss over all ranks
-PER_MICROBATCH: tuple[Phase, ...] = ("forward", "backward", "recompute")
-
-
-@dataclass(frozen=True, slots=True)
-class Collective:
-    """One kind of collective of one block: arrays of shape ``[num_configs]``.
-
-    ``calls`` is for each micro-batch in the phases forward, backward and recompute; once a step in ``first_forward``
-    (before or during the first micro-batch), ``last_backward`` (during the last one's backward) and ``end`` (after it).
-    ``message_bytes`` is the whole tensor, as ``profiler.cluster.CollectiveCurve`` defines it for each operation.
-    ``in_shard`` says that of the data ranks only the ``dp_shard`` that share one copy of the weights take part.
-    """
-
-    axis: Literal["tp", "cp_ring", "cp_ulysses", "ep", "etp", "edp", "dp"]
-    op: str
-    phase: Phase
-    calls: FloatArray
-    message_bytes: FloatArray
-    in_shard: bool = False
 
 
 def block_traffic(
@@ -67,6 +56,7 @@ def block_traffic(
         entries = _head(workload, model, batch)
     else:
         entries = _decoder(block, workload, model, batch, framework)
+        entries += expert_traffic(block, workload, batch, framework)
     return entries + _data_parallel(kinds, index, workload, batch, framework)
 
 
@@ -157,6 +147,9 @@ def _decoder(
 ) -> list[Collective]:
     """A sum (or gather and reduce-scatter) for each cut layer, forward and backward.
 
+    Under sequence parallelism routed experts are exchanged for tokens instead (``expert_traffic``); shared ones are a
+    cut layer.
+
     Full recompute repeats the forward, where the target stops early up to the last tensor that backward needs: all but
     the last sum; selective recompute may repeat the gathers. A target that saves the sharded input of a matmul
     (``regathers_sequence``) gathers it in backward. With ``float8_gathers`` what is gathered is a byte a number.
@@ -164,20 +157,22 @@ def _decoder(
     hidden = _hidden_bytes(model, workload, batch)
     gathered = hidden * _gathered_share(workload, framework)
     cut = float(sum(isinstance(layer, AttentionLayer | MlpLayer | MoeLayer) for layer in block.layers))
+    shards = cut - sum(isinstance(layer, MoeLayer) and not layer.shared_ffn_size for layer in block.layers)
     sp, full = batch.sequence_parallel, batch.is_recompute(Recompute.FULL)
     again = full | (batch.is_recompute(Recompute.SELECTIVE) & framework.selective.gathers)
     entries = []
-    for phase, sums, gathers in (
-        ("forward", cut, cut),
-        ("backward", cut, cut * (1.0 + framework.regathers_sequence)),
-        ("recompute", cut - framework.recompute_stops_early, cut),
+    last = float(framework.recompute_stops_early)
+    for phase, sums, gathers, scatters in (
+        ("forward", cut, shards, shards),
+        ("backward", cut, shards * (1.0 + framework.regathers_sequence), shards),
+        ("recompute", cut - last, shards, shards - last * (shards == cut)),
     ):
         every = np.ones(len(batch), dtype=np.bool_)
         on, gathering = (full, again) if phase == "recompute" else (every, every)
         entries += [
             _tp("all_reduce", phase, np.where(on & ~sp, sums, 0.0), hidden, batch),  # type: ignore[arg-type]
             _tp("all_gather", phase, np.where(gathering & sp, gathers, 0.0), gathered, batch),  # type: ignore[arg-type]
-            _tp("reduce_scatter", phase, np.where(on & sp, sums, 0.0), hidden, batch),  # type: ignore[arg-type]
+            _tp("reduce_scatter", phase, np.where(on & sp, scatters, 0.0), hidden, batch),  # type: ignore[arg-type]
         ]
     return entries
 
@@ -231,19 +226,43 @@ def _data_parallel(
 ) -> list[Collective]:
     """A unit's gathers and reductions, as the table of ``executors/data_parallel.py`` has them.
 
-    Each decoder block is a unit; embedding and head are one (the embedding's here) where they share a stage. Weights
-    are gathered among the ranks that shard them; where these are not all data ranks, gradients are summed over all, at
-    the price of an all_reduce: between nodes a reduce-scatter inside a node and sums of the parts across move as much.
-    A target that ``broadcasts_weights`` has whole tensors on each rank, which sends its own to the others; all ranks
-    get all gradients (InternEvo, ``hybrid_zero_optim.py: broadcast_params``, ``reduce_tensor``).
+    Routed experts that are laid out apart (``blocks.routed_params``) are units of their own, over ``edp``. Each decoder
+    block is a unit; embedding and head are one (the embedding's here) where they share a stage. Weights are gathered
+    among the ranks that shard them; where these are not all data ranks, gradients are summed over all, at the price of
+    an all_reduce: between nodes a reduce-scatter inside a node and sums of the parts across move as much. A target that
+    ``broadcasts_weights`` has whole tensors on each rank, which sends its own to the others; all ranks get all
+    gradients (InternEvo, ``hybrid_zero_optim.py: broadcast_params``, ``reduce_tensor``).
     """
     outer = kinds.kinds[index].kind is not BlockKind.DECODER
-    params = rank_params(kinds.kinds[index], batch)
+    routed = routed_params(kinds.kinds[index], batch)
+    params = rank_params(kinds.kinds[index], batch) - routed
     if index == 0:
         params = params + np.where(batch.num_stages == 1, rank_params(kinds.kinds[-1], batch), 0.0)
     elif outer:
         params = np.where(batch.num_stages == 1, 0.0, params)
-    on = (batch.dp * batch.cp > 1) & (params > 0)
+    ranks, shards = batch.dp * batch.cp, batch.dp_shard
+    entries = _unit("dp", params, ranks, shards, kinds, index, workload, batch, framework, outer=outer)
+    if routed.any():
+        own = expert_shards(batch)
+        entries += _unit("edp", routed, batch.edp, own, kinds, index, workload, batch, framework, outer=outer)
+    return entries
+
+
+def _unit(
+    axis: Literal["dp", "edp"],
+    params: FloatArray,
+    ranks: Any,
+    shards: Any,
+    kinds: BlockKinds,
+    index: int,
+    workload: Workload,
+    batch: ConfigBatch,
+    framework: Framework,
+    *,
+    outer: bool,
+) -> list[Collective]:
+    """Gathers and reductions of ``params`` that ``ranks`` hold alike and ``shards`` of them share under ZeRO."""
+    on = (ranks > 1) & (params > 0)
     weights, grads = params * workload.recipe.params.num_bytes, params * workload.recipe.grads.num_bytes
     if not outer:
         weights = weights * _gathered_weights_share(workload, framework)
@@ -252,18 +271,18 @@ def _data_parallel(
     late = whole and framework.overlap_dp_reduce == 0.0 and not framework.overlap_dp_scatter
     in_backward = workload.recipe.has_master and not late
 
-    replicated = (zero > 0) & ((batch.dp_shard < batch.dp * batch.cp) | framework.broadcasts_weights)
+    replicated = (zero > 0) & ((shards < ranks) | framework.broadcasts_weights)
     owners = np.ones(len(batch))
     if framework.broadcasts_weights:
         tensors = [num_tensors(kind) for kind in kinds.kinds]
         total = tensors[0] + tensors[-1] + sum(tensors[kind] for kind in kinds.of_layer)
-        owners = np.minimum(batch.dp_shard, total / batch.num_stages) * tensors[index] * batch.num_stages / total
+        owners = np.minimum(shards, total / batch.num_stages) * tensors[index] * batch.num_stages / total
 
     def entry(op: str, phase: Phase, when: Any, message_bytes: FloatArray) -> Collective:
         once, in_shard = np.where(on & when, 1.0, 0.0), op in ("all_gather", "broadcast")
         if op == "broadcast":
-            return Collective("dp", op, phase, once * owners, message_bytes / owners, in_shard)
-        return Collective("dp", op, phase, once, message_bytes, in_shard)
+            return Collective(axis, op, phase, once * owners, message_bytes / owners, in_shard)
+        return Collective(axis, op, phase, once, message_bytes, in_shard)
 
     return [
         # replicas: FSDP2 reduces as backward goes where it casts master weights, else the executor does afterwards
