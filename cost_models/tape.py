@@ -44,6 +44,7 @@ class Operator:
     puts_off: bool  # a matrix whose gradient a split backward works out later
     passes: bool  # its gradient is what it read's gradient too, without a copy
     kept: bool  # selective recompute keeps its output
+    repeats: bool  # ``forward`` is taken again where recompute has its output at hand
 
 
 @dataclass(slots=True)
@@ -80,6 +81,7 @@ class Tape:
         backward: Bytes = 0.0,
         kept: bool = False,
         puts_off: bool = False,
+        repeats: bool = True,
     ) -> int:
         """Add an operator; returns the number of the tensor it makes.
 
@@ -98,7 +100,7 @@ class Tape:
         self.operators.append(
             Operator(
                 reads=read, makes=made, saves=tuple(saved), uses=tuple(used), weights=weights, forward=forward,
-                backward=backward, puts_off=puts_off, passes=passes, kept=kept,
+                backward=backward, puts_off=puts_off, passes=passes, kept=kept, repeats=repeats,
             )
         )  # fmt: skip
         return made
@@ -244,10 +246,11 @@ class _Play:
         most = now
         for number, operator in enumerate(operators):
             makes = self.tape.storage[operator.makes]
+            own = operator.forward if operator.repeats or makes not in alive else 0.0
             if makes not in alive and not (stops and number == len(operators) - 1):
                 alive.add(makes)
                 now = now + sizes[makes]
-            most = np.maximum(most, now + operator.forward)
+            most = np.maximum(most, now + own)
             for storage in operator.uses:
                 if until[storage] == number and storage in alive and storage not in stays:
                     alive.remove(storage)
