@@ -7,13 +7,15 @@ tiles, done whole, are left out: tile / seq_len of the total). Backward is 2.5 t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.framework import TRITON_SLOWDOWN, AttentionKernel
+from meshwright.cost_models.framework import TRITON_SLOWDOWN, AttentionKernel, Framework, PointwiseCost
 from meshwright.cost_models.operators import Operators
+from meshwright.cost_models.strategy import ConfigBatch
 from meshwright.profiler.efficiency import WIDE_HEAD
 from meshwright.profiler.layers import AttentionKind, AttentionLayer
 
@@ -54,37 +56,136 @@ def _latent_projections(ops: Operators, layer: AttentionLayer, heads: FloatArray
 
 
 def _core(ops: Operators, layer: AttentionLayer, heads: Any, kv_heads: Any, query_dim: int, value_dim: int) -> None:
-    """Scores, softmax and values, each rank with its share of the sequence's queries."""
-    before, calls_before = ops.forward, ops.forward_calls
+    """Scores, softmax and values, each rank with its share of the sequence's queries or of the heads."""
+    before, backward_before, calls_before = ops.forward, ops.by_input, ops.forward_calls
     if ops.framework.attention is AttentionKernel.WRITTEN_OUT:
         _written_out(ops, heads, query_dim, value_dim)
     else:
         _flash(ops, layer, heads, kv_heads, query_dim, value_dim)
     ops.core = ops.core + (ops.forward - before)
+    ops.core_backward = ops.core_backward + (ops.by_input - backward_before)
     ops.core_calls = ops.core_calls + (ops.forward_calls - calls_before)
 
 
 def _flash(ops: Operators, layer: AttentionLayer, heads: Any, kv_heads: Any, query_dim: int, value_dim: int) -> None:
-    """One kernel that never writes the scores."""
-    seq_len = ops.workload.seq_len
-    pairs = attended_pairs(seq_len, layer.window, layer.causal, ops.framework.windowed_attention) / ops.batch.cp
-    sequences = ops.batch.micro_batch_size
-    flops = 2.0 * sequences * heads * pairs * (query_dim + value_dim)
-    num_bytes = ops.size * ops.tokens * (heads + kv_heads) * (query_dim + value_dim)
-    shape = (seq_len / ops.batch.cp, heads * sequences, float(seq_len))
+    """One kernel that never writes the scores, or one for each step of a ring and what puts their results together.
+
+    With Ulysses a rank has its heads over the tokens of all that exchange with it.
+    """
+    sequences, exchanged = ops.batch.micro_batch_size, ops.batch.cp_ulysses
+    heads, kv_heads = heads / exchanged, np.maximum(kv_heads / exchanged, 1.0)
+    tokens = ops.tokens * exchanged
+    num_bytes = ops.size * tokens * (heads + kv_heads) * (query_dim + value_dim)
     newer = ops.framework.attention is AttentionKernel.FLASH3
-    forward, backward = (
+    names = [
         name + "_fa3" * (newer and ops.device.has_efficiency(name + "_fa3", ops.dtype.value))
         for name in ("attention_forward", "attention_backward")
-    )
-    triton = ops.framework.attention is AttentionKernel.TRITON
+    ]
     width, slower = (query_dim + value_dim) / 2, (1.0, 1.0)
-    if triton:
+    if ops.framework.attention is AttentionKernel.TRITON:
         width, slower = max(width, WIDE_HEAD), TRITON_SLOWDOWN
-    first = ops.roofline(forward, flops, num_bytes, *shape, head_dim=width)
-    second = ops.roofline(backward, 2.5 * flops, 2.0 * num_bytes, *shape, head_dim=width)
+    first, second, calls = (np.zeros(len(ops.batch)) for _ in range(3))
+    for step in kernel_steps(layer, ops.workload.seq_len, ops.framework, ops.batch):
+        flops = 2.0 * sequences * heads * step.pairs * (query_dim + value_dim)
+        found = [
+            [
+                ops.roofline(name, more * flops, (2.0 if more > 1 else 1.0) * num_bytes, m, heads * sequences, k,
+                             head_dim=width)
+                for m, k in step.shapes
+            ]
+            for name, more in zip(names, (1.0, 2.5), strict=True)
+        ]  # fmt: skip
+        # of two shapes a step has on different places the ring waits for the slower
+        first = first + step.times * np.max(found[0], axis=0)
+        second = second + step.times * np.max(found[1], axis=0)
+        calls = calls + step.times
     ops.forward, ops.by_input = ops.forward + slower[0] * first, ops.by_input + slower[1] * second
-    ops.launch(1, 3)  # backward: the dot product of outputs and their gradients, the kernel, a conversion
+    ops.launch(calls, 3.0 * calls)  # backward: the dot product of outputs and their gradients, the kernel, a conversion
+    if not ops.framework.context.gathers and (ops.batch.cp_ring > 1).any():
+        _merge(ops, layer, tokens * heads, tokens * kv_heads, query_dim, value_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelStep:
+    """Calls of an attention kernel that are alike, on one rank: arrays of shape ``[num_configs]``.
+
+    ``times`` calls over ``pairs`` of query and key for each head of each sequence, in the ``shapes`` (queries, keys as
+    ``Efficiency`` counts them for a causal kernel: twice the mean number of keys that a query meets) that the call
+    has on one place of a ring or another.
+    """
+
+    times: FloatArray
+    pairs: FloatArray
+    shapes: tuple[tuple[FloatArray, FloatArray], ...]
+
+
+def kernel_steps(
+    layer: AttentionLayer, seq_len: int, framework: Framework, batch: ConfigBatch
+) -> tuple[KernelStep, ...]:
+    """The kernels that ``layer`` runs on one rank: one, or step by step where keys come round a ring of R places.
+
+    Under a causal mask a place of ``n = seq_len / R`` tokens, half from each end of the sequence, attends over its own
+    block (``n (n + 1) / 2`` pairs), then over half of each other: all its queries and the first half of the keys of an
+    earlier place, the second half of its queries and all keys of a later one; ``n^2 / 2`` pairs both, together a share
+    ``1 / R`` of all (arXiv 2407.21783, section 3.3.2). With whole pieces in order the last place meets all of every
+    other block. A target that gathers keys runs two kernels, one for each of its chunks. A window leaves a place the
+    blocks that its chunks' neighbours are in.
+    """
+    traits, s, w = framework.context, float(seq_len), layer.window
+    ring = batch.cp_ring.astype(np.float64)
+    n = s / ring
+    one, windowed = np.ones(len(batch)), 0 < w < seq_len
+    skips = np.where(batch.cp > 1, traits.windows, framework.windowed_attention)
+    if windowed and skips.any():
+        pairs = np.where(
+            skips, attended_pairs(seq_len, w, layer.causal, True), attended_pairs(seq_len, w, layer.causal, False)
+        )
+        met = np.where(skips, np.minimum(ring, 1.0 + 2.0 * np.ceil((w - 1) / (n / 2.0))), ring)
+        met = np.where(traits.gathers, 1.0, met)
+        return (KernelStep(met, pairs / ring / met, ((n, np.where(met > 1, n, s)),)),)
+    if traits.gathers:
+        pairs = attended_pairs(seq_len, w, layer.causal, False) / ring
+        calls = np.where((ring > 1) & layer.causal, 2.0, 1.0)
+        return (KernelStep(calls, pairs / calls, ((n / calls, one * s),)),)
+    if windowed or not layer.causal:
+        return (KernelStep(ring, n * n, ((n, n),)),)
+    own = KernelStep(one, n * (n + 1) / 2, ((n, n),))
+    if not (ring > 1).any():
+        return (own,)
+    if not (traits.balanced and traits.skips_places):
+        return own, KernelStep(ring - 1.0, n * n, ((n, 2.0 * n),))
+    return own, KernelStep(ring - 1.0, n * n / 2.0, ((n, n), (n / 2.0, 2.0 * n)))
+
+
+def _merge(ops: Operators, layer: AttentionLayer, queries: Any, keys: Any, query_dim: int, value_dim: int) -> None:
+    """Results of a ring's steps put together: every step but the first, part of attention's own kernels.
+
+    ``queries`` and ``keys`` are tokens times heads. Under a causal mask a step has all queries and half of the keys or
+    the reverse: three quarters of both.
+    """
+    traits, table = ops.framework.context, ops.framework.context.merge
+    steps = ops.batch.cp_ring - 1.0
+    part = 0.75 if layer.causal and traits.balanced else 1.0
+    kept = ops.rest, ops.rest_calls, ops.last_rest
+    output = PointwiseCost(
+        forward_kernels=0,
+        forward_passes=table.output_passes,
+        forward_float32_passes=table.output_float32_passes,
+        backward_kernels=0,
+        backward_passes=table.query_passes,
+        backward_float32_passes=table.query_float32_passes,
+    )
+    both = PointwiseCost(
+        forward_kernels=0,
+        forward_passes=0,
+        backward_kernels=0,
+        backward_passes=table.kv_passes,
+        backward_float32_passes=table.kv_float32_passes,
+    )
+    ops.pointwise(output, steps * part * queries * (query_dim + value_dim) / 2)
+    ops.pointwise(both, steps * part * keys * (query_dim + value_dim))
+    ops.rest, ops.rest_calls, ops.last_rest = kept
+    ops.launch(steps * table.forward_kernels, steps * table.backward_kernels)
 
 
 def _written_out(ops: Operators, heads: Any, query_dim: int, value_dim: int) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from meshwright.cost_models.links import algorithms
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ConfigBatch, IntArray
-from meshwright.profiler.cluster import ClusterProfile, CollectiveCurve, CollectiveOp
+from meshwright.profiler.cluster import ClusterProfile, CollectiveCurve, CollectiveOp, LinkTier
 
 FloatArray = NDArray[np.float64]
 OPS: tuple[str, ...] = get_args(CollectiveOp)
@@ -115,12 +115,16 @@ def send_seconds(cluster: ClusterProfile, first: Any, second: Any, num_bytes: An
     result, lower = np.zeros(first.shape), [1, *(tier.group_size for tier in cluster.tiers[:-1])]
     for tier, low in reversed(list(zip(cluster.tiers, lower, strict=True))):  # the innermost that holds both is last
         together = first // tier.group_size == second // tier.group_size
-        shares = low / np.minimum(senders, low)
-        rate = np.minimum(tier.contended_bytes_per_s * shares, max(tier.bytes_per_s, tier.contended_bytes_per_s))
-        wire = num_bytes / rate
-        ramp = np.sqrt(wire * tier.half_bytes / rate)
-        result = np.where(together, tier.launch_s + np.maximum(tier.latency_s, tier.step_s) + wire + ramp, result)
+        result = np.where(together, sent_seconds(tier, low / np.minimum(senders, low), num_bytes), result)
     return np.where((first == second) | (num_bytes == 0), 0.0, result)
+
+
+def sent_seconds(tier: LinkTier, shares: Any, num_bytes: Any) -> FloatArray:
+    """Seconds of a message over one tier, by a sender that has ``shares`` devices' parts of the ports there."""
+    rate = np.minimum(tier.contended_bytes_per_s * shares, max(tier.bytes_per_s, tier.contended_bytes_per_s))
+    wire = num_bytes / rate
+    ramp = np.sqrt(wire * tier.half_bytes / rate)
+    return np.asarray(tier.launch_s + np.maximum(tier.latency_s, tier.step_s) + wire + ramp)
 
 
 def _modelled(cluster: ClusterProfile, op: str, groups: Groups, num_bytes: FloatArray) -> FloatArray:

@@ -39,7 +39,10 @@ from meshwright.profiler.layers import (
 from meshwright.profiler.model import Block, BlockKind
 
 FloatArray = NDArray[np.float64]
-FIELDS = ("tp", "cp", "micro_batch_size", "sequence_parallel", "vocab_parallel", "recompute", "ep", "etp", "ep_chunks")
+FIELDS = (
+    "tp", "cp_ring", "cp_ulysses", "cp", "micro_batch_size", "sequence_parallel", "vocab_parallel", "recompute", "ep",
+    "etp", "ep_chunks",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class BlockSeconds:
 
     Backward is apart by what it is for, the gradient of inputs or of weights. ``*_host`` is what the host spends on
     launching the kernels: see ``host_wait`` for what of it a step waits for. ``experts_*`` are the parts of forward and
-    backward that exchanges of other chunks may run beside.
+    backward that exchanges of other chunks may run beside, ``attention_*`` those that a ring's messages may.
     """
 
     forward: FloatArray
@@ -60,6 +63,8 @@ class BlockSeconds:
     recompute_host: FloatArray
     experts_forward: FloatArray
     experts_backward: FloatArray
+    attention_forward: FloatArray
+    attention_backward: FloatArray
 
 
 def block_seconds(
@@ -135,5 +140,7 @@ def _total(ops: Operators, inverse: NDArray[np.int64], *, recomputes: bool) -> B
         recompute_calls * launch_s,
         ops.experts_forward,
         ops.experts_backward,
+        ops.core,
+        ops.core_backward,
     )
     return BlockSeconds(*(np.broadcast_to(array, (len(ops.batch),))[inverse] for array in arrays))

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright import InputError
+from meshwright.cost_models.context_traits import ContextTraits
 from meshwright.cost_models.expert_traits import ExpertTraits
 from meshwright.cost_models.memory_traits import MemoryTraits
 from meshwright.cost_models.strategy import (
@@ -27,6 +28,7 @@ from meshwright.cost_models.strategy import (
     Schedule,
 )
 from meshwright.cost_models.workload import DType, Workload
+from meshwright.profiler.layers import AttentionLayer
 from meshwright.profiler.model import ModelSpec
 from meshwright.profiler.record import record
 
@@ -177,6 +179,7 @@ class Framework:
     pointwise: Pointwise
     host: HostCost = HostCost()
     memory: MemoryTraits = MemoryTraits()
+    context: ContextTraits = ContextTraits()
     experts: ExpertTraits = ExpertTraits()
     attention: AttentionKernel = AttentionKernel.FLASH
     partition: Partition = Partition.EVEN
@@ -265,8 +268,7 @@ def combines(batch: ConfigBatch, framework: Framework, model: ModelSpec) -> Bool
         rules.append(~splits_backward(batch) | (recomputes & (batch.zero_stage < 2)))
     if not framework.tensor_parallel:
         rules.append(batch.tp == 1)
-    if not framework.context_parallel:
-        rules.append(batch.cp == 1)
+    rules += _runs_context(batch, framework, model)
     if not framework.expert_parallel:
         rules.append((batch.ep == 1) & (batch.etp == 1))
     if not framework.partial_sharding:
@@ -274,6 +276,19 @@ def combines(batch: ConfigBatch, framework: Framework, model: ModelSpec) -> Bool
     if not framework.tensor_parallel_moe and model.moe is not None:
         rules.append(batch.tp == 1)
     return np.asarray(np.logical_and.reduce(rules), dtype=np.bool_)
+
+
+def _runs_context(batch: ConfigBatch, framework: Framework, model: ModelSpec) -> list[BoolArray]:
+    """The rules about cp: degrees that the target has, and whether its ring runs the model's sliding windows."""
+    if not framework.context_parallel:
+        return [batch.cp == 1]
+    windows = any(isinstance(layer, AttentionLayer) and layer.window for layer in model.layers())
+    rules: list[BoolArray] = []
+    if not framework.context.ring or (windows and not framework.context.ring_windows):
+        rules.append(batch.cp_ring == 1)
+    if not framework.context.ulysses:
+        rules.append(batch.cp_ulysses == 1)
+    return rules
 
 
 def num_microbatches(batch: ConfigBatch, workload: Workload) -> IntArray:

@@ -46,6 +46,7 @@ class Operators:
         self.projections, self.core, self.rest = zero.copy(), zero.copy(), zero.copy()  # what forward is made of
         self.forward_calls, self.backward_calls = zero.copy(), zero.copy()
         self.core_calls, self.rest_calls = zero.copy(), zero.copy()
+        self.core_backward = zero.copy()  # what ``core`` takes backward, part of ``by_input``
         self.experts_forward, self.experts_backward = zero.copy(), zero.copy()  # beside which rows are exchanged
         self.routed_forward_calls, self.routed_backward_calls = zero.copy(), zero.copy()
         self.hidden = 0

@@ -1,0 +1,103 @@
+"""What context parallelism exchanges around and beside attention: how often, how many bytes, and how long.
+
+Ranks ``cp = cp_ring * cp_ulysses`` (R and U here) each hold ``1 / cp`` of a sequence. Ulysses (arXiv 2309.14509,
+section 3.1) trades heads for sequence: before attention an all_to_all leaves a rank ``1 / U`` of its heads over the
+tokens of all U, after it one goes back. A ring (arXiv 2310.01889) then passes keys and values of a place on R - 1 times,
+so that every query meets every key; with both, the exchange is inside (USP, arXiv 2405.07719, section 3).
+
+A message of the ring has ``b * s / R * kv * (d + e)`` numbers: ``b`` sequences of ``s`` tokens, ``kv`` key/value heads
+on a rank after tp and Ulysses, of width ``d`` and ``e``. Latent attention sends keys and values of all heads, made from
+the latent before attention, as Transformer Engine does (context_parallel.py of its PyTorch attention).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost_models.collectives import Groups, sent_seconds
+from meshwright.cost_models.framework import Framework
+from meshwright.cost_models.strategy import ConfigBatch
+from meshwright.cost_models.workload import Workload
+from meshwright.profiler.cluster import ClusterProfile
+from meshwright.profiler.layers import AttentionKind, AttentionLayer
+
+FloatArray = NDArray[np.float64]
+LSE_BYTES = 4.0  # log-sum-exp of a query and head
+
+
+def kv_heads_here(layer: AttentionLayer, batch: ConfigBatch, framework: Framework) -> FloatArray:
+    """Key/value heads of one rank after tp, as they are exchanged: ``[num_configs]``.
+
+    Where Ulysses has more ranks than a rank has heads they are repeated, to the least number that the ranks divide and
+    that divides the query heads (``executors/ulysses.py``; as often as in DeepSpeed and Transformer Engine).
+    """
+    heads = layer.num_heads / batch.tp
+    if layer.attention_kind is AttentionKind.MLA or framework.context.whole_heads:
+        return np.asarray(heads, dtype=np.float64)
+    kv_heads = np.maximum(layer.num_kv_heads // batch.tp, 1)
+    shared = np.lcm(kv_heads, batch.cp_ulysses)
+    # a multiple that does not divide the query heads (6 heads of keys over 4 ranks) takes the next one that does
+    whole = np.maximum(layer.num_heads // batch.tp, 1)
+    return np.where(whole % shared == 0, shared, whole).astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What one attention exchanges for one micro-batch on one rank: arrays of shape ``[num_configs]``.
+
+    ``to_heads`` and ``to_sequence`` are Ulysses' all_to_alls before and after attention, the bytes of this rank's
+    tensors; ``to_heads_calls`` the calls before (one for queries, keys and values, or three). ``hops`` is how often a
+    ring's message is handed on, ``keys`` its bytes, ``gradients`` those of the message of gradients.
+    """
+
+    to_heads: FloatArray
+    to_heads_calls: float
+    to_sequence: FloatArray
+    hops: FloatArray
+    keys: FloatArray
+    gradients: FloatArray
+
+
+def exchange(layer: AttentionLayer, workload: Workload, batch: ConfigBatch, framework: Framework) -> Exchange:
+    """What ``layer`` exchanges, each way; see ``Exchange``."""
+    traits, size = framework.context, float(workload.recipe.compute.num_bytes)
+    tokens = batch.micro_batch_size * (workload.seq_len / batch.cp)
+    heads, kv_heads = layer.num_heads / batch.tp, kv_heads_here(layer, batch, framework)
+    query, value = layer.head_dim + layer.rope_head_dim, layer.value_head_dim
+    numbers = tokens * kv_heads * (query + value)  # Ulysses makes tokens U times as many and heads U times fewer
+    wide = max(size, 4.0) if traits.float32_grads else size
+    keys, gradients = size * numbers, wide * numbers
+    if traits.bidirectional:
+        keys = np.maximum(size * tokens * heads * query, tokens * heads * (size * value + LSE_BYTES))
+        gradients = np.zeros(len(batch))
+    return Exchange(
+        to_heads=size * tokens * (heads * query + kv_heads * (query + value)),
+        to_heads_calls=1.0 if traits.exchanges_together else 3.0,
+        to_sequence=size * tokens * heads * value,
+        hops=(batch.cp_ring - 1.0) * (not traits.gathers),
+        keys=keys,
+        gradients=gradients,
+    )
+
+
+def hop_seconds(cluster: ClusterProfile, groups: Groups, num_bytes: Any) -> FloatArray:
+    """Seconds in which every rank of a ring has handed its message to the next one: the slowest link's.
+
+    Where a ring crosses nodes each message crosses to the next node with one rank, while the other rings of these
+    nodes do the same: a ring with ``m`` ranks in a node has ``m`` devices' shares of the ports.
+    """
+    num_bytes = np.broadcast_to(np.asarray(num_bytes, dtype=np.float64), groups.size.shape)
+    result = np.zeros(groups.size.shape)
+    below = np.vstack([np.ones_like(groups.inside[:1]), groups.inside[:-1]])
+    for tier, low, high in zip(cluster.tiers, below, groups.inside, strict=True):
+        result = np.where(high > low, np.maximum(result, sent_seconds(tier, low, num_bytes)), result)
+    return np.where((groups.size > 1) & (num_bytes > 0), result, 0.0)
+
+
+def beside(core: FloatArray, batch: ConfigBatch) -> FloatArray:
+    """Seconds of attention's kernels beside which messages of a ring may travel: all steps but the last."""
+    return np.asarray(core * (1.0 - 1.0 / batch.cp_ring))
