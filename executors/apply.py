@@ -1,9 +1,9 @@
 """``parallelize(model, plan)``: the order in which a plan is applied, written once; and the model that comes out.
 
 The order matters: the mesh first; then each stage is cut out; its matrices are split over tp and its experts over ep
-and etp, so that recompute and ZeRO see the pieces; its attentions are led over cp, within what recompute runs again; recompute wraps a block's
-forward, inside everything that hooks onto the block; ZeRO shards what is left over dp; and the pipeline's runtime runs
-the result.
+and etp, so that recompute and ZeRO see the pieces; its attentions are led over cp, within what recompute runs again;
+recompute wraps a block's forward, inside everything that hooks onto the block; ZeRO shards what is left over dp and,
+of experts, edp; and the pipeline's runtime runs the result.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _split_stage(
         tp_mesh = mesh.axis("tp")
         split = apply_tensor_parallel(module.model, rules, tp_mesh, sequence_parallel=config.sequence_parallel)
     experts = None
-    if find_experts(module.model):
+    if find_experts(module.model) and config.ep * config.etp * config.tp > 1:
         experts = split_experts(
             module.model,
             mesh,

@@ -30,9 +30,7 @@ def check_plan(plan: Plan) -> None:
         raise InputError(
             f"the plan is for {config.world_size} ranks ({config.describe()}), this run has {dist.get_world_size()}"
         )
-    for name in ("ep", "etp"):
-        if getattr(config, name) > 1:
-            raise InputError(f"{name}={getattr(config, name)}: this version runs {name}=1 only")
+    _check_experts(plan)
     if config.vocab_parallel != (config.tp > 1):
         raise InputError(f"tp={config.tp} splits embedding and head by vocabulary: vocab_parallel must say so")
     if config.zero_stage and config.dp_shard != config.dp * config.cp:
@@ -49,6 +47,25 @@ def check_plan(plan: Plan) -> None:
         raise InputError(
             f"zero_stage={config.zero_stage} reduces gradients after each micro-batch, so data ranks need equally "
             f"many; found {plan.micro_batches_per_data_rank}: use zero_stage 0 or 1, or an even share"
+        )
+
+
+def _check_experts(plan: Plan) -> None:
+    """Experts divide over ep and etp, and tokens reach them once."""
+    config, moe = plan.config, plan.model.moe
+    if moe is None:
+        for name in ("ep", "etp"):
+            if getattr(config, name) > 1:
+                raise InputError(f"{name}={getattr(config, name)}: {plan.model.name} has no experts")
+        return
+    if moe.num_experts % config.ep or moe.expert_ffn_size % config.etp:
+        raise InputError(
+            f"ep={config.ep} must divide the {moe.num_experts} experts of {plan.model.name}, and etp={config.etp} "
+            f"their width of {moe.expert_ffn_size}"
+        )
+    if config.tp > 1 and config.etp != config.tp and not config.sequence_parallel:
+        raise InputError(
+            f"tp={config.tp} with etp={config.etp} needs sequence_parallel: without it tp ranks have the same tokens"
         )
 
 

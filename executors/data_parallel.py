@@ -1,7 +1,9 @@
-"""Data parallelism of one stage: gradients summed over the ranks of ``mesh.shard`` (dp times cp), with or without ZeRO.
+"""Data parallelism of one stage: gradients summed over the ranks that hold the same weights, with or without ZeRO.
 
-A stage is made of *units*: each decoder block is one, what stands outside the blocks (embedding, final norm, head) is
-another. A unit is what is gathered or reduced by one collective. With ``n`` micro-batches a step, a unit issues
+A stage is made of *units*: each decoder block is one, the experts of a block are another, and what stands outside the
+blocks (embedding, final norm, head) is one more. A unit is what is gathered or reduced by one collective: dense weights
+over ``mesh.shard`` (dp times cp), experts over ``mesh.experts["edp"]``, which may span what tp and cp use (parallel
+folding). With ``n`` micro-batches a step, a unit issues
 
 =====  ====================  ===============================  ==============================================
 stage  all_gather            reduction                        resident between micro-batches
@@ -12,36 +14,47 @@ stage  all_gather            reduction                        resident between m
 3      2n (outer unit: n)    n reduce_scatter                 sharded weights, sharded gradients
 =====  ====================  ===============================  ==============================================
 
-The same with and without a pipeline, for every schedule: torch's pipeline runtime would take FSDP's switches over and
-keep gradients whole until the last micro-batch, so it is not told that a stage is sharded (``pipeline.Chunk`` stands
-between them) and this module sets the switches before each backward. At stage 3 a block is gathered for its forward
-and again for its backward; the outer unit is used at both ends of the forward and right at the start of the backward,
-so it is freed only after a backward.
+over its own ranks, and none where these are one alone: with edp = 1 a rank's experts are nobody else's, and are not
+sharded at any stage. The same with and without a pipeline, for every schedule: torch's pipeline runtime would take
+FSDP's switches over and keep gradients whole until the last micro-batch, so it is not told that a stage is sharded
+(``pipeline.Chunk`` stands between them) and this module sets the switches before each backward. At stage 3 a block is
+gathered for its forward and again for its backward, its experts right behind it; the outer unit is used at both ends of
+the forward and right at the start of the backward, so it is freed only after a backward.
 
 Schedules that split backward run with stages 0 and 1: gradients of matrices then come for all units at once, out of
 sight of FSDP's hooks, and ``after_weight_gradients`` does what these would; after a backward that is whole the hooks
 have done it.
 
 Gradients are sums: the loss is already divided by the global token count (``apply.ParallelModel.step``), so FSDP2,
-which would average, is told to divide by 1. Stages 1 to 3 are FSDP2 (``torch.distributed.fsdp.fully_shard``). Stage 0
-is ours: after the last backward one all_reduce of each unit's gradients, flattened; no second copy of weights or
-gradients remains, unlike with DDP's buckets, and DTensor parameters do not matter (DDP refuses them).
+which would average, is told to divide by 1, experts too: each has seen all tokens of its ep group. Stages 1 to 3 are
+FSDP2 (``torch.distributed.fsdp.fully_shard``). Stage 0 is ours: after the last backward one all_reduce of each unit's
+gradients, flattened; no second copy of weights or gradients remains, unlike with DDP's buckets, and DTensor parameters
+do not matter (DDP refuses them).
+
+FSDP2 cuts a weight along its first dimension and pads what does not divide: 8 experts over 64 ranks would become 64.
+So an expert weight ``[num_experts / ep, ..., ...]`` as a rank holds it is cut along the first dimension that edp
+divides, the second mostly where a rank has fewer experts than edp (torchtitan's rule too), and padded along the first
+only where edp divides none.
 
 Where the recipe keeps master weights beside those it computes with, the parameters are the master weights, FSDP2 makes
 the copies to compute with when it gathers, and gradients are reduced and accumulated in the recipe's own dtype; at
-stage 0 FSDP2 then shards over nothing, replicates over dp, and reduces by all_reduce.
+stage 0 FSDP2 then shards over nothing, replicates over the unit's ranks, and reduces by all_reduce; experts with
+edp = 1 are sharded over one rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from meshwright import InputError
 from meshwright.cost_models.workload import DType, DTypeRecipe
@@ -49,43 +62,81 @@ from meshwright.executors.mesh import Mesh
 
 
 class DataParallel:
-    """Sums the gradients of ``module`` over ``mesh.shard``; ``blocks`` and the rest of ``module`` are its units.
+    """Sums the gradients of ``module`` over the ranks that share them; its units are ``blocks``, the ``experts`` inside
+    them, and the rest of ``module``.
 
-    ``module`` is changed in place: at ``zero_stage`` 1 to 3 its parameters become DTensors sharded over ``mesh.shard``.
-    Call ``before_backward`` ahead of each backward of a step and ``finish`` after the last one.
+    ``module`` is changed in place: at ``zero_stage`` 1 to 3 its parameters become DTensors sharded over the ranks of
+    their unit. Call ``before_backward`` ahead of each backward of a step and ``finish`` after the last one.
     """
 
     def __init__(
-        self, module: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, zero_stage: int, recipe: DTypeRecipe
+        self,
+        module: nn.Module,
+        blocks: Sequence[nn.Module],
+        mesh: Mesh,
+        zero_stage: int,
+        recipe: DTypeRecipe,
+        *,
+        experts: Sequence[nn.Module] = (),
     ) -> None:
         self.zero_stage = zero_stage
-        self._mesh = mesh.shard
         self._module = module
+        dense, edp = mesh.shard, mesh.axis("edp") if experts else None
+        routed = {id(weight) for unit in experts for weight in unit.parameters()}
         inside = {id(weight) for block in blocks for weight in block.parameters()}
-        outer = [weight for weight in module.parameters() if id(weight) not in inside]
-        self._units = [list(block.parameters()) for block in blocks] + ([outer] if outer else [])
+        units = [[weight for weight in block.parameters() if id(weight) not in routed] for block in blocks]
+        units.append([weight for weight in module.parameters() if id(weight) not in inside])
+        self._units = [(unit, dense.get_group()) for unit in units]
+        self._units += [(list(unit.parameters()), edp.get_group()) for unit in experts if edp is not None]
+        self._policy = MixedPrecisionPolicy()
         if recipe.has_master:
-            policy = MixedPrecisionPolicy(
+            self._policy = MixedPrecisionPolicy(
                 param_dtype=torch_dtype(recipe.compute), reduce_dtype=torch_dtype(recipe.grads)
             )
-            # at stage 0: replicated over dp, sharded over an axis of one rank
-            self._shard(blocks, mesh.shard if zero_stage else mesh.root["dp", "cp"], policy)
-        elif zero_stage:
-            self._shard(blocks, mesh.shard, MixedPrecisionPolicy())
+        if recipe.has_master and zero_stage == 0:
+            assert mesh.replicas is not None
+            self._shard(blocks, mesh.replicas, experts, mesh.expert_replicas)
+        elif recipe.has_master or zero_stage:
+            alone = edp is not None and edp.size() == 1 and not recipe.has_master
+            self._shard(blocks, dense, experts, None if alone else edp)
 
-    def _shard(self, blocks: Sequence[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    def _shard(
+        self,
+        blocks: Sequence[nn.Module],
+        mesh: DeviceMesh,
+        experts: Sequence[nn.Module],
+        expert_mesh: DeviceMesh | None,
+    ) -> None:
+        left_out = None
+        if expert_mesh is None:
+            left_out = {weight for unit in experts for weight in unit.parameters()}
+            experts = ()
+        order: list[nn.Module] = [self._module]  # the last in a backward, then those before it
         for block in blocks:
-            block.register_forward_hook(_without_views)  # ahead of FSDP's own
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self.zero_stage == 3)
-        fully_shard(self._module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            inner = [unit for unit in block.modules() if any(unit is other for other in experts)]
+            for unit in inner:
+                assert expert_mesh is not None
+                self._shard_unit(unit, expert_mesh, shard_placement_fn=partial(_cut, expert_mesh.size(-1)))
+            self._shard_unit(block, mesh, ignored_params=left_out)
+            if inner:
+                assert isinstance(block, FSDPModule)
+                block.set_modules_to_forward_prefetch(inner)  # type: ignore[arg-type]
+            order += [*reversed(inner), block]
+        fully_shard(
+            self._module, mesh=mesh, mp_policy=self._policy, reshard_after_forward=False, ignored_params=left_out
+        )
         for unit in self._module.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)
         # said outright, since FSDP's own guess (the order of forwards, reversed) is wrong with several in flight
-        for previous, block in zip([self._module, *blocks], blocks, strict=False):
-            assert isinstance(block, FSDPModule) and isinstance(previous, FSDPModule)
-            block.set_modules_to_backward_prefetch([previous])
+        for previous, unit in pairwise(order):
+            assert isinstance(unit, FSDPModule) and isinstance(previous, FSDPModule)
+            unit.set_modules_to_backward_prefetch([previous])
+
+    def _shard_unit(self, unit: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
+        unit.register_forward_hook(_without_views)  # ahead of FSDP's own
+        fully_shard(unit, mesh=mesh, mp_policy=self._policy, reshard_after_forward=self.zero_stage == 3, **options)
 
     def before_backward(self, *, last: bool) -> None:
         """Say whether the coming backward is the step's last one of this stage."""
@@ -111,11 +162,17 @@ class DataParallel:
 
     def finish(self) -> None:
         """After the last backward: sum replicated gradients; sharded ones were summed by FSDP2 on the way."""
-        if isinstance(self._module, FSDPModule) or self._mesh.size() == 1:
+        if isinstance(self._module, FSDPModule):
             return
-        for unit in self._units:
-            for grads in _by_dtype(unit):
-                all_reduce_flat(grads, self._mesh.get_group())
+        for unit, group in self._units:
+            for grads in _by_dtype(unit) if group.size() > 1 else ():
+                all_reduce_flat(grads, group)
+
+
+def _cut(num_shards: int, weight: nn.Parameter) -> Shard:
+    """Along which dimension experts' weights are cut, as the module says."""
+    dims = [dim for dim, size in enumerate(local(weight).shape) if size % num_shards == 0]
+    return Shard(dims[0] if dims else 0)
 
 
 def _without_views(block: nn.Module, given: object, output: object) -> object:

@@ -139,7 +139,7 @@ def give_memory(parallel: ParallelModel, device: torch.device) -> None:
                 {name: _made(value, device) for name, value in part._buffers.items() if value is not None}
             )
         chunk.data_parallel._units = [
-            [made.get(id(weight), weight) for weight in unit] for unit in chunk.data_parallel._units
+            ([made.get(id(weight), weight) for weight in unit], group) for unit, group in chunk.data_parallel._units
         ]
     parallel._tied = [made.get(id(weight), weight) for weight in parallel._tied]
     del before

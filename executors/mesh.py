@@ -23,13 +23,16 @@ class Mesh:
     ``shard`` joins dp and cp: the ranks that hold the same weights but for ZeRO, which shards over them. ``context``
     ``[cp_ring, cp_ulysses]`` is this rank's cp group in two directions, where cp is above 1. ``experts``
     ``[edp, ep, etp]`` are the ranks of this stage as its experts are laid out over them (parallel folding), where the
-    model has experts.
+    model has experts. ``replicas`` and ``expert_replicas`` are ``shard`` and edp with an axis of one rank beside them,
+    where weights are whole and FSDP2 is to shard over nothing.
     """
 
     root: DeviceMesh
     shard: DeviceMesh
     context: DeviceMesh | None
     experts: DeviceMesh | None
+    replicas: DeviceMesh | None
+    expert_replicas: DeviceMesh | None
     device: torch.device
 
     def axis(self, name: str) -> DeviceMesh:
@@ -85,4 +88,21 @@ def build_mesh(plan: Plan, device: torch.device) -> Mesh:
     if plan.model.moe is not None:
         folded = grid.reshape(config.pp, config.edp, config.ep, config.etp)
         experts = DeviceMesh(device.type, folded, mesh_dim_names=("pp", *EXPERT_AXES))[EXPERT_AXES]
-    return Mesh(root=root, shard=shard, context=context, experts=experts, device=device)
+    replicas = expert_replicas = None
+    if plan.workload.recipe.has_master and config.zero_stage == 0:
+        replicas = _beside_one(shard, "dp_replicas")
+        expert_replicas = _beside_one(experts["edp"], "edp_replicas") if experts else None
+    return Mesh(
+        root=root,
+        shard=shard,
+        context=context,
+        experts=experts,
+        replicas=replicas,
+        expert_replicas=expert_replicas,
+        device=device,
+    )
+
+
+def _beside_one(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """A one-dimensional mesh as ``[name, one rank]``."""
+    return mesh._unflatten(0, (mesh.size(), 1), (name, f"{name}_one"))

@@ -29,6 +29,7 @@ from torch.distributed.pipelining import (
 
 from meshwright.cost_models.strategy import Schedule
 from meshwright.executors.data_parallel import DataParallel
+from meshwright.executors.expert_parallel import ExpertParallel
 from meshwright.executors.mesh import Mesh
 from meshwright.executors.stage import StageModule
 from meshwright.executors.tensor_parallel import TensorParallel
@@ -45,12 +46,14 @@ class Chunk:
         tensor_parallel: TensorParallel,
         data_parallel: DataParallel,
         weight_gradients: WeightGradients | None,
+        experts: ExpertParallel | None = None,
     ) -> None:
         self.index = index
         self.module = module
         self.tensor_parallel = tensor_parallel
         self.data_parallel = data_parallel
         self.weight_gradients = weight_gradients  # where the schedule splits backward
+        self.experts = experts  # where the stage has any
 
 
 class _Unsharded(nn.Module):

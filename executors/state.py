@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from meshwright import InputError
 from meshwright.executors.data_parallel import local
+from meshwright.executors.expert_parallel import ExpertParallel, ExpertStatistics
 from meshwright.executors.mesh import Mesh
 from meshwright.executors.pipeline import Chunk
+from meshwright.executors.tensor_parallel import TensorParallel
 
 
 def whole_weights(chunk: Chunk) -> dict[str, Tensor]:
     """Weights and saved buffers of one stage, whole and unpadded, on the CPU of each of its ranks."""
     stored = chunk.module.model.state_dict()
-    return {name: _apart(chunk.tensor_parallel.whole(name, value)) for name, value in stored.items()}
+    return {name: _apart(_split_by(chunk, name).whole(name, value)) for name, value in stored.items()}
+
+
+def _split_by(chunk: Chunk, name: str) -> TensorParallel | ExpertParallel:
+    """Which of the two splits cut a tensor of a stage."""
+    if chunk.experts is not None and name in chunk.experts.names:
+        return chunk.experts
+    return chunk.tensor_parallel
 
 
 def _apart(value: Tensor) -> Tensor:
@@ -30,7 +40,7 @@ def whole_gradients(chunk: Chunk) -> dict[str, Tensor]:
     """Gradients of one stage, whole and unpadded, on the CPU of each of its ranks."""
     weights = chunk.module.model.named_parameters()
     grads = {name: weight.grad for name, weight in weights if weight.grad is not None}
-    return {name: chunk.tensor_parallel.whole(name, grad).cpu() for name, grad in grads.items()}
+    return {name: _split_by(chunk, name).whole(name, grad).cpu() for name, grad in grads.items()}
 
 
 def gather_stages(own: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
@@ -58,7 +68,7 @@ def load_whole(chunk: Chunk, weights: Mapping[str, Tensor]) -> None:
     for name, stored in chunk.module.model.state_dict().items():
         if name not in weights:
             raise InputError(f"state_dict has no {name!r}")
-        part = chunk.tensor_parallel.stored_part(name, weights[name])
+        part = _split_by(chunk, name).stored_part(name, weights[name])
         if isinstance(stored, DTensor) and stored.to_local().shape != part.shape:
             part = _shard_of(part, stored)
         target = local(stored)
@@ -80,9 +90,30 @@ def load_parts(chunk: Chunk, parts: Mapping[str, Tensor]) -> None:
 
 
 def _shard_of(part: Tensor, stored: DTensor) -> Tensor:
-    """What FSDP2 holds of a tensor: its chunk along the first dimension; later chunks may be short or empty."""
-    mesh = stored.device_mesh
-    assert mesh.mesh_dim_names is not None
-    size, index = mesh.size(0), mesh.get_local_rank(0)
-    rows = -(-part.shape[0] // size)
-    return part[min(index * rows, part.shape[0]) : min((index + 1) * rows, part.shape[0])]
+    """What FSDP2 holds of a tensor: its chunk along the dimension it cuts; later chunks may be short or empty."""
+    mesh, placement = stored.device_mesh, stored.placements[0]
+    assert mesh.mesh_dim_names is not None and isinstance(placement, Shard | _StridedShard)
+    size, index, dim = mesh.size(0), mesh.get_local_rank(0), placement.dim
+    rows = -(-part.shape[dim] // size)
+    start = min(index * rows, part.shape[dim])
+    return part.narrow(dim, start, min(rows, part.shape[dim] - start))
+
+
+def gather_statistics(own: Sequence[ExpertStatistics], mesh: Mesh) -> ExpertStatistics:
+    """The statistics of all stages on every rank, layers in the order of the model, from those of each rank's own."""
+    fields = ("load", "dropped", "auxiliary_loss")
+    rows = {
+        f"{layer} {field}": getattr(statistics, field)[row]
+        for statistics in own
+        for row, layer in enumerate(statistics.layers)
+        for field in fields
+    }
+    found = gather_stages(rows, mesh)
+    layers = sorted({name.split()[0] for name in found}, key=_in_order)
+    stacked = {field: torch.stack([found[f"{layer} {field}"].cpu() for layer in layers]) for field in fields}
+    return ExpertStatistics(layers=tuple(layers), **stacked)
+
+
+def _in_order(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts dotted names with numbers by number."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]

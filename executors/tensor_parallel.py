@@ -30,10 +30,19 @@ a user's loss, forward       1 all_gather of the logits              the same
 ===========================  ======================================  ===========================================
 
 A block has two regions (attention, feed-forward), each one entry and one exit; query, key and value, or gate and up,
-share an entry. Once per step ``finish_gradients`` adds up, in one all_reduce for each gradient type, the gradients of
-replicated parameters of which each rank saw a part: under sequence parallelism the norms and the biases of row splits,
-always the norms on each head's queries and keys, and, where tp exceeds the key/value heads, the copies of keys and
-values (``kv_heads`` times this rank's share of the gradient, each rank filling the slot of its head).
+share an entry. So do the down-projections of latent attention, which every rank computes alike on the region's input.
+
+In a layer of experts the router stays whole and only a shared expert is a region as above. With sequence parallelism
+router and experts work on the rank's own part of the sequence without a collective over tp (``expert_parallel`` sends
+tokens over the ranks that hold experts). Without it, where etp = tp, all ranks have the same tokens: the experts add 1
+all_reduce of a message forward, and backward 1 of a message and 1 of the tokens' weights ``[tokens, top_k]``, so that
+what reaches the router is whole on every rank and its gradients (the auxiliary loss's too) need no sum over tp.
+
+Once per step ``finish_gradients`` adds up, in one all_reduce for each gradient type, the gradients of replicated
+parameters of which each rank saw a part: under sequence parallelism the norms, routers and the biases of row splits,
+always the norms on each head's queries and keys and latent attention's whole matrices and norms, and, where tp exceeds
+the key/value heads, the copies of keys and values (``kv_heads`` times this rank's share of the gradient, each rank
+filling the slot of its head).
 
 With sequence parallelism each rank holds its part of the sequence from the first block's input to the final norm's
 output (Hugging Face models count positions on the whole sequence before); what passes between pipeline stages is the
@@ -110,7 +119,11 @@ class _Splitter:
         self.tp = tp_mesh.size()
         self.rank = tp_mesh.get_local_rank()
         self.group: Group = tp_mesh.get_group()
-        self.owned = {name: part for name, part in module.named_modules() if _has_parameters(part)}
+        self.owned = {
+            name: part
+            for name, part in module.named_modules()
+            if name not in rules.experts and any(weight is not None for weight in part._parameters.values())
+        }
         self.layouts: dict[str, Layout] = {}
         self.splits: dict[str, ColumnSplit | RowSplit | VocabularySplit] = {}
 
@@ -122,6 +135,8 @@ class _Splitter:
         self._replace_parameters()
         for name, part in self.owned.items():
             compute_locally(part, self.splits.get(name))
+        if not self.sequence_parallel:
+            self._enter_experts()
         self._place_sequence_ends()
         return TensorParallel(self.module, self.mesh, self.layouts)
 
@@ -129,7 +144,7 @@ class _Splitter:
         tp, matrices = self.tp, self.rules.matrices
         into: Callable[..., Tensor] = gather_sequence if self.sequence_parallel else enter
         out_of: Callable[..., Tensor] = scatter_sequence if self.sequence_parallel else leave
-        entry = None if region.container else Entry(partial(into, group=self.group), len(region.columns))
+        entry = None if region.container else Entry(partial(into, group=self.group), len(region.entries))
         if region.container:
             enter_container = partial(
                 _enter_container, where=region.argument, collective=partial(into, group=self.group)
@@ -144,7 +159,15 @@ class _Splitter:
                 copies=copies,
                 summed=copies > 1,
             )
-            self._plan_matrix(name, layout, ColumnSplit(transposed=matrices[name].transposed, entry=entry))
+            own_entry = entry if name in region.entries else None
+            self._plan_matrix(name, layout, ColumnSplit(transposed=matrices[name].transposed, entry=own_entry))
+        for name in region.kept_whole:
+            own_entry = entry if name in region.entries else None
+            self.splits[name] = ColumnSplit(transposed=matrices[name].transposed, entry=own_entry)
+        for name in region.vectors:
+            positions = tuple(region.entries_of(name, tp, rank) for rank in range(tp))
+            size = sum(len(part) for part in positions)
+            self.layouts[name] = Layout(dim=0, positions=positions, whole_size=size, copies=1, summed=False)
         row = matrices[region.row]
         everywhere = np.arange(row.inputs)
         self.layouts[f"{region.row}.weight"] = Layout(
@@ -227,6 +250,15 @@ class _Splitter:
         stored = DTensor.from_local(local, self.mesh, [placement], run_check=False)
         return nn.Parameter(stored, requires_grad=weight.requires_grad)
 
+    def _enter_experts(self) -> None:
+        """Without sequence parallelism experts, split over etp = tp, are a region of their own: each rank has the same
+        tokens and their weights, and returns a part of the sum."""
+        for name in self.rules.experts:
+            if _has_module(self.module, name):
+                experts = self.module.get_submodule(name)
+                experts.register_forward_pre_hook(partial(_enter_all, group=self.group), with_kwargs=True)
+                experts.register_forward_hook(partial(_leave_output, group=self.group))
+
     def _place_sequence_ends(self) -> None:
         """With sequence parallelism the sequence is cut before the first block and gathered before the head."""
         anatomy = self.rules.anatomy
@@ -243,8 +275,21 @@ class _Splitter:
             self.module.get_submodule(norm).register_forward_hook(gather)
 
 
-def _has_parameters(part: nn.Module) -> bool:
-    return any(weight is not None for weight in part._parameters.values())
+def _has_module(module: nn.Module, name: str) -> bool:
+    return name in dict(module.named_modules())
+
+
+def _enter_all(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, group: Group
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def entered(value: Any) -> Any:
+        return enter(value, group) if isinstance(value, Tensor) and value.requires_grad else value
+
+    return tuple(map(entered, args)), {name: entered(value) for name, value in kwargs.items()}
+
+
+def _leave_output(module: nn.Module, args: Any, output: Tensor, *, group: Group) -> Tensor:
+    return leave(output, group)
 
 
 def _enter_container(

@@ -3,18 +3,24 @@
 One decoder block of each structure is run as a skeleton (``profiler.skeleton``): on a few tokens, with a random
 stand-in for every matrix's output. What depends on what then says everything:
 
-* a matrix whose input depends on the residual stream is split by **columns** (outputs); one whose input depends on
-  such matrices only is split by **rows** (inputs), and closes a region with the columns that feed it;
+* a matrix whose output goes to the residual stream and whose input comes from other matrices is split by **rows**
+  (inputs) and closes a region; those that feed it are split by **columns** (outputs), and what lies before them is kept
+  **whole** (``tp_graph``; the down-projections of latent attention, DeepSeek-V2, arXiv 2405.04434 section 2.1);
 * the gradient of one entry of a region's row input shows which outputs it is made from: one of each matrix in a
-  feed-forward layer, those of one head in attention. So the heads are found, which of them share keys and values, and
-  where a fused projection (``[q|k|v]``, per head ``[q k v]``, ``[gate|up]``) keeps the parts of each;
+  feed-forward layer, those of one head in attention. So the heads are found, which of them share keys and values,
+  where a fused projection (``[q|k|v]``, per head ``[q k v]``, ``[gate|up]``) keeps the parts of each, and which vectors
+  have entries for each head (attention sinks);
 * a **probe** settles it: the block runs again with the column outputs that one rank would compute, for every legal
   tp up to 64 (three of them in feed-forward layers), and the row input must be that rank's slice of the whole. Integers
   that the forward reads (``num_heads``, ``num_key_value_groups``, ``split_size``) are tried as they are and as a rank's
   share of what they equal; the fewest changes with which every probe agrees are taken.
 
+Experts are not split here but over ``ep`` and ``etp``; the router beside them, and the gate on a shared expert, stay
+whole, and a shared expert is a feed-forward region of its own.
+
 Stand-ins make a probe cheap at any width, on meta-device models too. What stays unsettled (a matrix used
-twice, experts, a norm over all heads at once, a layout that no probe accepts) is refused by name, never guessed.
+twice, experts in a list, a norm over all heads at once, a layout that no probe accepts) is refused by name, never
+guessed.
 """
 
 from __future__ import annotations
@@ -30,9 +36,10 @@ from torch import Tensor, nn
 
 from meshwright import InputError
 from meshwright.executors.tp_dataflow import BlockRun, BoolArray, depends, tensors_in
+from meshwright.executors.tp_graph import Group, group_matrices
 from meshwright.executors.tp_rules import Attribute, IntArray, Region, Share, TensorParallelRules
 from meshwright.profiler.anatomy import Anatomy, find_anatomy
-from meshwright.profiler.skeleton import Matrix, call_with_tokens, find_matrices, hollow
+from meshwright.profiler.skeleton import Matrix, call_with_tokens, find_experts, find_matrices, hollow
 
 MAX_PROBED_TP = 64
 MAX_CHANGED_ATTRIBUTES = 4
@@ -50,8 +57,8 @@ def find_tensor_parallel_rules(model: nn.Module) -> TensorParallelRules:
 
 def _find(model: nn.Module) -> TensorParallelRules:
     anatomy = find_anatomy(model)
-    matrices = find_matrices(model)
-    _refuse_unknown(model, anatomy, matrices)
+    matrices, experts = find_matrices(model), tuple(find_experts(model))
+    _refuse_unknown(model, anatomy, matrices, experts)
     table = model.get_submodule(anatomy.token_embedding)
     assert isinstance(table, nn.Embedding)
     if table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
@@ -60,7 +67,7 @@ def _find(model: nn.Module) -> TensorParallelRules:
         raise InputError(f"{anatomy.token_embedding} ({type(table).__name__}) does more than look up rows: not settled")
 
     prototypes = _prototypes(model, anatomy)
-    runs = [_block_runs(model, anatomy, matrices, list(prototypes), kind) for kind in _attention_kinds(model)]
+    runs = [_block_runs(model, anatomy, matrices, experts, list(prototypes), kind) for kind in _attention_kinds(model)]
     regions: list[Region] = []
     partial: set[str] = set()
     for first, alike in prototypes.items():
@@ -72,6 +79,7 @@ def _find(model: nn.Module) -> TensorParallelRules:
         anatomy=anatomy,
         matrices=matrices,
         regions=tuple(regions),
+        experts=experts,
         partial=frozenset(partial),
         hidden_argument=next(iter(runs[0][0].values())).hidden_argument,
         embedding_reaches_blocks=all(reaches for _, reaches in runs),
@@ -79,24 +87,24 @@ def _find(model: nn.Module) -> TensorParallelRules:
     )
 
 
-def _refuse_unknown(model: nn.Module, anatomy: Anatomy, matrices: Mapping[str, Matrix]) -> None:
+def _refuse_unknown(
+    model: nn.Module, anatomy: Anatomy, matrices: Mapping[str, Matrix], experts: tuple[str, ...]
+) -> None:
+    layers = tuple(name.rpartition(".")[0] + "." for name in experts)
     for name, module in model.get_submodule(anatomy.blocks).named_modules(prefix=anatomy.blocks):
-        for key, weight in module.named_parameters(recurse=False):
-            if weight.dim() > 2:
-                raise InputError(
-                    f"{name}.{key} has shape {list(weight.shape)}: tensor parallelism of experts is not supported yet, "
-                    "only of dense blocks"
-                )
         lists = [part for part in module.children() if isinstance(part, nn.ModuleList)]
         if lists and any(True for _ in lists[0].parameters()):
             raise InputError(
-                f"{name} holds a list of modules (experts?) inside a block: only dense blocks are supported"
+                f"{name} holds a list of modules (experts?) inside a block: stack their weights in one module"
             )
-    for name, module in model.get_submodule(anatomy.blocks).named_modules(prefix=anatomy.blocks):
+        if name in experts or name in matrices:
+            continue
         for key, weight in module.named_parameters(recurse=False):
-            if weight.dim() == 2 and name not in matrices:
+            # in a layer of experts it is the router's, which is kept whole
+            if weight.dim() > 2 or (weight.dim() == 2 and not name.startswith(layers)):
                 raise InputError(
-                    f"{name} ({type(module).__name__}) uses {key} as neither x @ W nor x @ W.T: not settled"
+                    f"{name} ({type(module).__name__}) uses {key}, of shape {list(weight.shape)}, as neither x @ W nor "
+                    "x @ W.T: not settled"
                 )
 
 
@@ -121,7 +129,12 @@ def _attention_kinds(model: nn.Module) -> list[str | None]:
 
 
 def _block_runs(
-    model: nn.Module, anatomy: Anatomy, matrices: Mapping[str, Matrix], names: Sequence[str], kind: str | None
+    model: nn.Module,
+    anatomy: Anatomy,
+    matrices: Mapping[str, Matrix],
+    experts: Sequence[str],
+    names: Sequence[str],
+    kind: str | None,
 ) -> tuple[dict[str, BlockRun], bool]:
     """The named blocks, ready to run with their own arguments; and whether the embedding itself reaches the first."""
     copied = hollow(model, anatomy.blocks)
@@ -152,8 +165,9 @@ def _block_runs(
         inside = {
             key.removeprefix(name + "."): matrix for key, matrix in matrices.items() if key.startswith(name + ".")
         }
+        own_experts = [key.removeprefix(name + ".") for key in experts if key.startswith(name + ".")]
         try:
-            runs[name] = BlockRun(name, block, calls[name], inside)
+            runs[name] = BlockRun(name, block, calls[name], inside, own_experts)
         except (RuntimeError, ValueError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -167,60 +181,47 @@ def _find_regions(runs: Sequence[BlockRun]) -> tuple[list[Region], set[str]]:
     """The regions of one block, and its replicated parameters that lie inside one (relative names)."""
     run = runs[0]
     regions, inside = [], set()
-    for row, columns in _columns_of_rows(run).items():
+    for group in group_matrices(run):
+        row, columns = group.row, group.columns
         num_units, num_shared, width, outputs = _units(run, row, columns)
-        container, argument = _container(run, row, columns)
+        container, argument = _container(run, group)
+        names = list(run.vectors)
+        later = [run.whole.inputs[name] for name in (row, *columns, *group.whole) if name not in group.entries]
+        reached = [name for name, found in zip(names, depends(later, list(run.vectors.values())), strict=True) if found]
+        vectors = _split_vectors(run, row, num_units, width, reached)
         region = Region(
             columns=columns,
+            kept_whole=group.whole,
+            entries=group.entries,
             row=row,
             num_units=num_units,
             num_shared=num_shared,
             unit_width=width,
             unit_outputs=outputs,
+            vectors=tuple(vectors),
+            vector_outputs=tuple(vectors.values()),
             container=container,
             argument=argument,
-            by_token=_by_token(run, row, columns),
+            by_token=_by_token(run, row, (*columns, *group.whole)),
             attributes=(),
         )
         regions.append(_settle_attributes(runs, region))
-        names = list(run.vectors)
-        reached = depends(run.whole.inputs[row], [run.vectors[name] for name in names])
-        inside |= {name for name, is_reached in zip(names, reached, strict=True) if is_reached}
+        inside |= {name for name in reached if name not in vectors}
+        inside |= {f"{name}.{kind}" for name in group.whole for kind in ("weight", "bias")}
     return regions, inside
 
 
-def _columns_of_rows(run: BlockRun) -> dict[str, tuple[str, ...]]:
-    """Each row split with the column splits that feed it, from what the input of each matrix depends on."""
-    columns: list[str] = []
-    rows: dict[str, tuple[str, ...]] = {}
-    for name, x in run.whole.inputs.items():
-        earlier = [*columns, *rows]
-        from_hidden, *reached = depends(x, [run.hidden, *(run.outputs[other] for other in earlier)])
-        sources = {other for other, is_reached in zip(earlier, reached, strict=True) if is_reached}
-        fed_by = tuple(other for other in columns if other in sources)
-        from_residual = from_hidden or sources & set(rows)
-        if from_residual and not fed_by:
-            columns.append(name)
-        elif fed_by and not from_residual and x.shape[-1] > 1:
-            rows[name] = fed_by
-        else:
-            raise InputError(
-                f"{run.name}.{name} takes in both the residual stream and other matrices' outputs"
-                if from_residual
-                else f"{run.name}.{name} depends on no input of its block"
-            )
-    fed = [column for fed_by in rows.values() for column in fed_by]
-    leaving = next(tensors_in(run.whole.output))  # the hidden states; attention weights may follow
-    leaking = depends(leaving, [run.outputs[column] for column in columns])
-    for column, leaks in zip(columns, leaking, strict=True):
-        if fed.count(column) != 1 or leaks:
-            raise InputError(f"{run.name}.{column} does not feed exactly one matrix: cannot be split by columns")
-    for name, matrix in run.matrices.items():
-        if name not in run.whole.inputs:
-            raise InputError(f"{run.name}.{name} is not used by its block: cannot see how to split it")
-        if name in rows and matrix.outputs != run.hidden.shape[-1]:
-            raise _unsettled(run, name, "it does not lead back to the hidden states")
-    return rows
+def _split_vectors(run: BlockRun, row: str, num_units: int, width: int, names: Sequence[str]) -> dict[str, IntArray]:
+    """Of the named vectors those with entries for each unit: which entries, ``[num_units, entries]``."""
+    x, found = run.whole.inputs[row], {}
+    for name in names:
+        size = run.vectors[name].shape[0]
+        if width == 1 or size % num_units or not depends(x, [run.vectors[name]])[0]:
+            continue
+        used = np.stack([run.made_from(x, unit * width, (unit + 1) * width, [name])[0] for unit in range(num_units)])
+        if (used.sum(0) == 1).all() and (used.sum(1) == size // num_units).all():
+            found[name] = np.nonzero(used)[1].reshape(num_units, -1)
+    return found
 
 
 def _units(run: BlockRun, row: str, columns: tuple[str, ...]) -> tuple[int, int, int, tuple[IntArray, ...]]:
@@ -276,18 +277,19 @@ def _single_outputs(
 def _by_token(run: BlockRun, row: str, columns: tuple[str, ...]) -> bool:
     x = run.whole.inputs[row]
     last = x.flatten(0, -2)[-1].sum()
-    found = torch.autograd.grad(last, [run.outputs[name] for name in columns], retain_graph=True)
-    return all(not gradient.flatten(0, -2)[:-1].any() for gradient in found)
+    sources = [run.outputs[name] for name in columns]
+    found = torch.autograd.grad(last, sources, retain_graph=True, allow_unused=True)
+    return all(gradient is None or not gradient.flatten(0, -2)[:-1].any() for gradient in found)
 
 
-def _container(run: BlockRun, row: str, columns: tuple[str, ...]) -> tuple[str, int | str | None]:
-    """The smallest module around a region, if one argument of it feeds all columns and nothing else."""
-    parts = [name.split(".")[:-1] for name in (*columns, row)]
+def _container(run: BlockRun, group: Group) -> tuple[str, int | str | None]:
+    """The smallest module around a region, if one argument of it feeds all its entries and nothing else."""
+    parts = [name.split(".")[:-1] for name in (*group.whole, *group.columns, group.row)]
     shared = [pair[0] for pair in zip(*parts, strict=False) if len(set(pair)) == 1]
     name = ".".join(shared)
     call = run.whole.calls.get(name)
-    x = run.whole.inputs[columns[0]]
-    if call is None or any(run.whole.inputs[column] is not x for column in columns):
+    x = run.whole.inputs[group.entries[0]]
+    if call is None or any(run.whole.inputs[entry] is not x for entry in group.entries):
         return "", None
     given: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
     places = [where for where, value in given if value is x]
@@ -332,10 +334,13 @@ def _agrees(run: BlockRun, region: Region, tp: int) -> bool:
     expected = run.whole.inputs[region.row]
     modules = [run.block.get_submodule(item.module) for item in region.attributes]
     before = [getattr(module, item.name) for module, item in zip(modules, region.attributes, strict=True)]
+    vectors = dict(zip(region.vectors, region.vector_outputs, strict=True))
     try:
         for module, item in zip(modules, region.attributes, strict=True):
             setattr(module, item.name, region.share(item.share, tp))
         for rank in {0, tp // 2, tp - 1}:
+            for name in vectors:
+                run.set_vector(name, run.vectors[name].detach()[torch.from_numpy(region.entries_of(name, tp, rank))])
             given = {
                 name: run.outputs[name].detach()[..., torch.from_numpy(region.outputs(index, tp, rank))]
                 for index, name in enumerate(region.columns)
@@ -350,6 +355,8 @@ def _agrees(run: BlockRun, region: Region, tp: int) -> bool:
     finally:
         for module, item, value in zip(modules, region.attributes, before, strict=True):
             setattr(module, item.name, value)
+        for name in vectors:
+            run.set_vector(name, run.vectors[name])
     return True
 
 

@@ -46,7 +46,8 @@ class TensorParallel:
     def copies(self, name: str) -> int:
         """How many tp ranks hold each element of a parameter: tp for a replicated one, ``tp / kv_heads`` for copies
         of keys and values, else 1. A norm over parameters divides by it; padding is zero and counts nothing."""
-        return 1 if self._mesh is None else self._layouts[name].copies
+        layout = self._layouts.get(name)  # none: experts, which are not split over tp
+        return 1 if layout is None else layout.copies
 
     def finish_gradients(self) -> None:
         """Add up the partial gradients of replicated and copied parameters over tp; once per step, before they are
@@ -60,8 +61,8 @@ class TensorParallel:
         group, rank = self._mesh.get_group(), self._mesh.get_local_rank()
         buckets: dict[torch.dtype, list[tuple[Tensor, int, int]]] = {}
         for name, weight in self._module.named_parameters():
-            layout = self._layouts[name]
-            if layout.summed and weight.grad is not None:
+            layout = self._layouts.get(name)
+            if layout is not None and layout.summed and weight.grad is not None:
                 local = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
                 num_slots = self.tp // layout.copies
                 buckets.setdefault(local.dtype, []).append((local, num_slots, rank // layout.copies))
@@ -81,7 +82,7 @@ class TensorParallel:
         ``tensor`` has the parameter's stored layout: a DTensor (also sharded further over dp; gathered here, so every
         rank of its mesh must call) or, without tensor parallelism, anything.
         """
-        stored = _gathered(tensor)
+        stored = gathered(tensor)
         layout = self._layouts.get(name)
         if layout is None or layout.dim is None:
             return stored
@@ -95,7 +96,7 @@ class TensorParallel:
 
     def stored_part(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of a whole tensor, as stored: padded and in the stored layout. No communication."""
-        if self._mesh is None:
+        if self._mesh is None or name not in self._layouts:
             return whole
         return take_part(whole, self._layouts[name], self._mesh.get_local_rank())
 
@@ -105,7 +106,7 @@ def no_tensor_parallel(module: nn.Module) -> TensorParallel:
     return TensorParallel(module, None, {})
 
 
-def _gathered(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """The stored tensor, of which ``tensor`` may be a shard over several mesh directions."""
     if not isinstance(tensor, DTensor):
         return tensor

@@ -3,7 +3,8 @@
 A **region** is one pass from replicated to split and back: matrices split by columns (outputs), what happens between
 them, and one matrix split by rows (inputs). It is cut between **units** only: attention heads, or single columns of a
 feed-forward layer. Units may share outputs (query heads that share keys and values); where tp exceeds the shared units,
-each rank holds a copy of the one it needs.
+each rank holds a copy of the one it needs. What lies between the region's input and the column splits (latent
+projections) is kept whole, and computed alike by every rank.
 """
 
 from __future__ import annotations
@@ -60,17 +61,23 @@ class Region:
     """One pass through split matrices; names are dotted names in the whole model.
 
     ``unit_outputs[i][u]`` are the outputs of ``columns[i]`` that unit ``u`` is made from; unit ``u`` itself is the
-    ``unit_width`` row inputs from ``u * unit_width`` on. ``container`` is the module whose argument ``argument``
-    (position or keyword) is the input of all columns and which uses it for nothing else; empty where there is none.
+    ``unit_width`` row inputs from ``u * unit_width`` on. ``kept_whole`` are the matrices before the columns,
+    ``entries`` those matrices that take the region's input. ``vectors`` are parameters with entries for each unit, and
+    ``vector_outputs[i][u]`` those of unit ``u``. ``container`` is the module whose argument ``argument`` (position or
+    keyword) is the input of all entries and which uses it for nothing else; empty where there is none.
     ``by_token``: each token passes the region alone, so its input may be given in any order of tokens.
     """
 
     columns: tuple[str, ...]
+    kept_whole: tuple[str, ...]
+    entries: tuple[str, ...]
     row: str
     num_units: int
     num_shared: int
     unit_width: int
     unit_outputs: tuple[IntArray, ...]
+    vectors: tuple[str, ...]
+    vector_outputs: tuple[IntArray, ...]
     container: str
     argument: int | str | None
     by_token: bool
@@ -80,6 +87,11 @@ class Region:
         """Outputs of ``columns[column]`` that rank ``rank`` of ``tp`` holds, in ascending order."""
         units = self.num_units // tp
         return np.unique(self.unit_outputs[column][rank * units : (rank + 1) * units])
+
+    def entries_of(self, vector: str, tp: int, rank: int) -> IntArray:
+        """Entries of one of ``vectors`` that rank ``rank`` of ``tp`` holds, in ascending order."""
+        units = self.num_units // tp
+        return np.unique(self.vector_outputs[self.vectors.index(vector)][rank * units : (rank + 1) * units])
 
     def inputs(self, tp: int, rank: int) -> slice:
         """Inputs of the row split that rank ``rank`` of ``tp`` holds."""
@@ -131,6 +143,9 @@ class Region:
         return replace(
             self,
             columns=tuple(f"{block}.{name}" for name in self.columns),
+            kept_whole=tuple(f"{block}.{name}" for name in self.kept_whole),
+            entries=tuple(f"{block}.{name}" for name in self.entries),
+            vectors=tuple(f"{block}.{name}" for name in self.vectors),
             row=f"{block}.{self.row}",
             container=f"{block}.{self.container}" if self.container else "",
             attributes=tuple(
@@ -143,14 +158,16 @@ class Region:
 class TensorParallelRules:
     """How a model is split, for any legal tp; names are dotted names in the whole model.
 
-    ``partial`` are the replicated parameters inside regions (norms on each head's queries and keys): every rank sees
-    only its own units, so their gradients are partial sums. ``hidden_argument`` is where a block takes the hidden
-    states. ``embedding_reaches_blocks``: the first block is given the very tensor that the token table returned.
+    ``partial`` are the replicated parameters inside regions (norms on each head's queries and keys, latent
+    projections): every rank sees only its own units, so their gradients are partial sums. ``experts`` are the modules
+    of stacked experts, which are not split over tp. ``hidden_argument`` is where a block takes the hidden states.
+    ``embedding_reaches_blocks``: the first block is given the very tensor that the token table returned.
     """
 
     anatomy: Anatomy
     matrices: Mapping[str, Matrix]
     regions: tuple[Region, ...]
+    experts: tuple[str, ...]
     partial: frozenset[str]
     hidden_argument: int | str
     embedding_reaches_blocks: bool

@@ -68,6 +68,21 @@ def find_matrices(model: nn.Module) -> dict[str, Matrix]:
     return {name: found[name] for name in modules if name in found}
 
 
+def find_experts(model: nn.Module) -> dict[str, int]:
+    """Modules of stacked experts, by dotted name, with their number of experts.
+
+    Such a module holds a weight ``[num_experts, ...]`` of three dimensions; whatever else it holds (biases) is stacked
+    in the same way.
+    """
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        weights = dict(module.named_parameters(recurse=False))
+        stacked = [weight.shape[0] for weight in weights.values() if weight.dim() == 3]
+        if stacked and all(weight.dim() > 1 and weight.shape[0] == stacked[0] for weight in weights.values()):
+            found[name] = stacked[0]
+    return found
+
+
 def _shape(module: nn.Module) -> tuple[int, int]:
     weight = module.get_parameter("weight")
     return weight.shape[0], weight.shape[1]

@@ -6,12 +6,14 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ParallelConfig, Recompute, Schedule
@@ -54,6 +56,7 @@ AXES = ("tp", "pp", "dp", "vpp", "mbs", "zero")
 # words of a model, and what its config calls them
 OPTIONS = {"vocab": "vocab_size", "kv": "num_kv_heads", "layers": "num_layers"}
 HF_NAMES = {"vocab": "vocab_size", "kv": "num_key_value_heads", "layers": "num_hidden_layers"}
+AUXILIARY_LOSS = 0.5  # its coefficient under the word "aux": large, so that it cannot hide
 
 
 def parse(line: str) -> Case:
@@ -66,7 +69,9 @@ def parse(line: str) -> Case:
     names = OPTIONS if kind == "example" else HF_NAMES
     model_options: dict[str, Any] = {}
     for word in model_words:
-        if word == "twoway":
+        if word == "aux":
+            model_options |= {"output_router_logits": True, "router_aux_loss_coef": AUXILIARY_LOSS}
+        elif word == "twoway":
             model_options["causal"] = False
         elif word == "tied":
             model_options["tied" if kind == "example" else "tie_word_embeddings"] = True
@@ -84,7 +89,8 @@ def parse(line: str) -> Case:
         elif word == "sp":
             axes["sequence_parallel"] = True
         else:
-            axes[{"mbs": "micro_batch_size", "zero": "zero_stage"}.get(name, name)] = int(word.removeprefix(name))
+            names_of = {"mbs": "micro_batch_size", "zero": "zero_stage", "chunks": "ep_chunks"}
+            axes[names_of.get(name, name)] = int(word.removeprefix(name))
     for name in ("ring", "ulysses"):  # of cp, which they make up
         if name in axes:
             axes[f"cp_{name}"] = axes.pop(name)
@@ -137,18 +143,35 @@ DEFAULT_HF_SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
+MOE_SIZES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16},
+    "qwen2_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 2,
+                  "shared_expert_intermediate_size": 24},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "head_dim": 8},
+    "deepseek_v3": {"num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4,
+                    "topk_group": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "q_lora_rank": 12,
+                    "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16, "head_dim": 8,
+                "sliding_window": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+}  # fmt: skip
+
+
 def _hugging_face(kind: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     transformers = pytest.importorskip("transformers")
-    sizes = {**HF_SIZES.get(kind, DEFAULT_HF_SIZES), **options}
+    sizes = {**HF_SIZES.get(kind, DEFAULT_HF_SIZES), **MOE_SIZES.get(kind, {}), **options}
     if kind == "gpt_neox":
         sizes.pop("num_key_value_heads", None)
     config = transformers.AutoConfig.for_model(kind, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    attention = "eager" if kind == "gpt_oss" else "sdpa"  # all it has
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    if kind in MOE_SIZES:
+        model.set_experts_implementation("eager")
     return _exact(model), config.to_dict()
 
 
 def _exact(model: nn.Module) -> nn.Module:
-    """Norms that compute in their input's dtype: Hugging Face's own round to float32, which hides what we look for."""
+    """Norms and routers that compute in their input's dtype: Hugging Face's own round to float32, which hides what we
+    look for."""
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             weight = module.weight
@@ -156,7 +179,26 @@ def _exact(model: nn.Module) -> nn.Module:
             norm = nn.RMSNorm(weight.shape[0], eps=1e-6)
             norm.weight = weight
             model.set_submodule(name, norm)
+        elif type(module).__name__.endswith("Router"):
+            module.forward = partial(_in_own_dtype, module.forward)
     return model
+
+
+def _in_own_dtype(forward: Callable[..., Any], x: Tensor) -> Any:
+    if x.dtype is not torch.float64:
+        return forward(x)
+    with _Double():
+        return forward(x)
+
+
+class _Double(TorchFunctionMode):
+    """What is asked to be rounded to float32 is not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float or (func is Tensor.type and args[1:] == (torch.float32,)):
+            return args[0]
+        kwargs = {key: value for key, value in (kwargs or {}).items() if value is not torch.float32}
+        return func(*args, **kwargs)
 
 
 def build_model(case: Case) -> tuple[nn.Module, dict[str, Any]]:
@@ -166,6 +208,9 @@ def build_model(case: Case) -> tuple[nn.Module, dict[str, Any]]:
     with torch.no_grad():
         for weight in model.parameters():  # biases and norms too: their gradients must not hide behind zeros and ones
             weight.add_(0.1 * torch.randn(weight.shape))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.1 * torch.rand(buffer.shape))
     return model.to(case.dtype), fields
 
 
@@ -208,6 +253,24 @@ def _mean_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != -100).sum()
 
 
+def _auxiliary_loss(case: Case, model: Any, tokens: Tensor) -> Tensor:
+    """Of each layer over each micro-batch, averaged over these: ``coefficient * experts * sum(share * mean)``."""
+    found: list[Tensor] = []
+    routers = [part for part in model.modules() if type(part).__name__.endswith("Router")]
+    handles = [part.register_forward_hook(lambda _, args, output: found.append(output[0])) for part in routers]
+    parts = tokens.split(case.config.micro_batch_size)
+    for part in parts:
+        model(part)
+    for handle in handles:
+        handle.remove()
+    top_k, total = model.config.num_experts_per_tok, torch.zeros((), dtype=torch.float64)
+    for logits in found:
+        probabilities = logits.softmax(-1)
+        chosen = torch.zeros_like(logits).scatter(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+        total = total + (chosen.mean(0) * probabilities.mean(0)).sum() * logits.shape[-1]
+    return model.config.router_aux_loss_coef * total / len(parts)
+
+
 @dataclass
 class Reference:
     """What one process finds: the first step's loss and gradients, then five steps of AdamW under clipping."""
@@ -223,8 +286,11 @@ def reference(case: Case, model: nn.Module, plan: Plan) -> Reference:
     norms, first_loss = [], 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-3)
     for step in range(STEPS):
-        loss = _mean_loss(model, *batch_of(case, plan, step))
-        loss.backward()
+        batch = batch_of(case, plan, step)
+        loss = _mean_loss(model, *batch)
+        (
+            loss + _auxiliary_loss(case, model, batch[0]) if "output_router_logits" in case.model_options else loss
+        ).backward()
         if step == 0:
             first_loss = loss.item()
             grads = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}

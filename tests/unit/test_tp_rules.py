@@ -17,6 +17,7 @@ from meshwright.executors.tp_rules import Region, Share, Split, TensorParallelRu
 from meshwright.profiler.anatomy import find_anatomy  # noqa: E402
 from meshwright.profiler.skeleton import find_matrices  # noqa: E402
 
+DEFAULT_ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 HIDDEN, HEADS, HEAD_DIM, FFN, VOCAB = 32, 4, 8, 48, 50
 
 
@@ -214,10 +215,39 @@ def test_neox_heads_are_whole() -> None:
     assert attention.attributes == ()
 
 
-def test_experts_are_refused() -> None:
-    model = hugging_face("Mixtral", intermediate_size=48, num_key_value_heads=2, num_local_experts=4)
-    with pytest.raises(InputError, match=r"mlp\.experts.* experts is not supported yet"):
-        find_tensor_parallel_rules(model)
+def test_experts_are_left_alone_and_a_shared_expert_is_split() -> None:
+    sizes = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+    model = hugging_face("Qwen2Moe", num_key_value_heads=2, decoder_sparse_step=1, **sizes)
+    rules = find_tensor_parallel_rules(model)
+    assert rules.experts == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    _, shared = regions_of(rules)
+    assert (shared.row, shared.num_units, shared.by_token) == ("model.layers.0.mlp.shared_expert.down_proj", 24, True)
+    assert (shared.container, shared.argument) == ("model.layers.0.mlp.shared_expert", 0)
+    # the router and the gate on the shared expert stay whole
+    assert not any("mlp.gate" in name or "shared_expert_gate" in name for name in rules.splits)
+
+
+def test_latent_projections_are_kept_whole() -> None:
+    sizes = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    model = hugging_face("DeepseekV3", num_key_value_heads=4, intermediate_size=48, **sizes, **experts)
+    attention, _ = regions_of(find_tensor_parallel_rules(model))
+    prefix = "model.layers.0.self_attn."
+    assert attention.columns == (f"{prefix}q_b_proj", f"{prefix}kv_b_proj")
+    assert attention.kept_whole == attention.entries == (f"{prefix}q_a_proj", f"{prefix}kv_a_proj_with_mqa")
+    assert (attention.num_units, attention.num_shared, attention.unit_width) == (4, 4, 8)
+    assert attention.outputs(0, 2, 1).tolist() == list(range(20, 40))  # queries of 10 a head
+    assert attention.outputs(1, 2, 1).tolist() == list(range(28, 56))  # 6 of a key and 8 of a value a head
+    partial = find_tensor_parallel_rules(model).partial
+    assert {f"{prefix}{name}.weight" for name in ("q_a_proj", "q_a_layernorm", "kv_a_layernorm")} <= partial
+
+
+def test_attention_sinks_are_split_with_their_heads() -> None:
+    sizes = {"head_dim": 8, "num_local_experts": 4, "intermediate_size": 16}
+    model = hugging_face("GptOss", num_key_value_heads=2, rope_parameters=DEFAULT_ROTARY, **sizes)
+    attention, _ = regions_of(find_tensor_parallel_rules(model))
+    assert attention.vectors == ("model.layers.0.self_attn.sinks",)
+    assert attention.entries_of(attention.vectors[0], 2, 1).tolist() == [2, 3]
 
 
 def test_an_attribute_of_the_config_is_refused() -> None:
