@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from meshwright import InputError
 from meshwright.executors.context_parallel import ContextParallel
+from meshwright.executors.spec_model import SpecModel
 
 _INTERFACE = "meshwright_context_parallel"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -43,7 +44,9 @@ def apply_context_parallel(model: nn.Module, blocks: Mapping[int, nn.Module], co
 
 
 def _enter_interface(model: nn.Module) -> bool:
-    """Whether ``model`` is Hugging Face's, which then attends by ``_interface_attention``."""
+    """Whether ``model`` attends through ``context_parallel`` by itself: Hugging Face's by ``_interface_attention``."""
+    if isinstance(model, SpecModel):
+        return True
     if not hasattr(model, "set_attn_implementation"):
         return False
     from transformers import AttentionInterface
@@ -134,9 +137,7 @@ def _interface_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(
-    *, mask: Tensor | None, dropout: float, softcap: float | None = None, bias: Tensor | None = None
-) -> None:
+def _refuse(*, mask: Tensor | None, dropout: float, softcap: float | None = None, bias: Tensor | None = None) -> None:
     """What attention in parts is not exact for."""
     refused = {
         "an attention mask (padded or packed sequences)": mask is not None,

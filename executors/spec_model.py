@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meshwright import InputError
+from meshwright.executors.context_parallel import ContextParallel
 from meshwright.profiler.layers import (
     AttentionKind,
     AttentionLayer,
@@ -63,6 +64,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention over ``[batch, sequence, hidden]``, with grouped key and value heads."""
 
+    context_parallel: ContextParallel | None = None  # the ranks that hold the rest of the sequence (attention_hooks)
+
     def __init__(self, layer: AttentionLayer) -> None:
         super().__init__()
         if layer.attention_kind is AttentionKind.MLA:
@@ -78,27 +81,35 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(layer.head_dim) if per_head else nn.Identity()
         self.k_norm = RMSNorm(layer.head_dim) if per_head else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Causal attention, within the window if there is one: ``[batch, sequence, hidden]`` in and out."""
         batch, sequence, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(batch, sequence, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(batch, sequence, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(batch, sequence, -1, self.value_head_dim).transpose(1, 2)
         if self.rotary:
-            q, k = rotate(q), rotate(k)
+            q, k = rotate(q, position_ids), rotate(k, position_ids)
+        if self.context_parallel is not None:
+            mixed = self.context_parallel.attend(q, k, v, causal=True, window=self.window)
+        else:
+            mixed = self._attend(q, k, v)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, sequence, -1))
+        return out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention over a sequence that is all here, heads second."""
+        sequence = q.shape[2]
         windowed = 0 < self.window < sequence
-        mask = _window_mask(sequence, self.window, x.device) if windowed else None
+        mask = _window_mask(sequence, self.window, q.device) if windowed else None
         grouped = q.shape[1] != k.shape[1]
         if grouped and (
             windowed or q.dtype not in HALF_TYPES
         ):  # the flash kernel alone takes grouped heads as they are
             k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
             grouped = False
-        mixed = functional.scaled_dot_product_attention(
+        return functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=not windowed, enable_gqa=grouped
         )
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, sequence, -1))
-        return out
 
 
 class Mlp(nn.Module):
@@ -131,11 +142,13 @@ class Decoder(nn.Module):
         for name, layer in zip(self.order, block.layers, strict=True):
             self.add_module(name, _build(layer))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """``x + layer(norm(x))`` for each layer."""
         normed = x
         for layer in map(self.get_submodule, self.order):
-            if isinstance(layer, Attention | Mlp):
+            if isinstance(layer, Attention):
+                normed = x = x + layer(normed, position_ids)
+            elif isinstance(layer, Mlp):
                 normed = x = x + layer(normed)
             else:
                 normed = layer(normed)
@@ -162,23 +175,28 @@ class SpecModel(nn.Module):
             if weight.dim() > 1:
                 nn.init.normal_(weight, std=INITIAL_STD)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[batch, sequence]`` to logits ``[batch, sequence, vocab_size]``."""
+    def forward(self, tokens: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Tokens ``[batch, sequence]`` to logits ``[batch, sequence, vocab_size]``.
+
+        ``position_ids`` ``[1, sequence]`` say where tokens stand, where they are not a whole sequence in order.
+        """
         x = self.embed(tokens)
         if self.positions is not None:
-            x = x + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+            places = torch.arange(tokens.shape[1], device=tokens.device) if position_ids is None else position_ids[0]
+            x = x + self.positions(places)
         x = self.embedding_norms(x)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, position_ids)
         logits: Tensor = self.head(self.norms(x))
         return logits
 
 
-def rotate(x: Tensor) -> Tensor:
+def rotate(x: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """Rotary positions (arXiv 2104.09864) on ``[batch, heads, sequence, head_dim]``."""
     sequence, head_dim = x.shape[-2], x.shape[-1]
     exponents = torch.arange(0, head_dim, 2, device=x.device, dtype=torch.float32) / head_dim
-    angles = torch.outer(torch.arange(sequence, device=x.device, dtype=torch.float32), ROTARY_BASE**-exponents)
+    places = torch.arange(sequence, device=x.device) if position_ids is None else position_ids[0]
+    angles = torch.outer(places.float(), ROTARY_BASE**-exponents)
     angles = torch.cat((angles, angles), dim=-1)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)

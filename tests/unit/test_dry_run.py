@@ -183,13 +183,13 @@ def test_one_rank_of_each_stage() -> None:
 
 
 class _Broken(Attention):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) @ x
+    def forward(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(x, position_ids) @ x
 
 
 class _Curious(Attention):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.sum().item() > 0 else x
+    def forward(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(x, position_ids) if x.sum().item() > 0 else x
 
 
 class TestRefusals:
