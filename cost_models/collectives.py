@@ -46,9 +46,10 @@ def groups_of(batch: ConfigBatch, cluster: ClusterProfile, placement: Placement,
     """The groups that join ``axes`` under ``placement`` (its order; a permutation is left out), over arrays.
 
     An axis of degree ``n`` and stride ``s`` (the product of the faster degrees) has ``min(n, max(1, G // s))`` ranks
-    in an aligned domain of ``G`` devices; where ``G`` is no multiple of ``s`` some groups have fewer. ``cp_ulysses`` and
-    ``cp_ring`` are the two axes of ``cp``, Ulysses groups being neighbours there. ``edp``, ``ep`` and ``etp`` fold the ranks of ``[dp, cp, tp]`` anew, ``etp`` fastest (``executors/mesh.py``): each is the axes it
-    spans there, with the strides these have.
+    in an aligned domain of ``G`` devices; where ``G`` is no multiple of ``s`` some groups have fewer. ``cp_ulysses``
+    and ``cp_ring`` are the two axes of ``cp``, Ulysses groups being neighbours there. ``edp``, ``ep`` and ``etp`` fold
+    the ranks of ``[dp, cp, tp]`` anew, ``etp`` fastest (``executors/mesh.py``): each is the axes it spans there, with
+    the strides these have.
     """
     size = np.ones(len(batch), dtype=np.int64)
     sizes = [tier.group_size for tier in cluster.tiers] or [1]

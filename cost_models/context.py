@@ -2,8 +2,8 @@
 
 Ranks ``cp = cp_ring * cp_ulysses`` (R and U here) each hold ``1 / cp`` of a sequence. Ulysses (arXiv 2309.14509,
 section 3.1) trades heads for sequence: before attention an all_to_all leaves a rank ``1 / U`` of its heads over the
-tokens of all U, after it one goes back. A ring (arXiv 2310.01889) then passes keys and values of a place on R - 1 times,
-so that every query meets every key; with both, the exchange is inside (USP, arXiv 2405.07719, section 3).
+tokens of all U, after it one goes back. A ring (arXiv 2310.01889) then passes keys and values of a place on R - 1
+times, so that every query meets every key; with both, the exchange is inside (USP, arXiv 2405.07719, section 3).
 
 A message of the ring has ``b * s / R * kv * (d + e)`` numbers: ``b`` sequences of ``s`` tokens, ``kv`` key/value heads
 on a rank after tp and Ulysses, of width ``d`` and ``e``. Latent attention sends keys and values of all heads, made from
@@ -12,7 +12,6 @@ the latent before attention, as Transformer Engine does (context_parallel.py of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,16 +19,18 @@ from numpy.typing import NDArray
 
 from meshwright.cost_models.collectives import Groups, sent_seconds
 from meshwright.cost_models.framework import Framework
-from meshwright.cost_models.strategy import ConfigBatch
+from meshwright.cost_models.issued import Collective
+from meshwright.cost_models.strategy import ConfigBatch, Recompute
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.layers import AttentionKind, AttentionLayer
+from meshwright.profiler.model import Block
 
 FloatArray = NDArray[np.float64]
 LSE_BYTES = 4.0  # log-sum-exp of a query and head
 
 
-def kv_heads_here(layer: AttentionLayer, batch: ConfigBatch, framework: Framework) -> FloatArray:
+def exchanged_kv_heads(layer: AttentionLayer, batch: ConfigBatch, framework: Framework) -> FloatArray:
     """Key/value heads of one rank after tp, as they are exchanged: ``[num_configs]``.
 
     Where Ulysses has more ranks than a rank has heads they are repeated, to the least number that the ranks divide and
@@ -45,43 +46,57 @@ def kv_heads_here(layer: AttentionLayer, batch: ConfigBatch, framework: Framewor
     return np.where(whole % shared == 0, shared, whole).astype(np.float64)
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """What one attention exchanges for one micro-batch on one rank: arrays of shape ``[num_configs]``.
+def context_traffic(block: Block, workload: Workload, batch: ConfigBatch, framework: Framework) -> list[Collective]:
+    """What the attentions of ``block`` issue over ``cp_ulysses`` and ``cp_ring`` for a micro-batch on one rank.
 
-    ``to_heads`` and ``to_sequence`` are Ulysses' all_to_alls before and after attention, the bytes of this rank's
-    tensors; ``to_heads_calls`` the calls before (one for queries, keys and values, or three). ``hops`` is how often a
-    ring's message is handed on, ``keys`` its bytes, ``gradients`` those of the message of gradients.
+    Ours: the table of ``executors/context_parallel.py``. Of each ring R - 1 messages of keys and values forward, as
+    many backward, and R - 1 of their gradients; a target that gathers them does so both ways, and scatters gradients.
+    Full recompute repeats the forward's; selective recompute where attention or the gathers of sequence parallelism
+    are.
     """
-
-    to_heads: FloatArray
-    to_heads_calls: float
-    to_sequence: FloatArray
-    hops: FloatArray
-    keys: FloatArray
-    gradients: FloatArray
+    entries: list[Collective] = []
+    for layer in block.layers:
+        if isinstance(layer, AttentionLayer):
+            entries += _of_attention(layer, workload, batch, framework)
+    return entries
 
 
-def exchange(layer: AttentionLayer, workload: Workload, batch: ConfigBatch, framework: Framework) -> Exchange:
-    """What ``layer`` exchanges, each way; see ``Exchange``."""
+def _of_attention(
+    layer: AttentionLayer, workload: Workload, batch: ConfigBatch, framework: Framework
+) -> list[Collective]:
     traits, size = framework.context, float(workload.recipe.compute.num_bytes)
     tokens = batch.micro_batch_size * (workload.seq_len / batch.cp)
-    heads, kv_heads = layer.num_heads / batch.tp, kv_heads_here(layer, batch, framework)
+    heads, kv_heads = layer.num_heads / batch.tp, exchanged_kv_heads(layer, batch, framework)
     query, value = layer.head_dim + layer.rope_head_dim, layer.value_head_dim
-    numbers = tokens * kv_heads * (query + value)  # Ulysses makes tokens U times as many and heads U times fewer
-    wide = max(size, 4.0) if traits.float32_grads else size
-    keys, gradients = size * numbers, wide * numbers
-    if traits.bidirectional:
-        keys = np.maximum(size * tokens * heads * query, tokens * heads * (size * value + LSE_BYTES))
-        gradients = np.zeros(len(batch))
-    return Exchange(
-        to_heads=size * tokens * (heads * query + kv_heads * (query + value)),
-        to_heads_calls=1.0 if traits.exchanges_together else 3.0,
-        to_sequence=size * tokens * heads * value,
-        hops=(batch.cp_ring - 1.0) * (not traits.gathers),
-        keys=keys,
-        gradients=gradients,
-    )
+    queries, output = size * tokens * heads * query, size * tokens * heads * value
+    # of a place: Ulysses makes tokens U times as many and heads U times fewer
+    keys = size * tokens * kv_heads * (query + value)
+    gradients = keys * (max(size, 4.0) / size if traits.float32_grads else 1.0)
+    handed_on = keys
+    if traits.bidirectional:  # the larger of what goes one way and what comes back
+        handed_on = np.maximum(queries, output + LSE_BYTES * tokens * heads)
+    again = batch.is_recompute(Recompute.FULL)
+    if framework.selective.core or framework.selective.gathers:
+        again = again | batch.is_recompute(Recompute.SELECTIVE)
+    ring, hops = batch.cp_ring > 1, batch.cp_ring - 1.0
+    parts = 1.0 if traits.exchanges_together else 3.0
+    entries = []
+    for phase, on in (("forward", np.ones(len(batch))), ("recompute", again * 1.0), ("backward", np.ones(len(batch)))):
+        exchanged = np.where(batch.cp_ulysses > 1, on, 0.0)
+        entries += [
+            Collective("cp_ulysses", "all_to_all", phase, parts * exchanged, (queries + keys) / parts),
+            Collective("cp_ulysses", "all_to_all", phase, exchanged, output),
+        ]
+        if traits.gathers:
+            entries.append(Collective("cp_ring", "all_gather", phase, np.where(ring, on, 0.0), batch.cp_ring * keys))
+        else:
+            sent = keys if phase == "backward" else handed_on
+            entries.append(Collective("cp_ring", "send", phase, np.where(ring, hops * on, 0.0), sent))
+    if traits.gathers:
+        entries.append(Collective("cp_ring", "reduce_scatter", "backward", ring * 1.0, batch.cp_ring * gradients))
+    else:
+        entries.append(Collective("cp_ring", "send", "backward", hops, gradients))
+    return entries
 
 
 def hop_seconds(cluster: ClusterProfile, groups: Groups, num_bytes: Any) -> FloatArray:

@@ -48,4 +48,49 @@ class ContextTraits:
     whole_heads: bool = False  # keys and values travel repeated for every query head
     float32_grads: bool = False  # their gradients travel in float32
     exchanges_together: bool = False  # Ulysses: queries, keys and values in one all_to_all
+    exchange_copies: float = 4.0  # passes over what Ulysses exchanges: laid out by ranks, and by tokens or heads after
     merge: Merge = Merge()
+
+
+# executors/ring_attention.py and attention_kernels.merge, operator by operator, sums in float32
+OURS = ContextTraits(
+    ulysses=True,
+    float32_grads=True,
+    exchanges_together=True,
+    merge=Merge(
+        forward_kernels=9,
+        output_passes=1,
+        output_float32_passes=6,
+        backward_kernels=3,
+        query_passes=1,
+        query_float32_passes=2,
+        kv_passes=1,
+        kv_float32_passes=2,
+    ),
+)
+
+# cp_comm_type p2p, a2a and a2a+p2p of Megatron-Core (transformer_engine/pytorch/attention/dot_product_attention/
+# context_parallel.py): two compiled kernels a step merge outputs in the compute dtype, gradients of keys and values
+# travel in it, behind those that are handed on; kernels of steps take turns on two streams, beside the messages.
+# Sliding windows are refused on a ring
+TRANSFORMER_ENGINE = ContextTraits(
+    ulysses=True,
+    ring_windows=False,
+    merge=Merge(forward_kernels=2, output_passes=3, backward_kernels=3, query_passes=3, kv_passes=3),
+)
+
+# torch's own (torch/distributed/tensor/experimental/_attention.py), of 2024: outputs merged in float32, operator by
+# operator; torchtitan repeats keys and values for every head before attention (models/llama/model.py: repeat_kv)
+TORCH_2024 = ContextTraits(
+    whole_heads=True,
+    ring_windows=False,
+    merge=Merge(
+        forward_kernels=8,
+        output_passes=1,
+        output_float32_passes=9,
+        backward_kernels=3,
+        query_passes=1,
+        query_float32_passes=2,
+        kv_passes=3,
+    ),
+)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models import expert_exchange
+from meshwright.cost_models import context, expert_exchange
 from meshwright.cost_models.blocks import BlockKinds, num_tensors, rank_params, routed_params
 from meshwright.cost_models.collectives import Groups, groups_of, seconds
 from meshwright.cost_models.compute import BlockSeconds, block_seconds
@@ -84,6 +84,8 @@ def block_parts(
         "dp": groups_of(batch, cluster, placement, "dp", "cp"),
         "shard": groups_of(_one_shard(batch), cluster, placement, "dp", "cp"),
     }
+    if (batch.cp > 1).any():
+        groups |= {axis: groups_of(batch, cluster, placement, axis) for axis in ("cp_ring", "cp_ulysses")}
     if model.moe is not None:
         groups |= {axis: groups_of(batch, cluster, placement, axis) for axis in ("ep", "etp", "edp")}
         groups["eshard"] = groups_of(_one_shard(batch), cluster, placement, "edp")
@@ -152,6 +154,8 @@ def _parts(
             recompute=kernels.recompute * slower,
             experts_forward=kernels.experts_forward * slower,
             experts_backward=kernels.experts_backward * slower,
+            attention_forward=kernels.attention_forward * slower,
+            attention_backward=kernels.attention_backward * slower,
         )
     zero = np.zeros(len(batch))
     block, traffic = kinds.kinds[index], block_traffic(kinds, index, model, workload, batch, framework)
@@ -175,19 +179,20 @@ def _parts(
     tp_again, hidden_tp_again = hide(spent.get(("tp", "recompute"), zero), hidden_tp, kernels.recompute, cluster)
     tp_backward, hidden_tp_backward = tp_backward + tp_again, hidden_tp_backward + hidden_tp_again
     ep_forward, ep_backward, hidden_ep = _exchanged(spent, kernels, cluster, framework, batch)
+    cp_forward, cp_backward, hidden_cp = _context(spent, inside, kernels, cluster, framework, batch)
     each_rank_s = framework.host.checked_collective_s + (batch.pp > 1) * framework.host.pipelined_collective_s
     call_s = framework.host.collective_s + batch.tp * each_rank_s
     back_calls = calls.get("backward", zero) + calls.get("recompute", zero)
     host_forward = host_wait(
         device,
         framework,
-        kernels.forward + tp_forward + ep_forward + dp_forward,
+        kernels.forward + tp_forward + cp_forward + ep_forward + dp_forward,
         kernels.forward_host + calls.get("forward", zero) * call_s,
     )
     host_backward = host_wait(
         device,
         framework,
-        backward + kernels.recompute + tp_backward + ep_backward + dp_backward,
+        backward + kernels.recompute + tp_backward + cp_backward + ep_backward + dp_backward,
         kernels.backward_host + kernels.recompute_host + back_calls * call_s,
     )
     accumulate, accumulate_host = _accumulation(kinds, index, workload, cluster, framework, batch)
@@ -201,13 +206,13 @@ def _parts(
         host_backward=host_backward + accumulate_host,
         tp_forward=tp_forward,
         tp_backward=tp_backward,
-        cp_forward=zero,
-        cp_backward=zero,
+        cp_forward=cp_forward,
+        cp_backward=cp_backward,
         ep_forward=ep_forward,
         ep_backward=ep_backward,
         dp_forward=dp_forward,
         dp_backward=dp_backward,
-        hidden=hidden_forward + hidden_backward + hidden_tp_forward + hidden_tp_backward + hidden_ep,
+        hidden=hidden_forward + hidden_backward + hidden_tp_forward + hidden_tp_backward + hidden_ep + hidden_cp,
         dp_first=spent.get(("dp", "first_forward"), zero),
         dp_last=spent.get(("dp", "last_backward"), zero),
         dp_first_inside=inside.get(("dp", "first_forward"), zero),
@@ -246,6 +251,33 @@ def _exchanged(
             visible, behind = hide(chunked, share, all_kernels, cluster)
             exchange, hidden = visible, hidden + beside + behind
         exposed.append(exchange)
+    return exposed[0], exposed[1] + exposed[2], hidden
+
+
+def _context(
+    spent: dict[tuple[str, str], FloatArray],
+    inside: dict[tuple[str, str], FloatArray],
+    kernels: BlockSeconds,
+    cluster: ClusterProfile,
+    framework: Framework,
+    batch: ConfigBatch,
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Exposed seconds of context parallelism, forward and backward, and what of a ring is hidden.
+
+    A message of a ring travels beside the kernels of a step, and the last step has none; Ulysses' exchange and gathered
+    keys are waited for.
+    """
+    exposed, hidden, zero = [], np.zeros(len(batch)), np.zeros(len(batch))
+    share = 0.0 if framework.context.gathers else framework.context.overlap * launches_ahead(cluster.device)
+    for phase, kernel in (
+        ("forward", kernels.attention_forward),
+        ("backward", kernels.attention_backward),
+        ("recompute", kernels.attention_forward),
+    ):
+        near, behind = inside.get(("cp_ring", phase), zero), context.beside(kernel, batch)
+        visible, beside = hide(spent.get(("cp_ring", phase), zero), share, behind, cluster, near)
+        exposed.append(visible + spent.get(("cp_ulysses", phase), zero))
+        hidden = hidden + beside
     return exposed[0], exposed[1] + exposed[2], hidden
 
 
@@ -304,6 +336,8 @@ def _price(
         slower = expert_exchange.rows_of(layer, workload, batch).slower
         one = expert_exchange.exchange_seconds(cluster, entry.op, groups[axis], message, layer, framework.experts)
         return np.asarray(entry.calls * slower * one), np.zeros(len(batch))
+    if entry.op == "send":
+        return np.asarray(entry.calls * context.hop_seconds(cluster, groups[axis], message)), np.zeros(len(batch))
     shard = {"dp": "shard", "edp": "eshard"}
     once = seconds(cluster, entry.op, groups[shard[axis] if entry.in_shard else axis], message)
     # what is laid out by sequences is no row of shards
@@ -312,6 +346,8 @@ def _price(
         moves = entry.op in ("all_gather", "broadcast")
         each = framework.gather_copies if moves else framework.reduce_copies
         passes = np.full(len(batch), _COPIES_AT_END if entry.phase == "end" else each)
+    elif axis in ("cp_ring", "cp_ulysses"):
+        passes = np.full(len(batch), framework.context.exchange_copies * (axis == "cp_ulysses"))
     copies = passes * entry.message_bytes / cluster.device.memory_bytes_per_s
     return np.asarray(entry.calls * once), np.asarray(entry.calls * copies)
 

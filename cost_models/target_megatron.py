@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from meshwright.cost_models import context_traits
 from meshwright.cost_models.framework import (
     AttentionKernel,
     Framework,
@@ -35,6 +36,7 @@ _MEGATRON = Framework(
     zero_stages=(0, 1),
     recomputes=(Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL),
     context_parallel=True,
+    context=context_traits.TRANSFORMER_ENGINE,
     expert_parallel=True,
     partial_sharding=False,
     vocab_parallel=True,
@@ -102,6 +104,7 @@ MEGATRON_LM_2022 = replace(
     version_of="megatron-lm",
     differs_in=("pointwise_factor",),  # other kernels
     pointwise=MEGATRON_2021,
+    context_parallel=False,  # it came with flash attention
     attention=AttentionKernel.WRITTEN_OUT,
     blocking_hops=(Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED),
 )

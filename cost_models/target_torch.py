@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from meshwright.cost_models.context_traits import OURS, TORCH_2024
 from meshwright.cost_models.framework import (
     AttentionKernel,
     Framework,
@@ -53,6 +54,7 @@ MESHWRIGHT = Framework(
     reduce_copies=1.5,  # read in bf16, written in float32
     copies_exposed=True,  # torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py: copy-in and copy-out
     memory=MemoryTraits(by_operator=True, fragmentation=FSDP_FRAGMENTATION),
+    context=OURS,
 )
 
 TORCHTITAN = replace(
@@ -61,6 +63,7 @@ TORCHTITAN = replace(
     defers_products=False,
     memory=TORCHTITAN_MEMORY,
     context_parallel=True,
+    context=TORCH_2024,
     partial_sharding=True,
     pointwise=COMPILED,
     eager_rms_norm=False,

@@ -24,6 +24,7 @@ from meshwright.cost_models.blocks import (
     routed_params,
     stage_counts,
 )
+from meshwright.cost_models.context import context_traffic
 from meshwright.cost_models.expert_traffic import expert_traffic
 from meshwright.cost_models.framework import Framework, num_microbatches
 from meshwright.cost_models.issued import PER_MICROBATCH, Collective, Phase
@@ -57,6 +58,7 @@ def block_traffic(
     else:
         entries = _decoder(block, workload, model, batch, framework)
         entries += expert_traffic(block, workload, batch, framework)
+        entries += context_traffic(block, workload, batch, framework)
     return entries + _data_parallel(kinds, index, workload, batch, framework)
 
 
@@ -99,8 +101,9 @@ def rank_traffic(
 ) -> dict[tuple[str, str], tuple[int, int]]:
     """What one rank of a pipeline stage issues in one step: ``(operation, axis) -> (calls, bytes of all messages)``.
 
-    Axes are tp, dp, pp and world, as ``executors/counting.py`` names them. Left out: the padding of FSDP's messages
-    (each weight's first dimension, up to a multiple of the group), and clipping of gradients, which is the caller's.
+    Axes are those of ``Collective``, pp and world, as ``executors/counting.py`` names them. Left out: the padding of
+    FSDP's messages (each weight's first dimension, up to a multiple of the group), and clipping of gradients, which is
+    the caller's.
     """
     batch = ConfigBatch.from_configs([config])
     kinds = block_kinds(model)
