@@ -55,7 +55,9 @@ class Case:
 AXES = ("tp", "pp", "dp", "vpp", "mbs", "zero")
 # words of a model, and what its config calls them
 OPTIONS = {"vocab": "vocab_size", "kv": "num_kv_heads", "layers": "num_layers"}
-HF_NAMES = {"vocab": "vocab_size", "kv": "num_key_value_heads", "layers": "num_hidden_layers"}
+HF_NAMES = {
+    "vocab": "vocab_size", "kv": "num_key_value_heads", "layers": "num_hidden_layers", "window": "sliding_window",
+}  # fmt: skip
 AUXILIARY_LOSS = 0.5  # its coefficient under the word "aux": large, so that it cannot hide
 
 
