@@ -52,9 +52,11 @@ class Fields:
             raise self.error(name, f"expected a number of at least 0, found {shorten(value)}")
         return float(value)
 
-    def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
+    def flag(self, name: str, default: bool, *, null: bool | None = None) -> bool:
+        """True or false; ``null`` is what null stands for, where it may be there."""
         value = self._get(name, default)
+        if value is None and null is not None:
+            return null
         if type(value) is not bool:
             raise self.error(name, f"expected true or false, found {shorten(value)}")
         return value
@@ -65,6 +67,13 @@ class Fields:
         if not isinstance(value, str) or not value:
             raise self.error(name, f"expected a word, found {shorten(value)}")
         return value
+
+    def part(self, name: str) -> Mapping[str, Any]:
+        """A config inside this one; empty where it is absent or null."""
+        value = self._get(name, None)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.error(name, f"expected an object, found {shorten(value)}")
+        return value or {}
 
     def items(self, name: str, kind: type) -> list[Any] | None:
         """A list of values of one type, or None where it is absent or null."""

@@ -23,12 +23,13 @@ class Parts:
     notes: tuple[str, ...] = ()
 
 
-def head_layer(fields: Fields, hidden: int, vocab_size: int, *, tied: bool) -> HeadLayer:
+def head_layer(fields: Fields, hidden: int, vocab_size: int, *, tied: bool, bias: bool = False) -> HeadLayer:
     """The head; ``tied`` and ``vocab_size`` are the model type's defaults."""
     return HeadLayer(
         hidden=hidden,
         vocab_size=fields.size("vocab_size", vocab_size),
         tied=fields.flag("tie_word_embeddings", tied),
+        bias=bias,
     )
 
 

@@ -168,4 +168,4 @@ def test_every_size_counts(model_type: str) -> None:
     spec = load_model(base)
     deeper, wider = load_model({**base, "num_hidden_layers": 10}), load_model({**base, "vocab_size": 501})
     assert deeper.params - spec.params == spec.decoder_blocks[-1].params
-    assert wider.params - spec.params == spec.hidden * (1 if spec.tied else 2)
+    assert wider.params - spec.params == spec.hidden * (1 if spec.tied else 2) + spec.head.bias

@@ -124,10 +124,15 @@ OTHERS: list[tuple[str, dict[str, Any], tuple[int, int, int, bool], list[str]]] 
 
 @pytest.mark.parametrize(("model_type", "changes", "wanted", "layers"), OTHERS)
 def test_architectures_without_a_reader(
-    model_type: str, changes: dict[str, Any], wanted: tuple[int, int, int, bool], layers: list[str]
+    model_type: str,
+    changes: dict[str, Any],
+    wanted: tuple[int, int, int, bool],
+    layers: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Fused projections (phi3, falcon), norms after (olmo2) and around (gemma3), one key head (gemma, falcon)."""
     module = hugging_face(model_type, changes)
+    monkeypatch.setattr(trace, "BUILDERS", {})
     spec = trace_model(module)
     attention = spec.attention
     mlp = next(layer for layer in spec.layers() if layer.kind == "mlp")
