@@ -83,9 +83,8 @@ def spec_from_config(config: Mapping[str, Any], *, name: str, where: str, notes:
         fields = inner | {"model_type": TEXT_PARTS[model_type]}
         return spec_from_config(fields, name=name, where=f"{where}: text_config", notes=(*notes, left_out))
     if not isinstance(model_type, str) or model_type not in BUILDERS:
-        raise InputError(
-            f"{where}: model_type {shorten(model_type)} is not supported; supported: {', '.join((*BUILDERS, *TEXT_PARTS))}"
-        )
+        known = ", ".join((*BUILDERS, *TEXT_PARTS))
+        raise InputError(f"{where}: model_type {shorten(model_type)} is not supported; supported: {known}")
     build, aliases = BUILDERS[model_type]
     parts = build(Fields(config, where=where, aliases=aliases), model_type)
     return assemble(parts, name=name, architecture=model_type, notes=notes)

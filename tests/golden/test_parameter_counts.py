@@ -72,7 +72,7 @@ PUBLISHED_EXACT = {
 }
 
 # Billions as the papers round them: arXiv 2005.14165 table 2.1, 2205.01068 table 1, 2412.19437 section 4.2, 2407.10671,
-# 2508.10925 table 1 (gpt-oss), 2502.16982 (Moonlight), 2507.20534 table 2 (Kimi K2); Llama 4's model card (109 and 400).
+# 2508.10925 table 1 (gpt-oss), 2502.16982 (Moonlight), 2507.20534 table 2 (Kimi K2); Llama 4's model card.
 PUBLISHED_ROUNDED = {
     "gpt3-125m": 0.125,
     "gpt3-350m": 0.356,
