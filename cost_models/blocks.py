@@ -110,16 +110,13 @@ def rank_params(block: Block, batch: ConfigBatch) -> FloatArray:
 
 
 def routed_params(block: Block, batch: ConfigBatch) -> FloatArray:
-    """Those of ``rank_params`` that are routed experts laid out apart from the dense weights: ``[num_configs]``.
-
-    Without expert parallelism, and cut as these are (``etp = tp``), experts are shared by the same ranks: none then.
-    """
-    total, apart = np.zeros(len(batch)), (batch.ep > 1) | (batch.etp != batch.tp)
+    """Those of ``rank_params`` that are routed experts, which other ranks hold alike (``edp``): ``[num_configs]``."""
+    total = np.zeros(len(batch))
     for weight in block_weights(block):
         if weight.experts:
             experts, rows, columns = local_shape(weight, batch)
             total = total + weight.copies * experts * rows * columns
-    return np.where(apart, total, 0.0)
+    return total
 
 
 def num_tensors(block: Block) -> int:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from meshwright import InputError
+from meshwright.cost_models.published_recipes import expert_variant
 from meshwright.cost_models.published_rows import Row, Skip
 from meshwright.profiler.cluster import ClusterProfile, load_preset
 from meshwright.profiler.cluster_presets import preset_names
@@ -209,6 +210,10 @@ def _variant(row: Row, target: str) -> str:
     )
     if target in ("megatron-bridge", "nemo") and row.text("tp") not in ("", "1") and exposed:
         return f"{target}-nccl"  # recipes without userbuffers: see target_megatron.MEGATRON_BRIDGE_NCCL
+    if target == "nemo" and re.search(r"nemo ?24\.0[1-7]", f"{notes} {row.text('framework').lower()}"):
+        return "nemo-2024"
+    if target == "megatron-bridge" and row.number("experts") and expert_variant(row):
+        return f"{target}-{expert_variant(row)}"
     if target == "megatron-bridge" and "bridge" in row.text("framework").lower() and row.number("zero_stage") == 3:
         return "megatron-bridge-offload"  # as its recipes with FSDP do
     compiled = re.search(r"compile(?!=n)", f"{notes} {row.text('framework')}".lower())

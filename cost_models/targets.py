@@ -13,6 +13,7 @@ from pathlib import Path
 from meshwright import InputError
 from meshwright.cost_models.constants import Value, on_framework
 from meshwright.cost_models.framework import Framework
+from meshwright.cost_models.target_experts import EXPERT_TARGETS
 from meshwright.cost_models.target_megatron import (
     INTERNEVO,
     MEGASCALE,
@@ -29,6 +30,7 @@ from meshwright.cost_models.target_megatron import (
     NANOTRON,
     NANOTRON_2024,
     NEMO,
+    NEMO_2024,
     NEMO_NCCL,
 )
 from meshwright.cost_models.target_torch import (
@@ -59,6 +61,7 @@ ASSUMED: dict[str, Framework] = {
         MEGATRON_BRIDGE,
         MEGATRON_BRIDGE_OFFLOAD,
         NEMO,
+        NEMO_2024,
         MEGATRON_BRIDGE_NCCL,
         NEMO_NCCL,
         NANOTRON,
@@ -72,6 +75,7 @@ ASSUMED: dict[str, Framework] = {
         DEEPSPEED,
         DEEPSPEED_2021,
         INTERNEVO,
+        *EXPERT_TARGETS,
     )
 }
 CALIBRATED = Path(__file__).parent / "calibrated.json"  # written by benchmarks/calibrate_presets.py

@@ -229,8 +229,8 @@ def _data_parallel(
 ) -> list[Collective]:
     """A unit's gathers and reductions, as the table of ``executors/data_parallel.py`` has them.
 
-    Routed experts that are laid out apart (``blocks.routed_params``) are units of their own, over ``edp``. Each decoder
-    block is a unit; embedding and head are one (the embedding's here) where they share a stage. Weights are gathered
+    Routed experts of a block are a unit of their own, over ``edp``. What else is in a decoder block is a unit;
+    embedding and head are one (the embedding's here) where they share a stage. Weights are gathered
     among the ranks that shard them; where these are not all data ranks, gradients are summed over all, at the price of
     an all_reduce: between nodes a reduce-scatter inside a node and sums of the parts across move as much. A target that
     ``broadcasts_weights`` has whole tensors on each rank, which sends its own to the others; all ranks get all

@@ -1,0 +1,45 @@
+"""Ways in which Megatron-Core runs experts: dispatchers, CUDA graphs, exchanges of one micro-batch beside another.
+
+Its default is an all_to_all of rows (``moe_token_dispatcher.py: MoEAlltoAllTokenDispatcher``), launched kernel by
+kernel, behind a copy of the counts of rows to the host. Performance recipes replace parts of it, see
+``published_recipes``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from meshwright.cost_models.expert_traits import Dispatch, ExpertTraits
+from meshwright.cost_models.framework import Framework, HostCost
+from meshwright.cost_models.target_megatron import MEGATRON_BRIDGE
+
+# a cast and a matmul for each expert, from one call of C++ for each projection
+# (transformer_engine/pytorch/module/grouped_linear.py)
+DEFAULT = ExpertTraits(calls_each_expert=1.0, casts_each_expert=1.0)
+
+# attention, router and what prepares the dispatch in graphs (cuda_graph_scope: attn, moe_router, moe_preprocess)
+_PARTIAL = replace(DEFAULT, dense_in_graph=True)
+_HYBRIDEP = replace(DEFAULT, dispatch=Dispatch.EACH_RANK)
+# forward of one micro-batch beside backward of another (overlap_moe_expert_parallel_comm)
+_OVERLAP = replace(DEFAULT, overlap=1.0)
+# one kernel for all experts with activation and casts in it (NVTE_CUTEDSL_FUSED_GROUPED_MLP), no counts on the host
+_GRAPH = ExpertTraits(dispatch=Dispatch.EACH_RANK, overlap=1.0, reads_counts=False)
+_PADDED = ExpertTraits(reads_counts=False)
+
+_IN_GRAPH = HostCost(launch_factor=0.02, collective_s=1e-6, microbatch_s=1e-5)
+_HOST = ("host.launch_factor", "host.collective_s", "host.microbatch_s")
+
+
+def _variant(name: str, experts: ExpertTraits, *, in_graph: bool = False) -> Framework:
+    target = replace(MEGATRON_BRIDGE, name=f"megatron-bridge-{name}", version_of="megatron-bridge", experts=experts)
+    return replace(target, host=_IN_GRAPH, differs_in=_HOST) if in_graph else target
+
+
+EXPERT_TARGETS: tuple[Framework, ...] = (
+    _variant("partial", _PARTIAL),
+    _variant("overlap", _OVERLAP),
+    _variant("padded", _PADDED, in_graph=True),
+    _variant("hybridep", replace(_HYBRIDEP, dense_in_graph=True)),
+    _variant("hybridep-eager", _HYBRIDEP),
+    _variant("graph", _GRAPH, in_graph=True),
+)
