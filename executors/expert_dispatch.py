@@ -169,20 +169,39 @@ def put(rows: Tensor, places: Tensor, num_rows: int) -> Tensor:
     return whole
 
 
-def start(rows: Tensor, group: Group, received: list[int], sent: list[int]) -> Tensor:
-    """Begin to send ``sent`` rows to each rank; what ``wait`` must be given before anything else touches it."""
-    pending: Tensor = _Start.apply(rows, group, received, sent)
-    return pending
+class Exchange:
+    """One all_to_all of rows: begun, and waited for later; backward the other way, begun and waited for likewise.
 
+    ``sent`` and ``received``: rows to and from each rank of ``group``.
+    """
 
-def wait(pending: Tensor, group: Group, received: list[int], sent: list[int]) -> Tensor:
-    """The ``received`` rows, ``[sum(received), h]``; the same sizes as for ``start``."""
-    arrived: Tensor = _Wait.apply(pending, group, received, sent)
-    return arrived
+    def __init__(self, group: Group, sent: list[int], received: list[int]) -> None:
+        self._group, self._sent, self._received = group, sent, received
+        self._returning: Tensor | None = None  # gradients on their way; not of the shape that autograd expects there
 
+    def start(self, rows: Tensor) -> Tensor:
+        """Begin to send ``rows``; what ``wait`` must be given before anything else touches it."""
+        pending: Tensor = _Start.apply(rows, self)
+        return pending
 
-def _all_to_all(rows: Tensor, received: list[int], sent: list[int], group: Group) -> Tensor:
-    return _ops.all_to_all_single(rows.contiguous(), received, sent, group.group_name)  # type: ignore[no-any-return]
+    def wait(self, pending: Tensor) -> Tensor:
+        """The rows that were received, ``[sum(received), h]``."""
+        arrived: Tensor = _Wait.apply(pending, self)
+        return arrived
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Send; not waited for."""
+        sending = _ops.all_to_all_single(rows.contiguous(), self._received, self._sent, self._group.group_name)
+        return sending  # type: ignore[no-any-return]
+
+    def start_backward(self, grad: Tensor) -> None:
+        """Send gradients of received rows back."""
+        self._returning = _ops.all_to_all_single(grad.contiguous(), self._sent, self._received, self._group.group_name)
+
+    def wait_backward(self) -> Tensor:
+        """The gradients of sent rows."""
+        returning, self._returning = self._returning, None
+        return _ops.wait_tensor(returning)  # type: ignore[no-any-return]
 
 
 def _put(rows: Tensor, places: Tensor, num_rows: int) -> Tensor:
@@ -230,20 +249,22 @@ class _Put(torch.autograd.Function):
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group, received: list[int], sent: list[int]) -> Tensor:
-        return _all_to_all(rows, received, sent, group)
+    def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.forward(rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _ops.wait_tensor(grads[0]), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.wait_backward(), None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pending: Tensor, group: Group, received: list[int], sent: list[int]) -> Tensor:
-        ctx.group, ctx.received, ctx.sent = group, received, sent
+    def forward(ctx: Any, pending: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
         return _ops.wait_tensor(pending)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grads[0], ctx.sent, ctx.received, ctx.group), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.start_backward(grads[0])
+        return grads[0], None  # stands for what is on its way

@@ -58,7 +58,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright import InputError
 from meshwright.executors.expert_compute import run_experts
-from meshwright.executors.expert_dispatch import Group, Part, plan_parts, put, spread, start, take, wait
+from meshwright.executors.expert_dispatch import Exchange, Group, Part, plan_parts, put, spread, take
 from meshwright.executors.expert_modules import (
     SLICE_AXES,
     ExpertPlace,
@@ -115,26 +115,18 @@ class _Layer:
         self.routing.note_kept(index)
         ep, gathers, num_chunks = self.groups.ep, self.groups.gathers, self.groups.num_chunks
         parts = plan_parts(index, self.shape.num_experts, num_chunks, ep, gathers)
+        there = [_exchange(ep, part.sent, part.received) for part in parts]
+        back = [_exchange(ep, part.received, part.sent) for part in parts]
         pieces = x.split([part.num_tokens for part in parts])
-        away = [self._send(pieces[0], parts[0])]
-        back = []
+        rows = [there[0].start(spread(pieces[0], parts[0].order, parts[0].top_k))]
         for number, part in enumerate(parts):
             if number + 1 < num_chunks:
-                away.append(self._send(pieces[number + 1], parts[number + 1]))
-            arrived = away[number] if ep is None else wait(away[number], ep, part.received, part.sent)
-            result = self._work(module, arrived, part)
-            back.append(result if ep is None else start(result, ep, part.sent, part.received))
-        returned = [
-            rows if ep is None else wait(rows, ep, part.sent, part.received)
-            for rows, part in zip(back, parts, strict=True)
-        ]
+                following = parts[number + 1]
+                rows.append(there[number + 1].start(spread(pieces[number + 1], following.order, following.top_k)))
+            rows[number] = back[number].start(self._work(module, there[number].wait(rows[number]), part))
         shares = weights.split([part.num_tokens for part in parts])
-        added = [_weighted(*found) for found in zip(returned, parts, shares, strict=True)]
-        return (added[0] if len(added) == 1 else torch.cat(added)).to(x.dtype)
-
-    def _send(self, x: Tensor, part: Part) -> Tensor:
-        rows = spread(x, part.order, part.top_k)
-        return rows if self.groups.ep is None else start(rows, self.groups.ep, part.received, part.sent)
+        added = [_weighted(back[number].wait(rows[number]), part, shares[number]) for number, part in enumerate(parts)]
+        return (added[0] if num_chunks == 1 else torch.cat(added)).to(x.dtype)
 
     def _work(self, module: nn.Module, rows: Tensor, part: Part) -> Tensor:
         """This rank's experts on the rows that arrived, results in the same places."""
@@ -150,6 +142,20 @@ class _Layer:
         if places is not None:
             result = put(result, places, rows.shape[0])
         return result if gathers is None else scatter_sequence(result, gathers)[:num_rows]
+
+
+class _Here:
+    """The exchange where all experts are on this rank."""
+
+    def start(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def wait(self, pending: Tensor) -> Tensor:
+        return pending
+
+
+def _exchange(group: Group | None, sent: list[int], received: list[int]) -> Exchange | _Here:
+    return _Here() if group is None else Exchange(group, sent, received)
 
 
 def _weighted(rows: Tensor, part: Part, weights: Tensor) -> Tensor:
