@@ -87,17 +87,17 @@ def _flash(ops: Operators, layer: AttentionLayer, heads: Any, kv_heads: Any, que
     first, second, calls = (np.zeros(len(ops.batch)) for _ in range(3))
     for step in kernel_steps(layer, ops.workload.seq_len, ops.framework, ops.batch):
         flops = 2.0 * sequences * heads * step.pairs * (query_dim + value_dim)
-        found = [
+        one, two = (
             [
-                ops.roofline(name, more * flops, (2.0 if more > 1 else 1.0) * num_bytes, m, heads * sequences, k,
-                             head_dim=width)
+                ops.roofline(
+                    name, more * flops, moved, m, heads * sequences, k, head_dim=width, even_tiles=not step.masked
+                )
                 for m, k in step.shapes
             ]
-            for name, more in zip(names, (1.0, 2.5), strict=True)
-        ]  # fmt: skip
-        # of two shapes a step has on different places the ring waits for the slower
-        first = first + step.times * np.max(found[0], axis=0)
-        second = second + step.times * np.max(found[1], axis=0)
+            for name, more, moved in zip(names, (1.0, 2.5), (num_bytes, 2.0 * num_bytes), strict=True)
+        )
+        # of two shapes that a step has on different places the ring waits for the slower
+        first, second = first + step.times * np.max(one, axis=0), second + step.times * np.max(two, axis=0)
         calls = calls + step.times
     ops.forward, ops.by_input = ops.forward + slower[0] * first, ops.by_input + slower[1] * second
     ops.launch(calls, 3.0 * calls)  # backward: the dot product of outputs and their gradients, the kernel, a conversion
@@ -111,12 +111,13 @@ class KernelStep:
 
     ``times`` calls over ``pairs`` of query and key for each head of each sequence, in the ``shapes`` (queries, keys as
     ``Efficiency`` counts them for a causal kernel: twice the mean number of keys that a query meets) that the call
-    has on one place of a ring or another.
+    has on one place of a ring or another. ``masked`` ones leave tiles of unequal length.
     """
 
     times: FloatArray
     pairs: FloatArray
     shapes: tuple[tuple[FloatArray, FloatArray], ...]
+    masked: bool = True
 
 
 def kernel_steps(
@@ -148,13 +149,13 @@ def kernel_steps(
         calls = np.where((ring > 1) & layer.causal, 2.0, 1.0)
         return (KernelStep(calls, pairs / calls, ((n / calls, one * s),)),)
     if windowed or not layer.causal:
-        return (KernelStep(ring, n * n, ((n, n),)),)
+        return (KernelStep(ring, n * n, ((n, n),), masked=windowed),)
     own = KernelStep(one, n * (n + 1) / 2, ((n, n),))
     if not (ring > 1).any():
         return (own,)
     if not (traits.balanced and traits.skips_places):
-        return own, KernelStep(ring - 1.0, n * n, ((n, 2.0 * n),))
-    return own, KernelStep(ring - 1.0, n * n / 2.0, ((n, n), (n / 2.0, 2.0 * n)))
+        return own, KernelStep(ring - 1.0, n * n, ((n, 2.0 * n),), masked=False)
+    return own, KernelStep(ring - 1.0, n * n / 2.0, ((n, n), (n / 2.0, 2.0 * n)), masked=False)
 
 
 def _merge(ops: Operators, layer: AttentionLayer, queries: Any, keys: Any, query_dim: int, value_dim: int) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from meshwright.cost_models.collectives import Groups, sent_seconds
 from meshwright.cost_models.framework import Framework
-from meshwright.cost_models.issued import Collective
+from meshwright.cost_models.issued import Collective, Phase
 from meshwright.cost_models.strategy import ConfigBatch, Recompute
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.cluster import ClusterProfile
@@ -78,10 +78,12 @@ def _of_attention(
     again = batch.is_recompute(Recompute.FULL)
     if framework.selective.core or framework.selective.gathers:
         again = again | batch.is_recompute(Recompute.SELECTIVE)
-    ring, hops = batch.cp_ring > 1, batch.cp_ring - 1.0
+    ring, hops = batch.cp_ring > 1, np.asarray(batch.cp_ring - 1.0, dtype=np.float64)
     parts = 1.0 if traits.exchanges_together else 3.0
     entries = []
-    for phase, on in (("forward", np.ones(len(batch))), ("recompute", again * 1.0), ("backward", np.ones(len(batch)))):
+    often: dict[Phase, FloatArray] = {"forward": np.ones(len(batch)), "recompute": again * 1.0}
+    often["backward"] = often["forward"]
+    for phase, on in often.items():
         exchanged = np.where(batch.cp_ulysses > 1, on, 0.0)
         entries += [
             Collective("cp_ulysses", "all_to_all", phase, parts * exchanged, (queries + keys) / parts),
@@ -93,7 +95,7 @@ def _of_attention(
             sent = keys if phase == "backward" else handed_on
             entries.append(Collective("cp_ring", "send", phase, np.where(ring, hops * on, 0.0), sent))
     if traits.gathers:
-        entries.append(Collective("cp_ring", "reduce_scatter", "backward", ring * 1.0, batch.cp_ring * gradients))
+        entries.append(Collective("cp_ring", "reduce_scatter", "backward", np.where(ring, 1.0, 0.0), np.asarray(batch.cp_ring * gradients)))
     else:
         entries.append(Collective("cp_ring", "send", "backward", hops, gradients))
     return entries

@@ -153,10 +153,12 @@ class Operators:
         k: Any,
         dtype: DType | None = None,
         head_dim: Any = WIDE_HEAD,
+        *,
+        even_tiles: bool = False,
     ) -> FloatArray:
         """Seconds of one kernel: see ``roofline.operator_seconds``; in the compute dtype unless another is given."""
         chosen = (dtype or self.dtype).value
-        return operator_seconds(self.device, op, chosen, flops, num_bytes, m, n, k, head_dim)
+        return operator_seconds(self.device, op, chosen, flops, num_bytes, m, n, k, head_dim, even_tiles=even_tiles)
 
     def _matmul(self, m: Any, n: Any, k: Any, *, whole: bool = False) -> FloatArray:
         dtype = self.dtype if whole else self.narrow or self.dtype

@@ -192,6 +192,10 @@ NEMO = replace(
     memory=NEMO_MEMORY,
 )
 
+# Containers 24.01 to 24.07: the launcher turns cuDNN's attention off (NVIDIA/NeMo-Framework-Launcher, conf/config.yaml:
+# NVTE_FUSED_ATTN: 0 from February to August 2024), which leaves FlashAttention-2
+NEMO_2024 = replace(NEMO, name="nemo-2024", attention=AttentionKernel.FLASH)
+
 # without userbuffers: only in backward, inputs are gathered beside the matmul of their gradient, which is scattered
 # beside that of the weights' (module/layernorm_linear.py): two of three exchanges. So with nvfp4 (Megatron-Bridge,
 # scripts/performance/configs/llama: tp_comm_overlap) and on Google's A3 Mega (AI-Hypercomputer/gpu-recipes,

@@ -6,9 +6,10 @@ Patterson 2009, doi:10.1145/1498765.1498785), with a share of peak that depends 
 *Everywhere* ``share = max_share * m/(m + half_m) * n/(n + half_n) * k/(k + half_k)``: half of the limit at a half size.
 
 *Attention on a GPU* gives each multiprocessor tiles of 128 queries of one head. With ``w = m * n / 128 /
-multiprocessors`` tiles on each, the share is multiplied by ``w / (w + half_waves)``, for those idle at the end, and by
-``(min(head_dim, 128) / 128) ** head_exponent``, since exponentials are counted by pairs of query and key and not by
-FLOPs (FlashAttention-3, arXiv 2407.08608, section 3.1, on the rates of exponentials and of matmuls).
+multiprocessors`` tiles on each, the share is multiplied by ``w / (w + half_waves)``, for those idle at the end, since
+under a causal mask tiles differ in length (without one they are even: ``w / ceil(w)``), and by ``(min(head_dim, 128) /
+128) ** head_exponent``, since exponentials are counted by pairs of query and key and not by FLOPs (FlashAttention-3,
+arXiv 2407.08608, section 3.1, on the rates of exponentials and of matmuls).
 
 *Matmuls on a GPU* are cut into tiles of ``tile_m x tile_n`` of the output, one multiprocessor each, in whole waves over
 all multiprocessors (NVIDIA, Matrix Multiplication Background User's Guide, sections on tile and wave quantization).
@@ -55,11 +56,13 @@ def kernel_seconds(
     n: Any,
     k: Any,
     head_dim: Any = WIDE_HEAD,
+    even_tiles: bool = False,
 ) -> FloatArray:
     """Seconds of each operator; ``flops``, ``num_bytes``, sizes and ``head_dim`` broadcast to the result's shape.
 
-    Sizes as ``Efficiency`` names them. Of a grouped matmul ``flops / (2 m n k)`` groups run at once. A curve with
-    ``tile_exponent`` or ``half_waves`` is read on ``num_multiprocessors`` of the device, which must not be None then.
+    ``even_tiles`` is attention without a mask. Sizes as ``Efficiency`` names them. Of a grouped matmul
+    ``flops / (2 m n k)`` groups run at once. A curve with ``tile_exponent`` or ``half_waves`` is read on
+    ``num_multiprocessors`` of the device, which must not be None then.
     """
     m, n, k, flops, num_bytes = (np.asarray(value, dtype=np.float64) for value in (m, n, k, flops, num_bytes))
     share = curve.max_share * m / (m + curve.half_m) * n / (n + curve.half_n)
@@ -83,7 +86,8 @@ def kernel_seconds(
         assert num_multiprocessors, f"{curve.op} runs in waves, so that its device must say how many multiprocessors"
         waves = m * n / QUERY_TILE / num_multiprocessors
         narrow = np.minimum(np.asarray(head_dim, dtype=np.float64), WIDE_HEAD) / WIDE_HEAD
-        share = share * waves / (waves + curve.half_waves) * narrow**curve.head_exponent
+        idle = np.ceil(waves) - waves if even_tiles and curve.half_waves else curve.half_waves
+        share = share * waves / (waves + idle) * narrow**curve.head_exponent
     return np.asarray(curve.overhead_s + np.maximum(flops / (share * curve.peak_flops_per_s), moved))
 
 
