@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
@@ -99,6 +100,15 @@ SECONDS = tuple(field.name for field in fields(CostBreakdown))
 BYTES = tuple(field.name for field in fields(MemoryBreakdown))
 
 
+def step_seconds(seconds: Mapping[str, FloatArray]) -> FloatArray:
+    """Seconds of one optimizer step: the sum of the exposed parts, in the order of ``CostBreakdown``."""
+    total = np.zeros_like(seconds["compute_s"])
+    for name in SECONDS:
+        if name != "hidden_s":
+            total = total + seconds[name]
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class BatchEstimate:
     """Estimates of many configs: one array of shape ``[num_configs]`` for each field of the two breakdowns."""
@@ -129,12 +139,8 @@ class BatchEstimate:
 
     @property
     def step_s(self) -> FloatArray:
-        """Seconds of one optimizer step: the sum of the exposed parts, in the order of ``CostBreakdown``."""
-        total = np.zeros(len(self.compute_s))
-        for name in SECONDS:
-            if name != "hidden_s":
-                total = total + getattr(self, name)
-        return total
+        """Seconds of one optimizer step."""
+        return step_seconds({name: getattr(self, name) for name in SECONDS})
 
     @property
     def peak_bytes(self) -> IntArray:

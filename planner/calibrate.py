@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from meshwright import InputError
 from meshwright.cost_models.calibration import fit
 from meshwright.cost_models.constants import Value, on_cluster, on_framework, value_on
-from meshwright.cost_models.step import estimate_batch
+from meshwright.cost_models.estimate import step_seconds
+from meshwright.cost_models.step import batch_seconds
 from meshwright.cost_models.strategy import ConfigBatch
 from meshwright.cost_models.targets import framework_named
 from meshwright.planner.plan import PLAN_SCHEMA_VERSION, Plan, default_stages, load_plan
@@ -292,7 +293,9 @@ def _predicted_s(
     result = np.zeros(sum(len(places) for _, places, _ in groups))
     for plan, places, batch in groups:
         framework = on_framework(framework_named(plan.framework), values)
-        result[places] = estimate_batch(plan.model, plan.workload, cluster, framework, batch, plan.placement).step_s
+        result[places] = step_seconds(
+            batch_seconds(plan.model, plan.workload, cluster, framework, batch, plan.placement, tells_waits=False)
+        )
     return result
 
 
