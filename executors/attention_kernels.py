@@ -35,13 +35,13 @@ class Band:
     offset: int = 0
     window: int = 0
 
-    def clips(self, num_queries: int, num_keys: int) -> bool:
+    def clips(self, num_queries: int) -> bool:
         """Whether the far side of the window lies within the part."""
         return 0 < self.window <= self.offset + num_queries - 1
 
     def is_open(self, num_queries: int, num_keys: int) -> bool:
         """Whether every query sees every key."""
-        return self.offset >= num_keys - 1 and not self.clips(num_queries, num_keys)
+        return self.offset >= num_keys - 1 and not self.clips(num_queries)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, band: Band | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def _cpu_mask(q: Tensor, k: Tensor, band: Band | None) -> tuple[bool, Tensor | N
     num_queries, num_keys = q.shape[-2], k.shape[-2]
     if band is None or band.is_open(num_queries, num_keys):
         return False, None
-    if band.offset == 0 and not band.clips(num_queries, num_keys):
+    if band.offset == 0 and not band.clips(num_queries):
         return True, None
     places = torch.arange(max(num_queries, num_keys), device=q.device)
     distance = band.offset + places[:num_queries, None] - places[None, :num_keys]
@@ -110,10 +110,10 @@ def _cuda_window(q: Tensor, k: Tensor, band: Band | None) -> tuple[bool, int | N
     num_queries, num_keys = q.shape[-2], k.shape[-2]
     if band is None or band.is_open(num_queries, num_keys):
         return False, None, None
-    if band.offset == num_keys - num_queries and not band.clips(num_queries, num_keys):
+    if band.offset == 0 and num_queries == num_keys and not band.clips(num_queries):
         return True, None, None
     shift = band.offset - (num_keys - num_queries)
-    left = band.window - 1 - shift if band.clips(num_queries, num_keys) else num_keys
+    left = band.window - 1 - shift if band.clips(num_queries) else num_keys
     return False, left, min(shift, num_keys)
 
 
