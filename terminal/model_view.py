@@ -16,7 +16,7 @@ from meshwright.profiler.layers import (
     NormKind,
     NormLayer,
 )
-from meshwright.profiler.model import ModelSpec
+from meshwright.profiler.model import Block, ModelSpec
 from meshwright.profiler.model_presets import ModelPreset
 from meshwright.profiler.units import format_bytes, format_count
 
@@ -28,28 +28,31 @@ NORM_WORDS = {NormKind.RMS: "RMSNorm", NormKind.LAYER: "LayerNorm"}
 
 
 def show_model(model: ModelSpec, preset: ModelPreset | None, console: Console) -> None:
-    """Print a model: what it is in three lines, its layers in a table, then its source and notes."""
+    """Print a model: what it is in three lines, its layers in a table (equal blocks once), its source and notes."""
     from rich.table import Table
     from rich.text import Text
 
     _line(console, model_line(model))
-    attention = f"{model.attention.num_heads} heads in {model.num_layers} layers"
+    attention = f"{model.attention.num_heads} heads in {model.num_layers} layers{_unlike(model)}"
     _line(console, f"  hidden {model.hidden:,}, {attention}, up to {model.max_seq_len:,} tokens")
     _line(console, f"  weights in bf16: {format_bytes(BF16_BYTES * model.params)}; {model.digest}")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("block")
+    for title in ("block", "layers"):
+        table.add_column(title)
     table.add_column("times", justify="right")
     table.add_column("layer")
     table.add_column("sizes", overflow="fold")
     table.add_column("parameters", justify="right")
     table.add_column("share", justify="right")
-    for block in model.blocks:
+    for block, places in _different_blocks(model):
+        times = max(len(places), 1)
         for index, layer in enumerate(block.layers):
             first = index == 0
-            share = layer.params * block.repeat / model.params
+            share = layer.params * times / model.params
             table.add_row(
                 block.kind.value if first else "",
-                str(block.repeat) if first else "",
+                describe_places(places) if first else "",
+                str(times) if first else "",
                 layer.kind,
                 Text(describe_layer(layer)),
                 f"{layer.params:,}",
@@ -61,6 +64,56 @@ def show_model(model: ModelSpec, preset: ModelPreset | None, console: Console) -
         _line(console, f"\nsource: {preset.source}" + (f"; huggingface.co/{preset.hub}" if preset.hub else ""))
     for note in model.notes:
         _line(console, f"note: {note}")
+
+
+def _different_blocks(model: ModelSpec) -> list[tuple[Block, list[int]]]:
+    """Each different block with the decoder layers that are such a block; embedding and head have no such number."""
+    found: list[tuple[Block, list[int]]] = [(model.blocks[0], [])]
+    first = 0
+    for block in model.decoder_blocks:
+        places = next((places for known, places in found[1:] if known.layers == block.layers), None)
+        if places is None:
+            places = list[int]()
+            found.append((block, places))
+        places += range(first, first + block.repeat)
+        first += block.repeat
+    return [*found, (model.blocks[-1], [])]
+
+
+def describe_places(places: Sequence[int]) -> str:
+    """Positions in words: ``3-60``, ``0, 2, ... 34``, ``0-2, 4-6, ... 44-46``."""
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and place == runs[-1][-1] + 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    words = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ", ".join(words if len(words) < 4 else [*words[:2], f"... {words[-1]}"])
+
+
+def _unlike(model: ModelSpec) -> str:
+    """How many layers have experts or a window, where not all are alike: `` (58 of experts)``."""
+    said = []
+    for size, count in _windows(model).items():
+        said.append(f"{count if count < model.num_layers else 'all'} with a window of {size:,}")
+    sparse = _count(model, MoeLayer)
+    said += [f"{sparse if sparse < model.num_layers else 'all'} of experts"] if sparse else []
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _windows(model: ModelSpec) -> dict[int, int]:
+    """Layers by the size of their window, those without one left out."""
+    found: dict[int, int] = {}
+    for block in model.decoder_blocks:
+        for layer in block.layers:
+            if isinstance(layer, AttentionLayer) and layer.window:
+                found[layer.window] = found.get(layer.window, 0) + block.repeat
+    return found
+
+
+def _count(model: ModelSpec, kind: type) -> int:
+    return sum(block.repeat for block in model.decoder_blocks if any(isinstance(layer, kind) for layer in block.layers))
 
 
 def model_line(model: ModelSpec) -> str:
@@ -83,7 +136,9 @@ def describe_layer(layer: LayerSpec) -> str:
         return f"{layer.hidden:,} x {layer.ffn_size:,}, {gated}" + (", biases" if layer.bias else "")
     if isinstance(layer, MoeLayer):
         shared = f", shared {layer.shared_ffn_size:,}" if layer.shared_ffn_size else ""
-        return f"{layer.top_k} of {layer.num_experts} experts, {layer.hidden:,} x {layer.expert_ffn_size:,}{shared}"
+        capacity = f", capacity {layer.capacity_factor:g} in groups of {layer.group_tokens:,}"
+        experts = f"{layer.top_k} of {layer.num_experts} experts, {layer.hidden:,} x {layer.expert_ffn_size:,}{shared}"
+        return experts + (capacity if layer.capacity_factor else "")
     if isinstance(layer, NormLayer):
         return f"{NORM_WORDS[layer.norm_kind]} over {layer.hidden:,}"
     return f"{layer.hidden:,} x {layer.vocab_size:,}" + (", tied to the embedding" if layer.tied else "")
@@ -108,20 +163,24 @@ def show_presets(presets: Sequence[tuple[ModelPreset, ModelSpec]], console: Cons
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("preset", "family"):
-        table.add_column(title, no_wrap=True)
-    for title in ("parameters", "active", "layers", "hidden", "heads", "vocabulary", "tokens"):
+    table.add_column("preset", no_wrap=True)
+    for title in ("parameters", "active", "experts", "layers", "hidden"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("attention", no_wrap=True)
+    for title in ("window", "vocabulary", "tokens"):
         table.add_column(title, justify="right", no_wrap=True)
     for preset, model in presets:
-        heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
+        attention = model.attention
+        heads, kv_heads = attention.num_heads, attention.num_kv_heads
         table.add_row(
             preset.name,
-            preset.family,
             format_count(model.params),
             format_count(model.active_params) if model.active_params != model.params else "",
+            f"{model.moe.top_k} of {model.moe.num_experts}" if model.moe else "",
             str(model.num_layers),
             f"{model.hidden:,}",
-            f"{heads}/{kv_heads}" if kv_heads != heads else str(heads),
+            f"{attention.attention_kind.value} {heads}" + (f"/{kv_heads}" if kv_heads != heads else ""),
+            ", ".join(f"{size:,} in {count}" for size, count in _windows(model).items()),
             f"{model.vocab_size:,}",
             f"{model.max_seq_len:,}",
         )

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from meshwright import cli
+from meshwright.profiler.layers import MoeLayer
 from meshwright.profiler.model import load_model
 from meshwright.profiler.model_presets import model_presets
-from meshwright.terminal.model_view import describe_layer
+from meshwright.terminal.model_view import describe_layer, describe_places
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -32,6 +33,30 @@ def test_show_says_size_layers_and_source(capsys: pytest.CaptureFixture[str]) ->
     assert sum(shares) == pytest.approx(100, abs=0.5)
 
 
+def test_equal_blocks_are_shown_once_with_their_places(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "show", "gpt-oss-120b")[1]
+    assert "64 heads in 36 layers (18 with a window of 128, all of experts)" in out
+    assert "0, 2, ... 34     18  norm" in out and "1, 3, ... 35     18  norm" in out
+    assert out.count("4 of 128 experts") == 2
+    assert "61 layers (58 of experts)" in run(capsys, "show", "deepseek-v3")[1]
+
+
+def test_places_in_words() -> None:
+    for places, words in (
+        ([], ""),
+        ([7], "7"),
+        ([0, 1, 2, 4], "0-2, 4"),
+        ([0, 2, 4], "0, 2, 4"),
+        ([0, 1, 3, 4, 6, 8], "0-1, 3-4, ... 8"),
+    ):
+        assert describe_places(places) == words
+
+
+def test_a_capacity_is_told() -> None:
+    layer = MoeLayer(hidden=8, num_experts=4, top_k=2, expert_ffn_size=16, capacity_factor=1.25, group_tokens=2048)
+    assert describe_layer(layer) == "2 of 4 experts, 8 x 16, capacity 1.25 in groups of 2,048"
+
+
 def test_json_is_a_model_file_and_output_writes_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, _ = run(capsys, "show", "gpt2", "--json", "--output", str(tmp_path / "model.json"))
     assert code == 0
@@ -48,7 +73,8 @@ def test_quiet_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_presets_in_a_table_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "presets", "qwen3-30b")
-    assert code == 0 and "qwen3-30b-a3b" in out and "30.5 B  3.35 B" in out
+    assert code == 0 and "qwen3-30b-a3b" in out
+    assert "30.5 B  3.35 B  8 of 128" in out and "gqa 32/4" in out
     listed = json.loads(run(capsys, "presets", "--json")[1])
     assert len(listed) == len(model_presets())
     assert all(load_model(entry["config"]).digest == load_model(entry["name"]).digest for entry in listed)
