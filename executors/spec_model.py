@@ -1,15 +1,15 @@
-"""A plain torch decoder for any dense ``ModelSpec``, so that a plan can be run and measured without its real model.
+"""A plain torch decoder for any ``ModelSpec``, so that a plan can be run and measured without its real model.
 
 Its operators, and what they keep for backward, are those of Hugging Face's models (``cost_models/eager.py``). The
 layers of each block run in the order the spec names them, each with its residual addition; a norm applies to the
 input of the layer after it (at the end of a block: to the block's output). What decides time and memory is the spec's:
 sizes, heads, biases, norms, activation, rotary or learned positions, sliding windows, tied head. What does not is not
-reproduced: initial values, scaled embeddings, softcaps, the exact rotary frequencies, parallel residuals.
+reproduced: initial values, how a router chooses (``spec_experts``), scaled embeddings, softcaps, the exact rotary
+frequencies, parallel residuals.
 """
 
 from __future__ import annotations
 
-import math
 from itertools import chain, repeat
 
 import torch
@@ -18,19 +18,23 @@ from torch.nn import functional
 
 from meshwright import InputError
 from meshwright.executors.context_parallel import ContextParallel
+from meshwright.executors.ring_attention import Attention as WholeAttention
+from meshwright.executors.ring_attention import ring_attention
+from meshwright.executors.spec_experts import Moe
+from meshwright.executors.spec_latent import LatentAttention
+from meshwright.executors.spec_parts import Mlp, RMSNorm, rotate
 from meshwright.profiler.layers import (
     AttentionKind,
     AttentionLayer,
     LayerSpec,
     MlpLayer,
+    MoeLayer,
     NormKind,
     NormLayer,
 )
 from meshwright.profiler.model import Block, ModelSpec
 
-ROTARY_BASE = 10000.0
 INITIAL_STD = 0.02
-NORM_EPS = 1e-6
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -38,27 +42,13 @@ def build_spec_model(spec: ModelSpec) -> nn.Module:
     """A causal language model with exactly ``spec.params`` parameters: tokens ``[batch, sequence]`` to logits.
 
     Build it under ``torch.device("meta")`` to take no memory.
-    Raises ``InputError`` for what is not a dense decoder: experts, latent attention, unexplained parameters.
+    Raises ``InputError`` for parameters that its layers do not explain, and experts with a capacity.
     """
     model = SpecModel(spec)
     found = sum(weight.numel() for weight in model.parameters())
     if found != spec.params:
         raise InputError(f"{spec.name} has {spec.params:,} parameters, its layers explain {found:,}: give its model")
     return model
-
-
-class RMSNorm(nn.Module):
-    """Written out, in float32 at least, as Hugging Face's models have it: a fused one keeps less for backward."""
-
-    def __init__(self, hidden: int, *, elementwise_affine: bool = True) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden)) if elementwise_affine else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``weight * x / sqrt(mean(x^2))``."""
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + NORM_EPS)).to(x.dtype)
-        return normed if self.weight is None else self.weight * normed
 
 
 class Attention(nn.Module):
@@ -68,8 +58,6 @@ class Attention(nn.Module):
 
     def __init__(self, layer: AttentionLayer) -> None:
         super().__init__()
-        if layer.attention_kind is AttentionKind.MLA:
-            raise InputError("latent attention is not built from a spec: give the model itself")
         self.head_dim, self.value_head_dim = layer.head_dim, layer.value_head_dim
         self.rotary, self.window = layer.rotary, layer.window
         widths = (layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim)
@@ -80,6 +68,7 @@ class Attention(nn.Module):
         per_head = layer.qk_norm_params == 2 * layer.head_dim
         self.q_norm = RMSNorm(layer.head_dim) if per_head else nn.Identity()
         self.k_norm = RMSNorm(layer.head_dim) if per_head else nn.Identity()
+        self.sinks = nn.Parameter(torch.zeros(layer.num_heads)) if layer.extra_params == layer.num_heads else None
 
     def forward(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Causal attention, within the window if there is one: ``[batch, sequence, hidden]`` in and out."""
@@ -90,7 +79,11 @@ class Attention(nn.Module):
         if self.rotary:
             q, k = rotate(q, position_ids), rotate(k, position_ids)
         if self.context_parallel is not None:
-            mixed = self.context_parallel.attend(q, k, v, causal=True, window=self.window)
+            mixed = self.context_parallel.attend(q, k, v, causal=True, window=self.window, sinks=self.sinks)
+        elif self.sinks is not None:
+            window = self.window if self.window < sequence else 0
+            here = WholeAttention(ring=None, causal=True, window=window, scale=self.head_dim**-0.5)
+            mixed = ring_attention(q, k, v, here, self.sinks)
         else:
             mixed = self._attend(q, k, v)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, sequence, -1))
@@ -112,27 +105,6 @@ class Attention(nn.Module):
         )
 
 
-class Mlp(nn.Module):
-    """A feed-forward layer, gated or not."""
-
-    def __init__(self, layer: MlpLayer) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(layer.hidden, layer.ffn_size, bias=layer.bias) if layer.gated else None
-        self.up_proj = nn.Linear(layer.hidden, layer.ffn_size, bias=layer.bias)
-        self.down_proj = nn.Linear(layer.ffn_size, layer.hidden, bias=layer.bias)
-        self.activation = layer.activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Up, through the activation, and down."""
-        up = self.up_proj(x)
-        if self.gate_proj is None:
-            inner = _activate(up, self.activation)
-        else:
-            inner = _activate(self.gate_proj(x), self.activation) * up
-        out: Tensor = self.down_proj(inner)
-        return out
-
-
 class Decoder(nn.Module):
     """One block: norms before (or after) the layers they belong to, residual additions around the layers."""
 
@@ -146,9 +118,9 @@ class Decoder(nn.Module):
         """``x + layer(norm(x))`` for each layer."""
         normed = x
         for layer in map(self.get_submodule, self.order):
-            if isinstance(layer, Attention):
+            if isinstance(layer, Attention | LatentAttention):
                 normed = x = x + layer(normed, position_ids)
-            elif isinstance(layer, Mlp):
+            elif isinstance(layer, Mlp | Moe):
                 normed = x = x + layer(normed)
             else:
                 normed = layer(normed)
@@ -191,33 +163,9 @@ class SpecModel(nn.Module):
         return logits
 
 
-def rotate(x: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) on ``[batch, heads, sequence, head_dim]``."""
-    sequence, head_dim = x.shape[-2], x.shape[-1]
-    exponents = torch.arange(0, head_dim, 2, device=x.device, dtype=torch.float32) / head_dim
-    places = torch.arange(sequence, device=x.device) if position_ids is None else position_ids[0]
-    angles = torch.outer(places.float(), ROTARY_BASE**-exponents)
-    angles = torch.cat((angles, angles), dim=-1)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def _window_mask(sequence: int, window: int, device: torch.device) -> Tensor:
     distance = torch.arange(sequence, device=device)[:, None] - torch.arange(sequence, device=device)
     return (distance >= 0) & (distance < window)
-
-
-def _activate(x: Tensor, name: str) -> Tensor:
-    if name in ("silu", "swish"):
-        return functional.silu(x)
-    if name == "gelu_new":  # written out there too
-        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
-    if name.startswith("gelu"):
-        return functional.gelu(x, approximate="none" if name == "gelu" else "tanh")
-    if name == "relu":
-        return functional.relu(x)
-    raise InputError(f"activation {name!r} is not built from a spec: give the model itself")
 
 
 def _build(layer: LayerSpec) -> nn.Module:
@@ -225,7 +173,9 @@ def _build(layer: LayerSpec) -> nn.Module:
         kind = RMSNorm if layer.norm_kind is NormKind.RMS else nn.LayerNorm
         return kind(layer.hidden, elementwise_affine=layer.affine)
     if isinstance(layer, AttentionLayer):
-        return Attention(layer)
+        return LatentAttention(layer) if layer.attention_kind is AttentionKind.MLA else Attention(layer)
     if isinstance(layer, MlpLayer):
         return Mlp(layer)
+    if isinstance(layer, MoeLayer):
+        return Moe(layer)
     raise InputError(f"a layer of kind {layer.kind!r} is not built from a spec: give the model itself")

@@ -1,7 +1,8 @@
-"""A plain decoder of any dense spec: exactly its parameters, and it runs."""
+"""A plain decoder of any spec: exactly its parameters, and it runs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from meshwright import InputError
 from meshwright.executors.spec_model import build_spec_model
+from meshwright.profiler.layers import MoeLayer
 from meshwright.profiler.model import load_model
 
 SMALL: list[dict[str, Any]] = [
@@ -21,6 +23,17 @@ SMALL: list[dict[str, Any]] = [
     {"model_type": "gpt2", "vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16},
     {"model_type": "gpt_neox", "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
      "intermediate_size": 64},
+    {"model_type": "mixtral", "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+     "num_key_value_heads": 2, "intermediate_size": 16, "num_local_experts": 4},
+    {"model_type": "qwen2_moe", "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+     "num_key_value_heads": 2, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2,
+     "shared_expert_intermediate_size": 24},
+    {"model_type": "gpt_oss", "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+     "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 16, "num_local_experts": 4, "sliding_window": 4},
+    {"model_type": "deepseek_v3", "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+     "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+     "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 12, "kv_lora_rank": 10,
+     "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8},
 ]  # fmt: skip
 
 
@@ -47,13 +60,25 @@ def test_tokens_after_do_not_matter_and_a_window_forgets() -> None:
     assert not torch.allclose(model(earlier)[0, 8], whole[0, 8], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["llama3-8b", "gpt2", "opt-125m", "qwen3-0.6b", "mistral-7b", "gpt-neox-20b"])
+@pytest.mark.parametrize(
+    "name", ["llama3-8b", "gpt2", "opt-125m", "gpt-neox-20b", "qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v3"]
+)
 def test_presets_on_meta(name: str) -> None:
     with torch.device("meta"):
         build_spec_model(load_model(name))  # raises unless the parameters agree
 
 
-@pytest.mark.parametrize("name", ["mixtral-8x7b", "deepseek-v2"])
-def test_what_is_not_dense_is_refused(name: str) -> None:
-    with torch.device("meta"), pytest.raises(InputError, match="give the model itself"):
-        build_spec_model(load_model(name))
+def test_experts_with_a_capacity_and_unexplained_parameters_are_refused() -> None:
+    spec = load_model(SMALL[5])
+    for changed in ({"capacity_factor": 1.0, "group_tokens": 4}, {"extra_params": 7}):
+        blocks = tuple(
+            replace(
+                block,
+                layers=tuple(
+                    replace(layer, **changed) if isinstance(layer, MoeLayer) else layer for layer in block.layers
+                ),
+            )
+            for block in spec.blocks
+        )
+        with torch.device("meta"), pytest.raises(InputError, match="give the model itself"):
+            build_spec_model(replace(spec, blocks=blocks))
