@@ -9,7 +9,7 @@ Left out: attention masks and rotary tables.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from meshwright.cost_models.eager import block_lifetimes
 from meshwright.cost_models.framework import AttentionKernel, Framework
-from meshwright.cost_models.residency import Numbers, block_numbers
+from meshwright.cost_models.residency import Numbers, block_numbers, expert_numbers, expert_shards
 from meshwright.cost_models.strategy import ConfigBatch, Recompute
 from meshwright.cost_models.tape import Lifetimes
 from meshwright.cost_models.weights import vocab_rows
@@ -52,11 +52,15 @@ class BlockBytes:
     working: FloatArray
     waiting: FloatArray
     lifetimes: Lifetimes | None = None
+    experts: Numbers | None = None
 
     def take(self, rows: NDArray[np.int64]) -> BlockBytes:
         """The configs at these positions."""
         lifetimes = self.lifetimes.take(rows) if self.lifetimes else None
-        return BlockBytes(self.params.take(rows), self.saved[rows], self.working[rows], self.waiting[rows], lifetimes)
+        experts = self.experts.take(rows) if self.experts else None
+        return BlockBytes(
+            self.params.take(rows), self.saved[rows], self.working[rows], self.waiting[rows], lifetimes, experts
+        )
 
 
 def block_bytes(block: Block, workload: Workload, framework: Framework, batch: ConfigBatch) -> BlockBytes:
@@ -65,7 +69,12 @@ def block_bytes(block: Block, workload: Workload, framework: Framework, batch: C
         lifetimes = block_lifetimes(block, workload, batch)
         beside = lifetimes.backward.total - lifetimes.saved
         numbers = block_numbers(block, framework, batch)
-        return BlockBytes(numbers, lifetimes.saved, beside, np.zeros(len(batch)), lifetimes)
+        experts = expert_numbers(block, framework, batch)
+        if experts is not None and not workload.recipe.has_master:  # nobody else's: left to no FSDP2
+            alone = (expert_shards(batch) == 1.0) & (batch.zero_stage > 0)
+            numbers = replace(numbers, gathered=numbers.gathered - np.where(alone, experts.gathered, 0.0))
+            experts = replace(experts, gathered=np.where(alone, 0.0, experts.gathered))
+        return BlockBytes(numbers, lifetimes.saved, beside, np.zeros(len(batch)), lifetimes, experts)
     few, inverse = batch.distinct(
         "tp", "cp", "pp", "micro_batch_size", "sequence_parallel", "recompute", "vocab_parallel", "ep", "etp"
     )

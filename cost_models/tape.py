@@ -56,6 +56,7 @@ class Tape:
     storage: list[int] = field(default_factory=list)  # of tensors
     gradients: list[Bytes] = field(default_factory=list)  # of tensors
     operators: list[Operator] = field(default_factory=list)
+    nested: tuple[int, int] | None = None  # operators from, up to: those of a unit of weights of its own (experts)
 
     def __post_init__(self) -> None:
         self._new(self.given)
@@ -122,7 +123,8 @@ class Most:
         self.weights = np.where(more, weights, self.weights)
 
 
-LIFETIME_ROWS = 15  # six of its own, and three of each of the three fullest moments
+OWN_ROWS, NUM_MOST = 9, 6  # rows of a block itself; fullest moments, of three rows each
+LIFETIME_ROWS = OWN_ROWS + 3 * NUM_MOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ class Lifetimes:
 
     @classmethod
     def of(cls, rows: Sequence[FloatArray], most: Sequence[Most]) -> Lifetimes:
-        """From the six first rows and the three fullest moments, in the order in which they are read below."""
+        """From the first rows and the fullest moments, in the order in which they are read below."""
         found = [row for one in most for row in (one.total, one.activations, one.weights)]
         return cls(np.array([*rows, *found]))
 
@@ -180,19 +182,57 @@ class Lifetimes:
         return np.asarray(self.table[5])
 
     @property
+    def nested_before(self) -> FloatArray:
+        """Of what forward leaves, the bytes that are there when the unit inside begins."""
+        return np.asarray(self.table[6])
+
+    @property
+    def nested_total(self) -> FloatArray:
+        """What is alive when the backward of the unit inside is over, gradients of weights apart; 0 without one."""
+        return np.asarray(self.table[7])
+
+    @property
+    def nested_activations(self) -> FloatArray:
+        """Of that, what forward left."""
+        return np.asarray(self.table[8])
+
+    def _most(self, number: int) -> Most:
+        first = OWN_ROWS + 3 * number
+        return Most(*self.table[first : first + 3])
+
+    @property
     def backward(self) -> Most:
-        """The fullest moment of the backward, where gradients of weights stay until its end."""
-        return Most(*self.table[6:9])
+        """The fullest moment of the backward, where gradients of weights stay until its end.
+
+        Of a block with a unit inside: until that one's backward is over, whose gradients are gone then; what follows is
+        in ``after_*``.
+        """
+        return self._most(0)
 
     @property
     def adding(self) -> Most:
         """The same where each is added to earlier ones as it comes."""
-        return Most(*self.table[9:12])
+        return self._most(1)
 
     @property
     def deferring(self) -> Most:
         """The same where those of matrices are put off, and input and gradient of each are kept for them."""
-        return Most(*self.table[12:15])
+        return self._most(2)
+
+    @property
+    def after_backward(self) -> Most:
+        """``backward`` once the unit inside is through with it."""
+        return self._most(3)
+
+    @property
+    def after_adding(self) -> Most:
+        """``adding`` then."""
+        return self._most(4)
+
+    @property
+    def after_deferring(self) -> Most:
+        """``deferring`` then."""
+        return self._most(5)
 
 
 def play(tape: Tape, recompute: Recompute, num_configs: int) -> Lifetimes:
@@ -222,19 +262,26 @@ class _Play:
     def lifetimes(self) -> Lifetimes:
         operators = self.tape.operators
         forward = self._run(operators, {0}, self.left)
-        backward, adding, deferring = self._most(), self._most(), self._most()
+        most = [self._most() for _ in range(NUM_MOST)]
         gradient = self.zero + self.tape.gradients[operators[-1].makes]
         if self.recompute is not Recompute.NONE:
             # selective: a block's last kept output is never asked for again, and stays
             again = self._run(operators[: self.last + 1], set(self.left), {*self.left, *self.saves}, stops=True)
-            for most in (backward, adding, deferring):
-                most.meet(again + gradient, self._bytes(self.left), self.zero)
-        self._backward(gradient, backward, adding, deferring)
+            for one in most[:3]:
+                one.meet(again + gradient, self._bytes(self.left), self.zero)
+        nested = self._backward(gradient, most)
         outputs = sum((self.tape.gradients[operator.makes] for operator in operators if operator.puts_off), self.zero)
         weights = sum((operator.weights for operator in operators if operator.weights is not None), self.zero)
         outputs = outputs + self._bytes(self.put_off - self.left)
         rows = (self._bytes(self.left), forward, self.zero + weights, self._bytes(self.put_off & self.left), outputs)
-        return Lifetimes.of((*rows, self.zero + (0 in self.left)), (backward, adding, deferring))
+        return Lifetimes.of((*rows, self.zero + (0 in self.left), self._before_nested(), *nested), most)
+
+    def _before_nested(self) -> FloatArray:
+        if self.tape.nested is None:
+            return self.zero
+        earlier = self.tape.operators[: self.tape.nested[0]]
+        made = {0} | {self.tape.storage[operator.makes] for operator in earlier}
+        return self._bytes(self.left & made)
 
     def _run(
         self, operators: Sequence[Operator], alive: set[int], stays: set[int], *, stops: bool = False
@@ -257,7 +304,10 @@ class _Play:
                     now = now - sizes[storage]
         return most
 
-    def _backward(self, gradient: FloatArray, backward: Most, adding: Most, deferring: Most) -> None:
+    def _backward(self, gradient: FloatArray, most: Sequence[Most]) -> tuple[FloatArray, FloatArray]:
+        """Fills the fullest moments; returns (all, what forward left) of the end of the unit inside."""
+        backward, adding, deferring = most[:3]
+        nested = self.zero, self.zero
         tape, sizes = self.tape, self.tape.sizes
         references = self.saves.copy()
         if self.recompute is not Recompute.NONE:  # the checkpoint holds its input, and kept outputs not asked for
@@ -280,7 +330,14 @@ class _Play:
             total = now + beside + other + own_other + later
             deferring.meet(total, activations + later_activations, other + own_other)
 
-        for operator in reversed(tape.operators):
+        for index in reversed(range(len(tape.operators))):
+            operator = tape.operators[index]
+            if tape.nested is not None and index == tape.nested[0] - 1:
+                nested = now + later, activations + later_activations
+                inside = [one.weights for one in tape.operators[slice(*tape.nested)] if one.weights is not None]
+                weights = weights - sum(inside, self.zero)
+                other = other - sum(inside, self.zero)
+                backward, adding, deferring = most[3:]
             number = grads.pending.pop(operator.makes, None)
             if number is None:
                 continue
@@ -311,6 +368,7 @@ class _Play:
             now = now - grads.drop(number)
             for tensor, each in new:
                 now = now + grads.take(tensor, each, meet, meet_deferring)
+        return nested
 
 
 class _Gradients:

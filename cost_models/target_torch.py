@@ -53,7 +53,7 @@ MESHWRIGHT = Framework(
     pointwise=EAGER_TORCH,
     reduce_copies=1.5,  # read in bf16, written in float32
     copies_exposed=True,  # torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py: copy-in and copy-out
-    memory=MemoryTraits(by_operator=True, fragmentation=FSDP_FRAGMENTATION),
+    memory=MemoryTraits(by_operator=True, expert_units=True, fragmentation=FSDP_FRAGMENTATION),
     context=OURS,
 )
 

@@ -146,14 +146,16 @@ def _way_out(layer: AttentionLayer) -> list[Weight]:
 
 
 def _norms(layer: AttentionLayer) -> list[Weight]:
-    """Norms on queries and keys, on latents, and attention sinks: whole on each rank."""
+    """Norms on queries and keys, and on latents, whole on each rank; attention sinks, cut with their heads."""
+    sinks = layer.extra_params == layer.num_heads and not _is_latent(layer)
     half, rest = divmod(layer.qk_norm_params, 2)
     sizes = [half, half + rest]
     if layer.extra_params == layer.q_lora_rank + layer.kv_lora_rank:
         sizes += [layer.q_lora_rank, layer.kv_lora_rank]
-    else:
+    elif not sinks:
         sizes.append(layer.extra_params)
-    return [Weight(rows=size) for size in sizes if size]
+    found = [Weight(rows=size) for size in sizes if size]
+    return [*found, Weight(rows=layer.num_heads, cut=Cut.ROWS)] if sinks else found
 
 
 def _feed_forward(hidden: int, ffn_size: int, *, gated: bool, bias: bool = False) -> tuple[Weight, ...]:
@@ -167,10 +169,22 @@ def _feed_forward(hidden: int, ffn_size: int, *, gated: bool, bias: bool = False
     return (*matrices, Weight(rows=ffn_size, cut=Cut.ROWS, copies=ways_in), Weight(rows=hidden))
 
 
+def has_biases(layer: MoeLayer) -> bool:
+    """Whether router and experts have biases: as many as ``extra_params`` says."""
+    ways_in = 2 if layer.gated else 1
+    return layer.extra_params == layer.num_experts * (ways_in * layer.expert_ffn_size + layer.hidden + 1)
+
+
+def has_shared_gate(layer: MoeLayer) -> bool:
+    """Whether a shared expert's output is multiplied with a number that a token has (Qwen2-MoE)."""
+    return bool(layer.shared_ffn_size) and layer.extra_params == layer.hidden
+
+
 def _moe(layer: MoeLayer) -> tuple[Weight, ...]:
     """Two stacks of routed experts; the router whole, a shared expert cut by tp, its gate one row.
 
-    What else is in ``extra_params`` (biases) is taken to be whole on each rank: below 0.1 % of a layer.
+    Where experts and router have biases (gpt-oss), that of the first matrix is cut with it. What else is in
+    ``extra_params`` (biases of routers) is taken to be whole on each rank: below 0.1 % of a layer.
     """
     ways_in = 2 if layer.gated else 1
     found = [
@@ -180,7 +194,10 @@ def _moe(layer: MoeLayer) -> tuple[Weight, ...]:
     ]
     if layer.shared_ffn_size:
         found += _feed_forward(layer.hidden, layer.shared_ffn_size, gated=layer.gated)
-    if layer.extra_params == layer.hidden:
+    if has_biases(layer):
+        found.append(Weight(experts=layer.num_experts, rows=ways_in * layer.expert_ffn_size, cut=Cut.ROWS))
+        found += [Weight(experts=layer.num_experts, rows=layer.hidden), Weight(rows=layer.num_experts)]
+    elif has_shared_gate(layer):
         found.append(Weight(rows=1, columns=layer.hidden))
     elif layer.extra_params:
         found.append(Weight(rows=layer.extra_params))
