@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshwright import InputError
 from meshwright.executors.context_parallel import ContextParallel
 from meshwright.executors.mesh import CONTEXT_AXES
-from meshwright.profiler.launch import Rank, RankError, run_ranks
+from meshwright.profiler.launch import Rank, run_ranks
 
 pytestmark = pytest.mark.multiprocess
 
@@ -118,3 +118,38 @@ def test_attention_over_eight_ranks_is_that_of_one() -> None:
     for errors in run_ranks(_attention_errors, 8, timeout_s=60.0):
         apart = {str(options): error for options, error in zip(ATTENTIONS, errors, strict=True) if not error < 1e-13}
         assert not apart, apart
+
+
+EQUAL = [
+    "example | ring2 dp2 | n2 ignored0.5",
+    "example kv1 | ring4 full | n1",
+    "example | ring4 ulysses2 | n1 ignored0.3",
+    "example kv4 twoway | ring2 ulysses2 selective | n2",
+    "example twoway | ring2 tp2 zero1 | n2",
+    "example kv1 | ulysses4 zero3 full | n2 ignored0.5",
+    "example tied | ring2 pp2 1f1b zero2 selective | n3 ignored0.4",
+    "example | ring2 tp2 pp2 sp zbv | n4",
+    "llama | ring2 tp2 sp full | n2",
+    "llama tied | ulysses2 pp2 interleaved selective | n4",
+    "gpt2 | ring2 pp2 zb-h1 | n2",
+    "opt | ulysses2 tp2 sp | n1",
+    "qwen3 kv1 | ring2 ulysses2 dp2 zero3 | n1",
+    "mistral window3 | ring2 ulysses2 pp2 dualpipev | n4",
+    "gpt_oss window3 | ring2 | n1",
+    "gpt_oss | ulysses2 | n1",
+    "deepseek_v3 | ring2 ulysses2 | n1",
+]
+
+
+@pytest.mark.parametrize("line", EQUAL)
+def test_equals_one_process(line: str, assert_equal: Callable[[str], None]) -> None:
+    assert_equal(line)
+
+
+def _short_step(parallel: Any, batch: tuple[Tensor, Tensor]) -> None:
+    parallel.step((batch[0][:, :6], batch[1][:, :6]))
+
+
+def test_a_batch_that_cannot_be_cut(on_split: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match="into multiples of 4, found 6 tokens"):
+        on_split("example | ring2 | n1", _short_step)
