@@ -47,7 +47,6 @@ from meshwright.executors.weight_gradients import WeightGradients
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy, find_anatomy
 from meshwright.profiler.cluster import ClusterProfile
-from meshwright.profiler.skeleton import find_experts
 
 
 def parallelize(
@@ -103,7 +102,7 @@ def _split_stage(
         tp_mesh = mesh.axis("tp")
         split = apply_tensor_parallel(module.model, rules, tp_mesh, sequence_parallel=config.sequence_parallel)
     experts = None
-    if find_experts(module.model) and config.ep * config.etp * config.tp > 1:
+    if plan.model.moe is not None:
         experts = split_experts(
             module.model,
             mesh,

@@ -15,6 +15,7 @@ from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy
 from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.environment import capture_environment, environment_differences
+from meshwright.profiler.skeleton import find_experts
 
 
 def check_plan(plan: Plan) -> None:
@@ -111,6 +112,12 @@ def check_model(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
         raise InputError(
             f"this {type(model).__name__} is on the meta device, without weights: build it in memory, or try the plan "
             "on it with meshwright.dry_run"
+        )
+    degrees = {"ep": plan.config.ep, "etp": plan.config.etp, "tp": plan.config.tp}
+    if plan.model.moe is not None and max(degrees.values()) > 1 and not find_experts(model):
+        above = ", ".join(f"{name}={degree}" for name, degree in degrees.items() if degree > 1)
+        raise InputError(
+            f"this {type(model).__name__} has no module of stacked experts, parameters [experts, ...], as {above} needs"
         )
     spec, head = plan.model, dict(model.named_parameters(remove_duplicate=False))[f"{anatomy.head}.weight"]
     found = {

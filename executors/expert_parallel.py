@@ -18,8 +18,8 @@ How a layer runs, ``T`` tokens of this rank, each with ``k`` choices, ``h`` wide
 * *dispatch*: rows, sorted by expert, go to the ranks that hold their expert; sizes are exchanged first;
 * where the ranks of an etp group have different tokens, the rows that arrived are gathered over etp, and the partial
   results reduce-scattered; where they have the same (tp without sequence parallelism: then etp = tp), each computes its
-  slice of the width and the result is a **partial sum over tp**, which whoever closes the region adds up. The router's
-  gradients are then partial sums over tp too, as is the gradient of the layer's input;
+  slice of the width and the result is a **partial sum over tp**, which ``tensor_parallel`` adds up, as it does the
+  gradients of what the experts are given, so that the router's are whole on every rank;
 * *combine*: rows go back; they are weighted and added up where they came from.
 
 Collectives of one layer for one micro-batch. ``b`` bytes an element of the activations, ``E`` experts, ``n`` chunks,
@@ -173,7 +173,7 @@ class ExpertParallel:
 
     ``modules``: the modules that hold experts' parameters, by name in the stage; each is to be an FSDP2 unit over edp.
     ``names``: those parameters' names. ``router_names``: names of the routers' parameters, whose gradients are partial
-    sums over tp whenever tp is above 1. ``note``: a sentence on what is not as the model's own code has it, or "".
+    sums over tp with sequence parallelism. ``note``: a sentence on what is not as the model's own code has it, or "".
     """
 
     def __init__(
@@ -320,7 +320,6 @@ def _auxiliary(model: nn.Module, mesh: Mesh, *, alike: bool, num_microbatches: i
         num_microbatches=num_microbatches,
         groups=tuple(axis.get_group() for axis in axes if axis.size() > 1),
         num_shards=mesh.size("cp") * (1 if alike else mesh.size("tp")),
-        num_equal=mesh.size("tp") if alike else 1,
         across_layers=across,
     )
     changed = (

@@ -32,15 +32,14 @@ class Auxiliary:
     """How the auxiliary loss is worked out on this rank.
 
     ``num_microbatches``: of a step, over all data ranks. ``groups``: those over which a micro-batch's tokens are
-    shared, which together have ``num_shards`` ranks. ``num_equal``: ranks that compute the same tokens and whose
-    gradients are added up. ``across_layers``: Hugging Face's formula, ``f`` and ``P`` of all layers together.
+    shared, which together have ``num_shards`` ranks; ranks beside them that have the same tokens have whole gradients each.
+    ``across_layers``: Hugging Face's formula, ``f`` and ``P`` of all layers together.
     """
 
     coefficient: float
     num_microbatches: int
     groups: tuple[dist.ProcessGroup, ...]
     num_shards: int
-    num_equal: int
     across_layers: bool
 
 
@@ -114,7 +113,7 @@ class Routing:
         if not _in_backward():
             self._layers.add(chosen, num_tokens)
             self._losses.append(partial(_product, slope, summed.detach()))
-        passed: Tensor = _Auxiliary.apply(weights, summed, slope, auxiliary.num_equal)
+        passed: Tensor = _Auxiliary.apply(weights, summed, slope)
         return passed
 
 
@@ -122,13 +121,13 @@ class _Auxiliary(torch.autograd.Function):
     """Passes the router's weights; in backward gives the probabilities' sums ``[experts]`` their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, summed: Tensor, slope: Callable[[], Tensor], num_equal: int) -> Tensor:
-        ctx.slope, ctx.num_equal = slope, num_equal
+    def forward(ctx: Any, weights: Tensor, summed: Tensor, slope: Callable[[], Tensor]) -> Tensor:
+        ctx.slope = slope
         return weights.view_as(weights)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return grads[0], ctx.slope() / ctx.num_equal, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], ctx.slope(), None
 
 
 def _product(slope: Callable[[], Tensor], summed: Tensor) -> Tensor:

@@ -169,12 +169,13 @@ def hollow(model: nn.Module, blocks_name: str) -> nn.Module:
 
 
 def call_with_tokens(hollow_model: nn.Module) -> None:
-    """Run a hollow model on ``[BATCH, SEQUENCE]`` token ids, without a key-value cache where it offers one.
+    """Run a hollow model on ``[BATCH, SEQUENCE]`` token ids, without a key-value cache or routers' logits.
 
     Blocks that return a tuple are noticed by the failure of a run in which they do not; it is then run again.
     Raises ``InputError`` when the model does not run on token ids alone.
     """
-    options = {"use_cache": False} if "use_cache" in inspect.signature(hollow_model.forward).parameters else {}
+    taken = inspect.signature(hollow_model.forward).parameters
+    options = {name: False for name in ("use_cache", "output_router_logits") if name in taken}
     tokens = (torch.arange(BATCH * SEQUENCE) % 3 + 3).view(BATCH, SEQUENCE)  # clear of special tokens 0, 1 and 2
     failures = []
     for in_tuple in (False, True):
