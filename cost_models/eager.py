@@ -2,8 +2,8 @@
 
 Written off transformers 5.23 (``models/llama``, ``mixtral``, ``qwen3_moe``, ``gpt2``, ``opt``; ``integrations/moe.py``,
 ``activations.py``) and torch 2.13 (``tools/autograd/derivatives.yaml``), with this package's tensor parallelism
-(``executors/tp_modules.py``, ``tp_collectives.py``) and loss (``executors/loss.py``). Attention is in
-``eager_attention``.
+(``executors/tp_modules.py``, ``tp_collectives.py``) and loss (``executors/loss.py``). Attention and experts are in
+``eager_attention`` and ``eager_experts``.
 
 Left out: rotary tables, masks, a norm's number a row, indices of routed rows (under 1 % of a block); dropout (a byte
 a number where it is on).
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models.eager_attention import attention
+from meshwright.cost_models.eager_experts import experts
 from meshwright.cost_models.eager_writer import Writer
 from meshwright.cost_models.strategy import RECOMPUTES, ConfigBatch
 from meshwright.cost_models.tape import Lifetimes, Tape, play
@@ -43,11 +44,15 @@ def block_lifetimes(block: Block, workload: Workload, batch: ConfigBatch) -> Lif
     fields = ["tp", "micro_batch_size", "sequence_parallel", "recompute"]
     attends = any(isinstance(layer, AttentionLayer) for layer in block.layers)
     fields += ["cp_ring", "cp_ulysses"] if attends else ["cp"]
+    routes = any(isinstance(layer, MoeLayer) for layer in block.layers)
+    fields += ["ep", "etp", "ep_chunks"] if routes else []
     fields += ["vocab_parallel"] if block.kind is not BlockKind.DECODER else []
     few, inverse = few.distinct(*fields)
     # the list of operators is the same for all that are split, shard the sequence and recompute alike
     alike = (few.tp > 1) + 2 * few.sequence_parallel + 4 * (few.cp_ring > 1) + 8 * (few.cp_ulysses > 1)
     alike = alike + 16 * few.recompute
+    if routes:
+        alike = alike + 64 * (few.ep > 1) + 128 * (few.etp > 1) + 256 * few.ep_chunks
     parts = []
     for which in np.unique(alike):
         rows = np.flatnonzero(alike == which)
@@ -83,47 +88,8 @@ class _Blocks(Writer):
         if isinstance(layer, MlpLayer):
             return self.leave(self.mlp(layer, self.enter(x, layer.hidden)), bias=layer.bias)
         if isinstance(layer, MoeLayer):
-            return self.experts(layer, x)
+            return experts(self, layer, x)
         return self.embedding(layer) if isinstance(layer, EmbeddingLayer) else self.head(layer, x)  # type: ignore[arg-type]
-
-    def experts(self, layer: MoeLayer, x: int) -> int:
-        """``integrations/moe.py: grouped_mm_experts_forward`` behind a router; scores in float32, as Mixtral's.
-
-        Rows of tokens are sorted by expert, go through grouped matmuls, are weighted, sorted back and summed.
-        """
-        run, wide = self.tape.run, self.wide / self.size
-        chosen = self.tokens * layer.top_k
-        row = chosen * layer.hidden * self.size
-        logits = self.tape.run(
-            x, self.tokens * layer.num_experts * self.size, saves=(x,), kept=True
-        )  # its weight is small
-        scores = run(self.wider(logits), self.tokens * layer.num_experts * self.wide, saves_output=True)
-        taken = run(x, row)
-        ways_in = 2.0 if layer.gated else 1.0
-        inner = self.grouped(taken, layer, chosen, layer.hidden, ways_in * layer.expert_ffn_size)
-        if layer.gated:  # halves of one tensor, whose gradients are put together
-            half = self.bytes_of(inner) / 2.0
-            up = run((), half, view_of=inner, passes=True)
-            gate = run(inner, half, view_of=inner)
-            active = run(gate, half, saves=(gate,))
-            inner = run((active, up), half, saves=(active, up))
-        else:
-            inner = self.activation(layer.activation, inner)
-        out = self.grouped(inner, layer, chosen, layer.expert_ffn_size, layer.hidden)
-        # two products in float32, one of which is cast, the other summed
-        weighted = run((out, scores), row * wide, saves=(out,), backward=2.0 * row * wide - row)
-        sorted_back = run(weighted, row * wide)
-        mixed = self.narrower(run(sorted_back, self.tokens * layer.hidden * self.wide, passes=True))
-        if not layer.shared_ffn_size:
-            return mixed
-        shared = MlpLayer(
-            hidden=layer.hidden, ffn_size=layer.shared_ffn_size, gated=layer.gated, activation=layer.activation
-        )
-        return self.add(mixed, self.mlp(shared, x))
-
-    def grouped(self, x: int, layer: MoeLayer, rows: FloatArray, inputs: float, outputs: float) -> int:
-        weights = layer.num_experts * inputs * outputs * self.size
-        return self.tape.run(x, rows * outputs * self.size, saves=(x,), weights=weights, kept=True)
 
     # -- ends of the model ------------------------------------------------------------------------------------------
 

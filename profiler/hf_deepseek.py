@@ -43,6 +43,7 @@ def deepseek(fields: Fields, model_type: str) -> Parts:
         shared_ffn_size=shared,
         extra_params=2 * shared + hidden if bias else 0,
         activation=activation,
+        float32_router=True,
     )
     num_dense = fields.size("first_k_dense_replace", 3 if is_v3 else 0, least=0)
     mtp = fields.size("num_nextn_predict_layers", 0, least=0) if is_v3 else 0

@@ -157,7 +157,7 @@ class MoeLayer:
     With a ``capacity_factor`` above 0 an expert takes at most ``ceil(capacity_factor * group_tokens * top_k /
     num_experts)`` tokens of each group and drops the rest; a group is ``group_tokens`` neighbouring tokens of one
     sequence. Without one (0) nothing is dropped and there are no groups. ``aux_loss`` is the coefficient of the loss
-    that spreads tokens over experts.
+    that spreads tokens over experts. A ``float32_router`` casts tokens and its weight to float32.
     """
 
     kind: Literal["moe"] = "moe"
@@ -172,6 +172,7 @@ class MoeLayer:
     capacity_factor: float = 0.0
     group_tokens: int = 0
     aux_loss: float = 0.0
+    float32_router: bool = False
 
     def __post_init__(self) -> None:
         positive = ("hidden", "num_experts", "top_k", "expert_ffn_size")
