@@ -48,6 +48,17 @@ def lines() -> Iterator[tuple[str, ParallelConfig]]:
             sequence_parallel=True,
         )  # fmt: skip
         yield f"tp2 pp2 sp {schedule.value}", config
+    for recompute in Recompute:
+        word = "" if recompute is Recompute.NONE else recompute.value
+        yield f"ring2 ulysses2 {word}", ParallelConfig(cp=4, cp_ring=2, cp_ulysses=2, recompute=recompute)
+    yield (
+        "ring2 tp2 sp zero3 full",
+        ParallelConfig(
+            cp=2, cp_ring=2, tp=2, vocab_parallel=True, sequence_parallel=True, zero_stage=3, dp_shard=2,
+            recompute=Recompute.FULL,
+        ),
+    )  # fmt: skip
+    yield "ulysses4 pp2", ParallelConfig(cp=4, cp_ulysses=4, pp=2)  # more ranks than kv heads
     yield "tp4 sp", ParallelConfig(tp=4, vocab_parallel=True, sequence_parallel=True)  # more ranks than kv heads
 
 
@@ -57,7 +68,7 @@ def test_counted_equals_priced(words: str, config: ParallelConfig, count_step: C
     counted = count_step(f"example | {words} | n{microbatches}")
     workload = Workload(seq_len=SEQUENCE, global_batch_size=microbatches * config.dp, recipe=RECIPES["fp64"])
     for rank, found in enumerate(counted):
-        pp_rank = rank // (config.tp * config.dp)
+        pp_rank = rank // (config.tp * config.cp * config.dp)
         priced = rank_traffic(load_model(FIELDS), workload, config, pp_rank)
         assert under_one_name(found, config) == under_one_name(priced, config)
 
@@ -74,7 +85,8 @@ def test_a_tied_embedding(schedule: Schedule, count_step: Callable[[str], list[C
 
 def under_one_name(counts: Counts, config: ParallelConfig) -> Counts:
     """An axis that spans all ranks shares the default group, and is counted under its own name or the world's."""
-    spanning = [axis for axis in ("tp", "pp", "dp") if getattr(config, axis) == config.world_size]
+    sizes = {"tp": config.tp, "pp": config.pp, "dp": config.dp * config.cp}
+    spanning = [axis for axis, size in sizes.items() if size == config.world_size]
     merged: Counts = {}
     for (op, axis), (calls, num_bytes) in counts.items():
         key = (op, "world" if axis in spanning else axis)
