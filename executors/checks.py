@@ -68,6 +68,11 @@ def _check_experts(plan: Plan) -> None:
         raise InputError(
             f"tp={config.tp} with etp={config.etp} needs sequence_parallel: without it tp ranks have the same tokens"
         )
+    if len(set(plan.micro_batches_per_data_rank)) > 1 and (config.cp * config.tp) % (config.ep * config.etp):
+        raise InputError(
+            f"ep={config.ep} and etp={config.etp} span data ranks, which exchange tokens in every micro-batch and so "
+            f"need equally many; found {plan.micro_batches_per_data_rank}: use an even share"
+        )
 
 
 def _check_stages(plan: Plan) -> None:

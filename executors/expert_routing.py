@@ -32,7 +32,7 @@ class Auxiliary:
     """How the auxiliary loss is worked out on this rank.
 
     ``num_microbatches``: of a step, over all data ranks. ``groups``: those over which a micro-batch's tokens are
-    shared, which together have ``num_shards`` ranks; ranks beside them that have the same tokens have whole gradients each.
+    shared, which together have ``num_shards`` ranks; ranks that have the same tokens have whole gradients each.
     ``across_layers``: Hugging Face's formula, ``f`` and ``P`` of all layers together.
     """
 
