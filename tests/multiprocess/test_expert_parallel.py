@@ -1,0 +1,286 @@
+"""A layer of experts over real ranks against the same layer in one process: its output, every gradient, what its router
+did. Each case is one layer of a family, in float64, whose experts one process runs in a loop."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from moe import Experts, MoeConfig, MoeMlp
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from meshwright import InputError
+from meshwright.cost_models.placement import Placement
+from meshwright.cost_models.strategy import ParallelConfig, Recompute
+from meshwright.executors.counting import CollectiveCounter
+from meshwright.executors.expert_parallel import ExpertParallel, split_experts
+from meshwright.executors.mesh import Mesh, build_mesh
+from meshwright.executors.recompute import apply_recompute
+from meshwright.executors.tp_collectives import enter, leave
+from meshwright.profiler.launch import Rank, run_ranks
+
+pytestmark = pytest.mark.multiprocess
+
+HIDDEN, EXPERTS, TOP_K, WIDTH = 16, 8, 2, 8
+SEQUENCE, MICRO_BATCHES = 8, 2
+COEFFICIENT = 0.5
+TIMEOUT_S = 60.0
+
+
+class Double(TorchFunctionMode):
+    """What a router asks to be rounded to float32 is not: rounding would hide what we look for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float or (func is Tensor.type and args[1:] == (torch.float32,)):
+            return args[0]
+        kwargs = {key: value for key, value in (kwargs or {}).items() if value is not torch.float32}
+        return func(*args, **kwargs)
+
+
+class Layer(nn.Module):
+    """A feed-forward layer with experts, and the config of the model that it is from."""
+
+    def __init__(self, mlp: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.mlp, self.config = mlp, config
+
+    def forward(self, x: Tensor) -> Tensor:
+        with Double():
+            out = self.mlp(x)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def build(family: str) -> Layer:
+    torch.manual_seed(0)
+    layer = _layer(family.removesuffix("-starved")).double()
+    for name, weight in layer.named_parameters():
+        nn.init.normal_(weight, std=0.3)
+        if family.endswith("-starved") and name.endswith(("router.weight", "gate.weight")):
+            with torch.no_grad():  # all tokens choose the first two experts: most ranks get none
+                weight.zero_()
+                weight[:2, 0] = 1.0
+    return layer
+
+
+def _layer(family: str) -> Layer:
+    if family.startswith("example"):
+        capacity = {"capacity_factor": 1.0, "group_tokens": 4} if family.endswith("capacity") else {}
+        shared = {"ffn_size": 24} if family.endswith("shared") else {}
+        config = MoeConfig(
+            hidden=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, expert_ffn_size=WIDTH,
+            router_aux_loss_coef=COEFFICIENT, **capacity, **shared,
+        )  # fmt: skip
+        return Layer(MoeMlp(config), config)
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": HIDDEN, "num_experts_per_tok": TOP_K, "experts_implementation": "eager"}
+    asks = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}
+    if family == "mixtral":
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock as Block
+
+        config = transformers.MixtralConfig(intermediate_size=WIDTH, num_local_experts=EXPERTS, **sizes, **asks)
+    elif family == "qwen2_moe":
+        from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock as Block
+
+        config = transformers.Qwen2MoeConfig(
+            moe_intermediate_size=WIDTH, shared_expert_intermediate_size=24, num_experts=EXPERTS, **sizes
+        )
+    elif family == "deepseek_v3":
+        from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE as Block
+
+        config = transformers.DeepseekV3Config(
+            moe_intermediate_size=WIDTH, n_routed_experts=EXPERTS, n_group=4, topk_group=2, **sizes
+        )
+    else:
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP as Block
+
+        config = transformers.GptOssConfig(intermediate_size=WIDTH, num_local_experts=EXPERTS, **sizes)
+    return Layer(Block(config), config)
+
+
+# -- one process ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reference:
+    """Micro-batches ``[micro_batches, dp, batch, sequence, hidden]`` in one process: outputs, gradients, routing."""
+
+    outputs: Tensor
+    to_x: Tensor
+    grads: dict[str, Tensor]
+    load: Tensor
+    dropped: int
+    auxiliary_loss: float
+
+
+def routers_of(layer: Layer) -> nn.Module:
+    return next(part for name, part in layer.named_modules() if name.endswith((".gate", ".router")))
+
+
+def reference(layer: Layer, x: Tensor, out_grad: Tensor, coefficient: float) -> Reference:
+    seen: list[Any] = []
+    routers_of(layer).register_forward_hook(lambda *call: seen.append(call[2]))
+    given: list[Tensor] = []
+    experts = next(part for name, part in layer.named_modules() if name.endswith(".experts"))
+    experts.register_forward_pre_hook(lambda _, args: given.append(args[1]))
+    x = x.clone().requires_grad_()
+    outputs, total, load = [], torch.zeros(()), torch.zeros(EXPERTS, dtype=torch.int64)
+    for batches in x:  # micro-batches
+        for batch in batches:  # data ranks
+            outputs.append(layer(batch))
+            logits, _, index = seen[-1]
+            counts = torch.bincount(index.flatten(), minlength=EXPERTS)
+            logits = logits.view(-1, EXPERTS)
+            share = counts / logits.shape[0]
+            loss = coefficient * EXPERTS * (share.double() * logits.double().softmax(-1).mean(0)).sum()
+            total, load = total + loss / (x.shape[0] * x.shape[1]), load + counts
+    found = torch.stack(outputs).view_as(out_grad)
+    ((found * out_grad).sum() + total).backward()
+    assert x.grad is not None
+    grads = {name: weight.grad for name, weight in layer.named_parameters() if weight.grad is not None}
+    dropped = sum(int((index == EXPERTS).sum()) for index in given)
+    return Reference(found.detach(), x.grad, grads, load, dropped, total.item())
+
+
+# -- ranks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    ranks: int
+    ep: int
+    etp: int = 1
+    tp: int = 1
+    sp: bool = False
+    chunks: int = 1
+    recompute: Recompute = Recompute.NONE
+
+    def __str__(self) -> str:
+        words = [f"{name}{getattr(self, name)}" for name in ("ranks", "ep", "etp", "tp", "chunks")]
+        return " ".join([self.family, *words, *["sp"] * self.sp, self.recompute.value])
+
+    @property
+    def config(self) -> ParallelConfig:
+        return ParallelConfig(dp=self.ranks // self.tp, tp=self.tp, ep=self.ep, etp=self.etp, sequence_parallel=self.sp)
+
+
+def mesh_of(config: ParallelConfig) -> Mesh:
+    plan: Any = SimpleNamespace(
+        config=config,
+        placement=Placement(),
+        model=SimpleNamespace(moe=True),
+        workload=SimpleNamespace(recipe=SimpleNamespace(has_master=False)),
+    )
+    return build_mesh(plan, torch.device("cpu"))
+
+
+def own(whole: Tensor, mesh: Mesh, sp: bool) -> Tensor:
+    """This rank's share of ``[micro_batches, dp, batch, sequence, hidden]``."""
+    share = whole[:, mesh.index("dp")]
+    return share.chunk(mesh.size("tp"), dim=2)[mesh.index("tp")] if sp else share
+
+
+def summed(grad: Tensor, *axes: str, mesh: Mesh) -> Tensor:
+    grad = grad.clone()
+    for axis in axes:
+        dist.all_reduce(grad, group=mesh.axis(axis).get_group())
+    return grad
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).detach().abs().max() / expected.abs().max())
+
+
+@dataclass
+class Outcome:
+    apart: dict[str, float] = field(default_factory=dict)
+    load: list[list[int]] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    auxiliary_loss: float = 0.0
+
+
+def run(rank: Rank, case: Case, layer: Layer, x: Tensor, out_grad: Tensor, expected: Reference) -> Outcome:
+    mesh = mesh_of(case.config)
+    whole_weights = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
+    split = split_experts(
+        layer, mesh, sequence_parallel=case.sp, num_chunks=case.chunks, num_microbatches=MICRO_BATCHES * mesh.size("dp")
+    )
+    apply_recompute(layer, case.recompute)
+    if case.tp > 1 and not case.sp:  # what tensor_parallel does around experts, where tp ranks have the same tokens
+        group, (experts,) = mesh.axis("tp").get_group(), split.modules.values()
+        experts.register_forward_pre_hook(lambda _, args: (enter(args[0], group), args[1], enter(args[2], group)))
+        experts.register_forward_hook(lambda *call: leave(call[2], group))
+    split.begin_step()
+    outcome = Outcome()
+    given, wanted, grads = own(x, mesh, case.sp), own(expected.outputs, mesh, case.sp), own(out_grad, mesh, case.sp)
+    to_x = own(expected.to_x, mesh, case.sp)
+    for number, batch in enumerate(given):
+        batch = batch.clone().requires_grad_()
+        output = layer(batch)
+        output.backward(grads[number])
+        assert batch.grad is not None
+        outcome.apart[f"output {number}"] = apart(output, wanted[number])
+        outcome.apart[f"x {number}"] = apart(batch.grad, to_x[number])
+    for name, weight in layer.named_parameters():
+        assert weight.grad is not None, name
+        if name in split.names:
+            found = summed(split.whole(name, weight.grad), "edp", mesh=mesh)
+            back = split.stored_part(name, whole_weights[name])
+            local: Any = weight
+            assert torch.equal(getattr(local, "to_local", lambda: local)(), back)  # noqa: B023
+            assert torch.equal(split.whole(name, weight.detach()), whole_weights[name])
+        else:
+            found = summed(weight.grad, "dp", *["tp"] * case.sp, mesh=mesh)
+        outcome.apart[name] = apart(found, expected.grads[name])
+    statistics = split.statistics()
+    outcome.load, outcome.dropped = statistics.load.tolist(), statistics.dropped.tolist()
+    outcome.auxiliary_loss = float(statistics.auxiliary_loss.sum())
+    return outcome
+
+
+CASES = (
+    Case("example", 1, 1),
+    Case("example", 2, 2, chunks=4),
+    Case("example", 2, 1, etp=2),
+    Case("example-capacity", 4, 4, chunks=2),
+    Case("example-shared", 4, 2, etp=2, chunks=2),
+    Case("example-starved", 4, 4, chunks=2),
+    Case("example-starved", 4, 2, etp=2),
+    Case("example-capacity", 4, 2, tp=2, etp=2),  # tp ranks have the same tokens
+    Case("example-capacity", 4, 4, tp=2, sp=True),  # ep spans tp and dp
+    Case("example", 8, 8, tp=2, sp=True, chunks=2),
+    Case("example", 8, 2, etp=2, tp=4, sp=True),  # etp inside tp
+    Case("mixtral", 4, 2, chunks=2),
+    Case("qwen2_moe", 2, 2),
+    Case("deepseek_v3", 4, 4),
+    Case("gpt_oss", 4, 2, etp=2),
+    Case("gpt_oss", 4, 2, tp=2, etp=2),
+    Case("example", 4, 2, etp=2, chunks=2, recompute=Recompute.FULL),
+    Case("example-capacity", 4, 4, chunks=2, recompute=Recompute.SELECTIVE),
+    Case("gpt_oss", 4, 2, etp=2, recompute=Recompute.SELECTIVE),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_layer(case: Case) -> None:
+    torch.set_num_threads(1)
+    layer = build(case.family)
+    shape = (MICRO_BATCHES, case.ranks // case.tp, 2, SEQUENCE, HIDDEN)
+    x, out_grad = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    if case.family.endswith("-starved"):
+        x[..., 0] = x[..., 0].abs() + 1.0
+    has_auxiliary = case.family == "mixtral" or case.family.startswith("example")
+    expected = reference(copy.deepcopy(layer), x, out_grad, COEFFICIENT if has_auxiliary else 0.0)
+    for outcome in run_ranks(run, case.ranks, case, layer, x, out_grad, expected, timeout_s=TIMEOUT_S):
+        assert not {name: error for name, error in outcome.apart.items() if not error < 1e-12}
+        assert outcome.load == [expected.load.tolist()]
+        assert outcome.dropped == [expected.dropped]
+        assert outcome.auxiliary_loss == pytest.approx(expected.auxiliary_loss, rel=1e-12)
+    assert (expected.dropped > 0) == case.family.endswith("capacity")
