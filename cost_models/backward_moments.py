@@ -1,8 +1,8 @@
 """What a rank of our own executors holds at each moment of a step at which it may hold the most, tensor by tensor.
 
 Read off ``executors`` and torch 2.13's FSDP2 (``torch/distributed/fsdp/_fully_shard``) and pipelines
-(``torch/distributed/pipelining``). A stage's *units* are its decoder blocks and, together, what stands outside them
-(the *outer* unit: embedding, final norm, head). A unit
+(``torch/distributed/pipelining``). A stage's *units* are its decoder blocks, the experts inside a block apart from it,
+and, together, what stands outside the blocks (the *outer* unit: embedding, final norm, head). A unit
 
 * is gathered into one flat buffer, then copied into its tensors; the buffer of the last one gathered is there until the
   next has been copied or the stage's forward is over (``_fsdp_param_group.py: wait_for_unshard``). ZeRO 3 gathers a
@@ -37,7 +37,10 @@ from meshwright.cost_models.tape import Lifetimes
 
 FloatArray = NDArray[np.float64]
 
+BoolArray = NDArray[np.bool_]
+
 NOTHING = np.zeros(1)
+NO_NUMBERS = Numbers.zeros(1)
 
 
 class Backward:
@@ -62,7 +65,7 @@ class Backward:
         self.in_flight, self.outer_gathered = self._in_flight(), self._outer_gathered()
         self.grads = self._resident_grads()
         self.sent_back = self._sent_back()
-        carried = self.outer if self.outer.whole.any() else rank.blocks[self.last_kind].params
+        carried = self.outer if self.outer.whole.any() else rank.dense[self.last_kind]
         self.carried = np.where((self.zero >= 2) & self.resident, carried.gathered * rank.grad, 0.0)
 
     # -- what is there throughout -----------------------------------------------------------------------------------
@@ -101,16 +104,17 @@ class Backward:
     def _resident_grads(self) -> FloatArray:
         total = self.nothing
         for number, chunk in enumerate(self.rank.chunks):
-            total = total + np.where(self.state.resident[..., number], chunk.inner_grads, 0.0)
-            total = total + np.where(self.state.outer[..., number], chunk.outer_grads, 0.0)
+            total = total + np.where(self.state.resident[..., number], chunk.late_grads, 0.0)
+            total = total + np.where(self.state.outer[..., number], chunk.early_grads, 0.0)
         return total
 
-    def _taken_up(self, unit: Numbers) -> FloatArray:
-        """What a unit's backward adds to the gradients that stay."""
-        rank, outer = self.rank, unit is self.outer
-        if self.split and not outer:
-            return self.nothing
-        resident = self.outer_resident if outer else self.resident
+    def _taken_up(self, late: Numbers, early: Numbers) -> FloatArray:
+        """What the backward of units adds to the gradients that stay; ``late`` are those that a split one puts off."""
+        found = self._added(early, self.outer_resident)
+        return found if self.split else found + self._added(late, self.resident)
+
+    def _added(self, unit: Numbers, resident: BoolArray) -> FloatArray:
+        rank = self.rank
         whole, owned = unit.whole * rank.grad, unit.owned * rank.reduced_grad
         reduced = np.where(self.zero == 0, unit.whole * rank.reduced_grad, owned)
         ends = self.last & rank.sharded & (self.zero <= 1)
@@ -152,20 +156,20 @@ class Backward:
             yield self._loss(self.head)
             yield self._loss_backward(self.head)
             left = left - self.head.saved
-        yield self._first_block(left)
+        yield from self._first_block(left)
         if self.num_blocks < 2.0 and (self.zero == 3).any():
             yield self._gather_again(self.first_kind, left, self.carried, self.nothing)
         if not self.split:
             yield from self._reduction(left - self.lives[self.first_kind].saved)
         if self.num_blocks >= 2.0:
-            yield self._second_block(left)
+            yield from self._second_block(left)
             yield from self._last_block()
         if self.outer.whole.any():
             yield from self._outer_reduction()
 
     def _weight_gradients(self) -> tuple[Moment, KindBytes]:
         """All gradients of matrices of a stage at once, before they are added to those of earlier micro-batches."""
-        rank, inner = self.rank, self.chunk.inner.whole
+        rank, inner = self.rank, self.chunk.inner.whole - self.chunk.experts.whole
         own = np.where(rank.unit_grads, inner * rank.weight, 0.0) - self.chunk.outputs
         grads = np.where(self.resident, 0.0, inner * rank.grad)
         return self._at(Moment.WEIGHTS, self.in_flight - self.chunk.inputs, own, grads=grads)
@@ -182,23 +186,34 @@ class Backward:
         return total
 
     def _gather(self, left: FloatArray) -> tuple[Moment, KindBytes]:
-        """The last block's weights are copied out of their flat buffer, that of the unit before still being there."""
-        lives, unit = self.lives[self.first_kind], self._flat(self.rank.blocks[self.first_kind].params)
-        before = unit if self.num_blocks >= 2.0 else self._flat(self.outer)
-        gathered = np.where(self.gathers, before + unit + np.where(self.zero == 3, unit, 0.0), 0.0)
-        saved = lives.saved + (self.nothing if self.head is None else self.head.saved)
+        """The last unit's weights are copied out of their flat buffer, that of the unit before still being there.
+
+        That unit is the last block, or its experts, when the block's first layers have run.
+        """
+        rank, lives = self.rank, self.lives[self.first_kind]
+        block, experts = self._flat(rank.dense[self.first_kind]), self._flat(rank.experts[self.first_kind])
+        if experts.any():
+            before, unit = block, experts
+        else:
+            before, unit = block if self.num_blocks >= 2.0 else self._flat(self.outer), block
+        gathered = np.where(self.gathers, before + unit + np.where(self.zero == 3, block + experts, 0.0), 0.0)
+        saved = lives.saved - lives.nested_before + (self.nothing if self.head is None else self.head.saved)
         return self._at(
             Moment.GATHER,
             left - saved,
-            np.where(self.state.after_forward, self.rank.hop, -np.inf),
+            np.where(self.state.after_forward, rank.hop, -np.inf),
             gathered=gathered + self.outer_gathered,
             communication=self.carried,
         )
 
+    def _last_gathered(self) -> FloatArray:
+        """The flat buffer of the last unit gathered, there until the forward is over."""
+        experts = self.rank.experts[self.first_kind]
+        return self._flat(experts if experts.whole.any() else self.rank.dense[self.first_kind])
+
     def _loss(self, head: Lifetimes) -> tuple[Moment, KindBytes]:
-        """Logits and their loss, at the end of forward, with the flat buffer of the last block gathered."""
-        unit = self.rank.blocks[self.first_kind].params
-        gathered = np.where(self.gathers, self._flat(unit), 0.0) + self.outer_gathered
+        """Logits and their loss, at the end of forward, with the flat buffer of the last unit gathered."""
+        gathered = np.where(self.gathers, self._last_gathered(), 0.0) + self.outer_gathered
         return self._at(
             Moment.LOSS,
             self.in_flight,
@@ -207,10 +222,15 @@ class Backward:
             communication=self.carried,
         )
 
-    def _parted(self, lives: Lifetimes) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Activations, gradients that stay and the rest of a block's fullest moment."""
-        backward, adding = (lives.deferring, lives.deferring) if self.split else (lives.backward, lives.adding)
-        kept = self.rank.unit_grads | ~(self.outer_resident if lives is self.head else self.resident)
+    def _parted(self, lives: Lifetimes, *, after: bool = False) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Activations, gradients that stay and the rest of a block's fullest moment, ``after`` its experts are done."""
+        backward, adding, deferring = lives.backward, lives.adding, lives.deferring
+        if after:
+            backward, adding, deferring = lives.after_backward, lives.after_adding, lives.after_deferring
+        if self.split:
+            backward = adding = deferring
+        early = lives is self.head or self.split
+        kept = self.rank.unit_grads | ~(self.outer_resident if early else self.resident)
         activations = np.where(kept, backward.activations, adding.activations)
         weights = np.where(kept & ~self.rank.unit_grads, backward.weights, 0.0)
         total = np.where(kept, backward.total, adding.total)
@@ -218,7 +238,7 @@ class Backward:
 
     def _loss_backward(self, head: Lifetimes) -> tuple[Moment, KindBytes]:
         """The same backward; ZeRO 3 gathers the last block already."""
-        unit = self.rank.blocks[self.first_kind].params
+        unit = self.rank.dense[self.first_kind]
         activations, grads, working = self._parted(head)
         gathered = np.where(self.zero == 3, self._flat(unit), 0.0) + self.outer_gathered
         return self._at(
@@ -250,42 +270,110 @@ class Backward:
         communication: FloatArray,
         done: FloatArray,
         waiting: tuple[FloatArray, FloatArray] = (NOTHING, NOTHING),
-    ) -> tuple[Moment, KindBytes]:
-        """A block's backward; ``waiting`` is what was put off by those before it: inputs, gradients of outputs."""
-        lives = self.lives[index]
-        activations, grads, working = self._parted(lives)
+    ) -> Iterator[tuple[Moment, KindBytes]]:
+        """A block's backward, its own weights gathered; that of its experts first, then the rest.
+
+        ``gathered`` is what is beside them, ``waiting`` what was put off by blocks before it: inputs, gradients of
+        outputs.
+        """
+        rank, lives, experts = self.rank, self.lives[index], self.rank.experts[index]
         stay, under_way = self._head_grads()
         received = self._received()
+        zero3 = self.zero == 3
+        own = np.where(zero3, self._flat(rank.dense[index]), 0.0)
+        left = left - lives.saved + waiting[0]
+        working = under_way - received + waiting[1]
+
+        def at(
+            moment: Moment, after: bool, inside: FloatArray, reducing: FloatArray, grads: FloatArray
+        ) -> tuple[Moment, KindBytes]:
+            activations, weights, beside = self._parted(lives, after=after)
+            return self._at(
+                moment,
+                left + activations,
+                beside + working,
+                grads=weights + stay + done + grads,
+                gathered=own + inside + gathered,
+                communication=reducing + received,
+            )
+
+        inside = np.where(zero3, self._flat(experts), 0.0)
+        yield at(Moment.BACKWARD, False, inside, communication, self.nothing)
+        if not experts.whole.any():
+            return
+        if zero3.any():
+            yield self._experts_gathered(index, left + lives.saved, gathered + own, communication, done, waiting)
+        freed = np.where(self.last & rank.sharded & ~zero3, -self._flat(experts), 0.0)
+        yield from self._reduced(
+            experts,
+            left + lives.nested_activations,
+            own + freed + gathered,
+            done + stay,
+            working + lives.nested_total - lives.nested_activations,
+            received,
+            early=True,
+        )
+        flat = np.where(self.reduces, experts.gathered * rank.grad, 0.0)
+        yield at(Moment.BACKWARD, True, freed, flat, self._taken_up(NO_NUMBERS, experts))
+
+    def _experts_gathered(
+        self,
+        index: int,
+        left: FloatArray,
+        gathered: FloatArray,
+        communication: FloatArray,
+        done: FloatArray,
+        waiting: tuple[FloatArray, FloatArray],
+    ) -> tuple[Moment, KindBytes]:
+        """ZeRO 3: weights of a block's experts are copied out of their flat buffer for their backward."""
+        stay, under_way = self._head_grads()
         return self._at(
-            Moment.BACKWARD,
-            left - lives.saved + activations + waiting[0],
-            working + under_way - received + waiting[1],
-            grads=grads + stay + done,
-            gathered=gathered,
-            communication=communication + received,
+            Moment.GATHER,
+            left,
+            under_way + waiting[1],
+            grads=stay + done,
+            gathered=gathered + np.where(self.zero == 3, 2.0 * self._flat(self.rank.experts[index]), 0.0),
+            communication=communication + self._received(),
         )
 
-    def _first_block(self, left: FloatArray) -> tuple[Moment, KindBytes]:
-        unit = self.rank.blocks[self.first_kind].params
-        units = 2.0 if self.num_blocks >= 2.0 else 1.0  # its own, and the flat buffer of the one before
-        gathered = np.where(self.zero == 3, units * self._flat(unit), 0.0) + self.outer_gathered
-        return self._block(self.first_kind, left, gathered=gathered, communication=self.carried, done=self.nothing)
+    def _first_block(self, left: FloatArray) -> Iterator[tuple[Moment, KindBytes]]:
+        return self._block(
+            self.first_kind,
+            left,
+            gathered=self._gathered_next(2.0) + self.outer_gathered,
+            communication=self.carried,
+            done=self.nothing,
+        )
+
+    def _gathered_next(self, least: float) -> FloatArray:
+        """ZeRO 3: the flat buffer of the block before the one at hand, if the chunk has ``least`` blocks."""
+        if self.num_blocks < least:
+            return self.nothing
+        return np.where(self.zero == 3, self._flat(self.rank.dense[self.first_kind]), 0.0)
 
     def _reduction(self, left: FloatArray) -> Iterator[tuple[Moment, KindBytes]]:
         """The first block's gradients are copied into a flat buffer and reduced."""
-        rank, unit = self.rank, self.rank.blocks[self.first_kind].params
+        rank, unit, experts = self.rank, self.rank.dense[self.first_kind], self.rank.experts[self.first_kind]
         stay, under_way = self._head_grads()
-        units = 1.0 if self.num_blocks >= 2.0 else 0.0
-        freed = np.where(self.last & rank.sharded, -self._flat(unit), 0.0)
-        gathered = np.where(self.zero == 3, units * self._flat(unit), freed) + self.outer_gathered
-        yield from self._reduced(unit, left, gathered, stay, under_way)
+        freed = np.where(self.last & rank.sharded & (self.zero < 3), -self._flat(unit + experts), 0.0)
+        gathered = self._gathered_next(2.0) + freed + self.outer_gathered
+        done = stay + self._taken_up(NO_NUMBERS, experts)
+        yield from self._reduced(unit, left, gathered, done, under_way)
 
     def _reduced(
-        self, unit: Numbers, activations: FloatArray, gathered: FloatArray, done: FloatArray, under_way: FloatArray
+        self,
+        unit: Numbers,
+        activations: FloatArray,
+        gathered: FloatArray,
+        done: FloatArray,
+        under_way: FloatArray,
+        received: FloatArray | float = 0.0,
+        *,
+        early: bool = False,
     ) -> Iterator[tuple[Moment, KindBytes]]:
         """A unit's gradients beside their copy in the flat buffer; then that beside what it is reduced into."""
         rank, flat = self.rank, unit.gathered * self.rank.grad
-        resident = self.outer_resident if unit is self.outer else self.resident
+        resident = self.outer_resident if early else self.resident
         summed = resident & (self.zero <= 1)  # in the whole gradients
         own = np.where(rank.unit_grads & ~summed, unit.whole * rank.weight, 0.0)
         kept = np.where(rank.unit_grads | resident, 0.0, unit.whole * rank.grad)
@@ -295,32 +383,30 @@ class Backward:
             own + under_way,
             grads=done + kept,
             gathered=gathered,
-            communication=np.where(self.reduces, flat, 0.0),
+            communication=np.where(self.reduces, flat, 0.0) + received,
         )
         quotient = np.where(self.zero == 0, unit.whole * rank.grad, 0.0)
         yield self._at(
             Moment.REDUCTION,
             activations,
             under_way,
-            grads=done + self._taken_up(unit),
+            grads=done + self._added(unit, resident),
             gathered=gathered,
-            communication=np.where(self.reduces, flat + quotient, 0.0),
+            communication=np.where(self.reduces, flat + quotient, 0.0) + received,
         )
 
-    def _second_block(self, left: FloatArray) -> tuple[Moment, KindBytes]:
+    def _second_block(self, left: FloatArray) -> Iterator[tuple[Moment, KindBytes]]:
         """The last one's gradients are being reduced."""
-        unit = self.rank.blocks[self.first_kind].params
-        units = 2.0 if self.num_blocks >= 3.0 else 1.0
-        freed = np.where(self.last & self.rank.sharded, -self._flat(unit), 0.0)
-        gathered = np.where(self.zero == 3, units * self._flat(unit), freed) + self.outer_gathered
+        rank, unit, experts = self.rank, self.rank.dense[self.first_kind], self.rank.experts[self.first_kind]
+        freed = np.where(self.last & rank.sharded & (self.zero < 3), -self._flat(unit + experts), 0.0)
         index = self.first_kind if self.counts[self.first_kind] > 1 else self.chunk.order[-2]
         before = self.lives[self.first_kind]
         return self._block(
             index,
             left - before.saved,
-            gathered=gathered,
-            communication=np.where(self.reduces, unit.gathered * self.rank.grad, 0.0),
-            done=self._taken_up(unit),
+            gathered=self._gathered_next(3.0) + freed + self.outer_gathered,
+            communication=np.where(self.reduces, unit.gathered * rank.grad, 0.0),
+            done=self._taken_up(unit, experts),
             waiting=self._put_off(before.inputs, before.outputs),
         )
 
@@ -328,16 +414,12 @@ class Backward:
         """What waits of blocks whose backward is over, if it is the first half of a split one."""
         return (inputs, outputs) if self.split else (NOTHING, NOTHING)
 
-    def _others(self) -> Numbers:
-        """All blocks of the chunk but the one whose backward is last."""
-        return self.chunk.inner + self.rank.blocks[self.last_kind].params * -1.0
-
     def _gather_again(
         self, index: int, left: FloatArray, communication: FloatArray, done: FloatArray
     ) -> tuple[Moment, KindBytes]:
         """ZeRO 3: a block's weights are copied out of their flat buffer for its backward."""
         stay, under_way = self._head_grads()
-        units = np.where(self.zero == 3, 2.0 * self._flat(self.rank.blocks[index].params), 0.0)
+        units = np.where(self.zero == 3, 2.0 * self._flat(self.rank.dense[index]), 0.0)
         return self._at(
             Moment.GATHER,
             left,
@@ -348,14 +430,16 @@ class Backward:
         )
 
     def _last_block(self) -> Iterator[tuple[Moment, KindBytes]]:
-        rank, unit, others = self.rank, self.rank.blocks[self.last_kind].params, self._others()
-        freed = np.where(self.last & rank.sharded, -self._flat(others), 0.0)
-        gathered = np.where(self.zero == 3, self._flat(unit), freed) + self.outer_gathered
+        rank, unit, inner = self.rank, self.rank.dense[self.last_kind], self.chunk.inner + self.chunk.experts * -1.0
+        experts = self.chunk.experts + rank.experts[self.last_kind] * -1.0  # of the others
+        others = inner + unit * -1.0
+        freed = np.where(self.last & rank.sharded & (self.zero < 3), -self._flat(others + experts), 0.0)
         left = self.in_flight - self.chunk.saved + self.lives[self.last_kind].saved
-        flat, done = np.where(self.reduces, unit.gathered * rank.grad, 0.0), self._taken_up(others)
+        flat, done = np.where(self.reduces, unit.gathered * rank.grad, 0.0), self._taken_up(others, experts)
         own = self.lives[self.last_kind]
         waiting = self._put_off(self.chunk.inputs - own.inputs, self.chunk.outputs - own.outputs)
-        yield self._block(self.last_kind, left, gathered=gathered, communication=flat, done=done, waiting=waiting)
+        gathered = freed + self.outer_gathered
+        yield from self._block(self.last_kind, left, gathered=gathered, communication=flat, done=done, waiting=waiting)
         if (self.zero == 3).any():
             yield self._gather_again(self.last_kind, left, flat, done)
 
@@ -365,4 +449,5 @@ class Backward:
         freed = np.where(self.last & rank.sharded & (self.zero < 3), -self._flat(inner + self.outer), 0.0)
         inputs, outputs = self._put_off(self.chunk.inputs, self.chunk.outputs)
         left = self.in_flight - self.chunk.saved + inputs
-        yield from self._reduced(self.outer, left, freed, self._taken_up(inner), outputs)
+        done = self._taken_up(inner + self.chunk.experts * -1.0, self.chunk.experts)
+        yield from self._reduced(self.outer, left, freed, done, outputs, early=True)

@@ -1,10 +1,10 @@
-"""A layer of experts as eager torch runs it, operator by operator: Hugging Face's own, and split over ep and etp.
+"""A layer of experts as eager torch runs it, operator by operator.
 
-Written off transformers 5.23 (``integrations/moe.py: grouped_mm_experts_forward``, ``models/mixtral``, ``qwen2_moe``,
-``deepseek_v3``, ``gpt_oss``) and this package's ``executors/expert_parallel.py``, ``expert_dispatch.py`` and
-``expert_compute.py``. Tokens choose experts evenly. Where experts are split, rows go to those who hold their expert by
-all_to_all, in ``ep_chunks`` parts of which the next is on its way while one is worked on; under sequence parallelism
-with etp they are gathered and reduce-scattered there; rows are put in the experts' order and back.
+Written off transformers 5.23 (``models/mixtral``, ``qwen2_moe``, ``deepseek_v3``, ``gpt_oss``) and this package's
+``executors/expert_parallel.py``, ``expert_dispatch.py`` and ``expert_compute.py``. Tokens choose experts evenly. Rows
+go to those who hold their expert by all_to_all, in ``ep_chunks`` parts of which the next is on its way while one is
+worked on; where etp ranks have other tokens they are gathered and reduce-scattered there; rows are put in the experts'
+order and back.
 
 Left out: choices and orders of rows (8 bytes a row each), sums of a router's probabilities.
 """
@@ -53,30 +53,16 @@ def _routed(writer: Writer, layer: MoeLayer, x: int) -> int:
         logits = logits if layer.float32_router else writer.wider(logits)
         scores = run(logits, tokens * layer.num_experts * writer.wide, saves_output=True)
     first = len(writer.tape.operators)
-    mixed = _split(writer, layer, x, scores) if writer.splits_experts else _together(writer, layer, x, scores)
-    if writer.splits_experts:
-        writer.tape.nested = first, len(writer.tape.operators)
-        if writer.split and not writer.sequence_parallel:  # each rank has a part of the sum
-            mixed = run(mixed, writer.bytes_of(mixed), passes=True, kept=True)
+    mixed = _split(writer, layer, x, scores)
+    writer.tape.nested = first, len(writer.tape.operators)
+    if writer.split and not writer.sequence_parallel:  # each rank has a part of the sum
+        mixed = run(mixed, writer.bytes_of(mixed), passes=True, kept=True)
     return mixed
 
 
 def _weight_size(writer: Writer, layer: MoeLayer) -> float:
     """Bytes of a number of a token's row once it is weighted, over those before."""
     return 1.0 if has_biases(layer) else writer.wide / writer.size
-
-
-def _together(writer: Writer, layer: MoeLayer, x: int, scores: int) -> int:
-    """All experts are here: rows sorted by expert, through them, weighted, sorted back and summed."""
-    run, wide = writer.tape.run, _weight_size(writer, layer)
-    chosen = writer.shard * layer.top_k
-    row = chosen * layer.hidden * writer.size
-    out = _work(writer, layer, run(x, row), chosen)
-    # two products in float32, one of which is cast, the other summed
-    weighted = run((out, scores), row * wide, saves=(out,), backward=2.0 * row * wide - row)
-    sorted_back = run(weighted, row * wide)
-    summed = run(sorted_back, writer.shard * layer.hidden * writer.size * wide, passes=True)
-    return writer.narrower(summed) if wide > 1.0 else summed
 
 
 def _split(writer: Writer, layer: MoeLayer, x: int, scores: int) -> int:
@@ -143,9 +129,7 @@ def _grouped(writer: Writer, layer: MoeLayer, x: int, rows: FloatArray, inputs: 
     product = run(x, size, saves=(x,), weights=weights, kept=True)
     if not has_biases(layer):
         return product
-    if not writer.splits_experts:  # added in place, from a row of biases for each
-        return run(product, size, view_of=product, passes=True, forward=size)
-    biases = run((), size)
+    biases = run((), size)  # a row for each
     return run((product, biases), size, passes=True)
 
 

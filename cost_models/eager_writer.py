@@ -31,9 +31,7 @@ class Writer:
         self.tokens = batch.micro_batch_size * (workload.seq_len / batch.cp)
         self.shard = self.tokens / self.tp if self.sequence_parallel else self.tokens
         self.several = batch.micro_batch_size > 1
-        experts = batch.ep * batch.etp > 1
         self.exchanges = bool((batch.ep > 1).any())  # rows of tokens go to other ranks' experts
-        self.splits_experts = self.split or bool(experts.any())
         self.gathers_rows = bool((batch.etp > 1).any()) and (self.sequence_parallel or not self.split)
         self.expert_chunks = int(batch.ep_chunks.max(initial=1))
         self.in_decoder = False

@@ -65,7 +65,7 @@ class MemoryTraits:
     bucket_numbers: float = 0.0  # of two flat buffers that gradients are reduced in; 0: of units
     units: float = 2.0  # decoder blocks' worth of weights gathered, and of gradients reduced, at once
     outer_apart: bool = False  # embedding and head are units of their own
-    expert_units: bool = False  # so are experts split by tp, ep or etp, cut along a dimension that their shards divide
+    expert_units: bool = False  # so are a block's experts, cut along a dimension that their shards divide
     offloads: bool = False  # without pipelines, activations of as many layers as it takes are kept on the host
     builds_whole: bool = False  # what tp, pp and ep leave of the weights is made before ZeRO 3 shards it
     held_more: int = 0  # micro-batches in flight beyond those of the schedule

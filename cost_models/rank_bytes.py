@@ -53,6 +53,9 @@ class Rank:
         self.splits = pipe.schedule in SPLIT_BACKWARD
         counts = pipe.counts[rank]
         self.lives = [_lifetimes(block) for block in blocks]
+        nothing = Numbers.zeros(len(batch))
+        self.experts = [block.experts or nothing for block in blocks]  # units of their own
+        self.dense = [block.params + experts * -1.0 for block, experts in zip(blocks, self.experts, strict=True)]
         self.chunks = [self._chunk(number, counts[number]) for number in range(len(counts))]
         everything = sum((chunk.outer + chunk.inner for chunk in self.chunks), Numbers.zeros(len(batch)))
         state = state_bytes(everything, pipe.workload, pipe.framework, batch)
@@ -79,13 +82,14 @@ class Rank:
         return np.where(self.zero <= 1, unit.whole * self.grad, unit.owned * self.reduced_grad)
 
     def _chunk(self, number: int, counts: FloatArray) -> Chunk:
-        outer = inner = Numbers.zeros(len(self.pipe.batch))
+        outer = inner = experts = Numbers.zeros(len(self.pipe.batch))
         order: list[int] = []
         saved, inputs, outputs, received = (self.nothing,) * 4
         for index in np.flatnonzero(counts):
             times, lives = float(counts[index]), self.lives[index]
             saved = saved + times * lives.saved
             if self.pipe.kinds.kinds[index].kind is BlockKind.DECODER:
+                experts = experts + self.experts[index] * times
                 inner, order = inner + self.blocks[index].params * times, [*order, int(index)]
                 inputs, outputs = inputs + times * lives.inputs, outputs + times * lives.outputs
             else:
@@ -103,8 +107,9 @@ class Rank:
             inputs=inputs,
             outputs=outputs,
             received=received,
-            outer_grads=self._kept_grads(outer),
-            inner_grads=self._kept_grads(inner),
+            experts=experts,
+            early_grads=self._kept_grads(outer + experts),
+            late_grads=self._kept_grads(inner + experts * -1.0),
             sends=pipelined and not counts[-1],
             receives=receives,
             hands_over=turns and number == 0,
@@ -118,13 +123,14 @@ class Chunk:
 
     outer: Numbers
     inner: Numbers
+    experts: Numbers  # of ``inner``
     order: list[int]
     saved: FloatArray
     inputs: FloatArray
     outputs: FloatArray
     received: FloatArray
-    outer_grads: FloatArray  # between micro-batches
-    inner_grads: FloatArray
+    early_grads: FloatArray  # between micro-batches: of what no split of a backward puts off
+    late_grads: FloatArray  # of blocks without experts
     sends: bool
     receives: bool
     hands_over: bool  # to the next stage on the same rank

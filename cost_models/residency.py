@@ -106,26 +106,13 @@ def block_numbers(block: Block, framework: Framework, batch: ConfigBatch) -> Num
 
 
 def expert_numbers(block: Block, framework: Framework, batch: ConfigBatch) -> Numbers | None:
-    """The same of the routed experts alone where they are a unit of FSDP2 of their own; None where none are.
-
-    That is wherever a model with experts is split at all but for dp, cp and pp (``executors/apply.py``).
-    """
+    """The same of the routed experts alone where they are a unit of FSDP2 of their own; None where none are."""
     routed = tuple(weight for weight in block_weights(block) if weight.experts)
-    apart = expert_units(framework, batch)
-    if not routed or not apart.any():
-        return None
-    numbers = _numbers(routed, framework, batch)
-    return Numbers(*(np.where(apart, found, 0.0) for found in (numbers.whole, numbers.owned, numbers.gathered)))
-
-
-def expert_units(framework: Framework, batch: ConfigBatch) -> NDArray[np.bool_]:
-    """Configs whose experts are a unit of their own."""
-    return np.asarray(framework.memory.expert_units & (batch.ep * batch.etp * batch.tp > 1))
+    return _numbers(routed, framework, batch) if routed and framework.memory.expert_units else None
 
 
 def _numbers(weights: tuple[Weight, ...], framework: Framework, batch: ConfigBatch) -> Numbers:
     few, inverse = batch.distinct("tp", "cp", "pp", "dp", "ep", "etp", "dp_shard", "zero_stage", "vocab_parallel")
-    apart = expert_units(framework, few)
     whole, owned, gathered = (np.zeros(len(few)) for _ in range(3))
     sharded = few.zero_stage > 0
     dense, routed = np.where(sharded, few.dp_shard, 1.0), np.where(sharded, expert_shards(few), 1.0)
@@ -133,9 +120,9 @@ def _numbers(weights: tuple[Weight, ...], framework: Framework, batch: ConfigBat
         shards = routed if weight.experts else dense
         shape = local_shape(weight, few, vocab_multiple(framework, few))
         held, own = _shard(weight, shape, few, shards, by_rows=framework.shards_rows)
-        if weight.experts:
+        if weight.experts and framework.memory.expert_units:
             divides = np.logical_or.reduce([size % shards == 0 for size in shape])
-            own = np.where(apart & divides, held / shards, own)
+            own = np.where(divides, held / shards, own)
         whole, owned = whole + weight.copies * held, owned + weight.copies * own
         gathered = gathered + weight.copies * own * shards
     return Numbers(whole, owned, gathered).take(inverse)
