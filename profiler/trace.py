@@ -4,7 +4,8 @@ The pass runs on fake tensors: nothing is computed and no weight is read, whatev
 heads, head sizes and grouped keys (where attention mixes positions, by ``scaled_dot_product_attention`` or written
 out), gated or plain feed-forward, biases, norms and their order. What it cannot show, and what is then assumed: a
 sliding window (none), a mask given as a tensor (causal), rotary positions (yes, unless positions are learned).
-Mixtures of experts route tokens by value, and fake tensors have none: they are read from a config only.
+Stacked experts are not run, since what an expert gets depends on values: see ``trace_experts``. Experts that are built
+otherwise, and latent attention, are read from a config only.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
@@ -28,7 +29,9 @@ from meshwright.profiler.hf_config import BUILDERS, assemble
 from meshwright.profiler.hf_parts import Parts
 from meshwright.profiler.layers import AttentionLayer, EmbeddingLayer, HeadLayer, LayerSpec
 from meshwright.profiler.model import ModelSpec, load_model
+from meshwright.profiler.skeleton import stand_in
 from meshwright.profiler.trace_blocks import BlockReader, own_parameters, read_norm
+from meshwright.profiler.trace_experts import Stack, find_stacks, whole_groups
 from meshwright.profiler.trace_record import Recorder, Recording
 
 TRIAL_LENGTHS = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59)
@@ -74,8 +77,9 @@ def _from_structure(module: nn.Module, name: str, seq_len: int) -> ModelSpec:
     shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
     rows, hidden = shapes[f"{anatomy.token_embedding}.weight"]
     models = _first_alike(list(module.get_submodule(anatomy.blocks).children()))
-    recording = _watch(module, anatomy, models, name)
-    reader = BlockReader(model=name, recording=recording, shapes=shapes, hidden=hidden)
+    stacks = find_stacks(module, hidden)
+    recording = _watch(module, anatomy, models, stacks, name)
+    reader = BlockReader(model=name, recording=recording, shapes=shapes, hidden=hidden, stacks=stacks)
     read = {index: reader.read(index, f"{anatomy.blocks}.{index}.") for index in sorted(set(models))}
     layers = tuple(read[model] for model in models)
     positions = 0
@@ -129,14 +133,15 @@ def _signature(block: nn.Module, index: int) -> Any:
     return tuple(parts)
 
 
-def _watch(module: nn.Module, anatomy: Anatomy, models: list[int], name: str) -> Recording:
+def _watch(module: nn.Module, anatomy: Anatomy, models: list[int], stacks: Mapping[str, Stack], name: str) -> Recording:
     """One forward pass of a weightless copy, seen by a ``Recorder``.
 
     A block built like an earlier one (``models`` names it) is passed over with that one's output: the pass takes as
     long as the distinct blocks do.
     """
     taken = {size for parameter in module.parameters() for size in parameter.shape}
-    num_tokens = next((length for length in TRIAL_LENGTHS if length not in taken), TRIAL_LENGTHS[-1])
+    lengths = [whole_groups(stacks, length) for length in TRIAL_LENGTHS]
+    num_tokens = next((length for length in lengths if length not in taken), lengths[-1])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     options = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
     try:
@@ -148,6 +153,8 @@ def _watch(module: nn.Module, anatomy: Anatomy, models: list[int], name: str) ->
                 block.register_forward_hook(recorder.leaving(index))
             else:
                 block.forward = recorder.output_of(models[index])
+        for experts in stacks:
+            stand_in(weightless.get_submodule(experts), recorder.in_place_of_experts(experts))
         with torch.no_grad(), _quiet_fake_tensors(), mode:
             tokens = torch.zeros(1, num_tokens, dtype=torch.long)
             recorder.mark_tokens(tokens)

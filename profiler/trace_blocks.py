@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from math import prod
 
 from meshwright import InputError
-from meshwright.profiler.layers import AttentionKind, AttentionLayer, LayerSpec, MlpLayer, NormKind, NormLayer
-from meshwright.profiler.trace_record import ATTENTION, Mixing, Product, Recording, Use
+from meshwright.profiler.layers import (
+    AttentionKind,
+    AttentionLayer,
+    LayerSpec,
+    MlpLayer,
+    MoeLayer,
+    NormKind,
+    NormLayer,
+)
+from meshwright.profiler.trace_experts import Stack
+from meshwright.profiler.trace_record import ATTENTION, Dispatch, Mixing, Product, Recording, Use
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -31,12 +40,16 @@ def read_norm(module: str, shapes: Shapes, hidden: int, model: str) -> NormLayer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockReader:
-    """Reads one model's blocks; ``shapes`` holds every parameter's shape, ``hidden`` is the residual stream's width."""
+    """Reads one model's blocks; ``shapes`` holds every parameter's shape, ``hidden`` is the residual stream's width.
+
+    ``stacks`` are the model's stacked experts by name.
+    """
 
     model: str
     recording: Recording
     shapes: Shapes
     hidden: int
+    stacks: Mapping[str, Stack]
 
     @property
     def matrices(self) -> frozenset[str]:
@@ -72,7 +85,10 @@ class BlockReader:
         attention = self._attention(index, mixing, qkv, way_out[0], biases, qk_norm_params)
         placed: list[tuple[int, LayerSpec]] = [(mixing.order, attention)]
         placed += [(use.order, read_norm(name, self.shapes, self.hidden, self.model)) for name, use in norms.items()]
-        if rest:
+        dispatches = [dispatch for dispatch in self.recording.dispatches if dispatch.block == index]
+        if dispatches:
+            placed.append(self._moe(index, dispatches, rest, biases))
+        elif rest:
             placed.append(self._mlp(index, rest, biases))
         layers = tuple(layer for _, layer in sorted(placed, key=lambda item: item[0]))
         self._check_complete(index, prefix, sum(layer.params for layer in layers))
@@ -139,6 +155,32 @@ class BlockReader:
         )
         layer = MlpLayer(hidden=self.hidden, ffn_size=ffn_size, gated=gated, bias=num_biased > 0, activation=activation)
         return ways_out[0].order, layer
+
+    def _moe(
+        self, index: int, dispatches: list[Dispatch], rest: list[Product], biases: Mapping[str, str]
+    ) -> tuple[int, MoeLayer]:
+        """Stacked experts with their router; what else is multiplied is a shared expert, and a gate of one column."""
+        if len(dispatches) > 1:
+            raise self._error(index, f"expected one layer of experts in it, saw {len(dispatches)}")
+        dispatch = dispatches[0]
+        stack = self.stacks[dispatch.experts]
+        routers = [product for product in rest if product.weight == stack.router]
+        gates = [product for product in rest if product.outputs == 1]
+        if len(routers) != 1 or len(gates) > 1:
+            raise self._error(index, f"no router of {stack.name} and one gate at most among its matrices")
+        shared = [product for product in rest if product not in (*routers, *gates)]
+        beside = self._mlp(index, shared, biases)[1] if shared else None
+        if gates and beside is None:
+            raise self._error(index, f"{gates[0].weight} gates no shared expert")
+        if beside is not None and beside.gated != stack.gated:
+            raise self._error(index, "its shared expert is not gated as the routed ones are")
+        extra = sum(product.inputs for product in gates) + sum(
+            prod(self.shapes[biases[product.weight]]) for product in (*routers, *gates) if product.weight in biases
+        )
+        if beside is not None and beside.bias:
+            extra += beside.params - (3 if beside.gated else 2) * self.hidden * beside.ffn_size
+        layer = stack.layer(dispatch.top_k, shared_ffn_size=beside.ffn_size if beside else 0, extra_params=extra)
+        return dispatch.order, layer
 
     def _biases(self, index: int, products: Mapping[str, Product]) -> dict[str, str]:
         """Matrix -> its bias, given with the product or added right after it."""

@@ -63,6 +63,16 @@ class Mixing:
     values: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Stacked experts called with the ``top_k`` choices of each token."""
+
+    order: int
+    block: int | None
+    experts: str
+    top_k: int
+
+
 @dataclass(slots=True)
 class Recording:
     """What was seen, in order."""
@@ -70,6 +80,7 @@ class Recording:
     products: list[Product] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     mixings: list[Mixing] = field(default_factory=list)
+    dispatches: list[Dispatch] = field(default_factory=list)
     activations: dict[str, str] = field(default_factory=dict)  # matrix -> the function applied to what it made
 
 
@@ -111,6 +122,18 @@ class Recorder(TorchFunctionMode):
     def output_of(self, block: int) -> Callable[..., Any]:
         """A function that returns what an earlier block returned."""
         return lambda *_args, **_kwargs: self._outputs[block]
+
+    def in_place_of_experts(self, name: str) -> Callable[..., Tensor]:
+        """A function that answers for stacked experts, which cannot run: it notes the choices of each token."""
+
+        def answer(x: Tensor, *given: Any, **named: Any) -> Tensor:
+            choices = [one for one in _tensors((given, tuple(named.values()))) if not one.is_floating_point()]
+            if len(choices) != 1 or choices[0].shape[:-1] != x.shape[:-1]:
+                raise ValueError(f"{name} is not called with tokens [tokens, hidden], choices [tokens, k] and weights")
+            self.recording.dispatches.append(Dispatch(self._order, self.block, name, choices[0].shape[-1]))
+            return x.clone()
+
+        return answer
 
     def mark_tokens(self, tokens: Tensor) -> None:
         """What the pass begins with."""

@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from llama import Llama, LlamaConfig  # noqa: E402
+from moe import Moe, MoeConfig  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
@@ -72,6 +73,20 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("opt", {"do_layer_norm_before": False, "tie_word_embeddings": False}),
     ("gpt_neox", {"intermediate_size": 100}),
     ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    ("gemma", {"num_key_value_heads": 2, "head_dim": 16}),
+    ("phi", {"qk_layernorm": True}),
+    ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 3, "intermediate_size": 20}),
+    (
+        "qwen2_moe",
+        {
+            "num_key_value_heads": 2,
+            "num_experts": 5,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 36,
+        },
+    ),
+    ("qwen3_moe", {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 9, "mlp_only_layers": [0]}),
+    ("phimoe", {"num_key_value_heads": 2, "attention_bias": True, "lm_head_bias": True, "output_router_logits": True}),
 ]
 
 
@@ -104,6 +119,61 @@ def test_structure_says_what_the_config_says(
     assert by_structure.architecture == type(module).__name__
     assert sizes(by_structure) == sizes(by_config)
     assert by_structure.params == by_config.params == count(module)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("mixtral", {"num_key_value_heads": 2, "sliding_window": 8}),
+        ("qwen3_moe", {"num_key_value_heads": 2, "decoder_sparse_step": 2}),
+        ("deepseek_v3", {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_routed_experts": 16}),
+        ("gpt_oss", {"num_key_value_heads": 2, "num_local_experts": 5, "intermediate_size": 20}),
+        ("llama4_text", {"num_key_value_heads": 2, "interleave_moe_layer_step": 2}),
+        ("gemma3_text", {"num_key_value_heads": 2}),
+    ],
+)
+def test_unlike_layers_are_those_of_the_config(model_type: str, changes: dict[str, Any]) -> None:
+    """Experts, latents, windows and sinks of a module on the meta device: its spec is that of its config."""
+    module: Any = hugging_face(model_type, changes, "eager")
+    spec = trace_model(module)
+    assert spec.digest == load_model({"model_type": model_type, **SMALL, **changes}).digest
+    assert spec.digest == load_model(module.config).digest
+    assert spec.params == count(module)
+
+
+@pytest.mark.parametrize("shared", [0, 32])
+def test_the_example_with_experts(shared: int) -> None:
+    """What shapes cannot show (capacity, groups, the auxiliary loss) is read from its config."""
+    with torch.device("meta"):
+        module = Moe(
+            MoeConfig(num_layers=3, ffn_size=shared, capacity_factor=1.25, group_tokens=8, router_aux_loss_coef=0.01)
+        )
+    spec = trace_model(module)
+    assert kinds(spec) == ["norm", "attention", "norm", "moe"]
+    assert spec.moe is not None
+    assert (spec.moe.num_experts, spec.moe.top_k, spec.moe.expert_ffn_size) == (8, 2, 64)
+    assert (spec.moe.shared_ffn_size, spec.moe.gated, spec.moe.activation) == (shared, True, "silu")
+    assert (spec.moe.capacity_factor, spec.moe.group_tokens, spec.moe.aux_loss) == (1.25, 8, 0.01)
+    assert spec.params == count(module)
+    plain = trace_model(Moe(MoeConfig(num_layers=1))).moe
+    assert plain is not None
+    assert (plain.capacity_factor, plain.group_tokens, plain.aux_loss) == (0.0, 0, 0.0)
+
+
+class DenseExperts(nn.Module):
+    """Stacked experts that every token goes through: nothing is chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(24, 3, bias=False)
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.zeros(3, 24, 40))
+        self.experts.down = nn.Parameter(torch.zeros(3, 40, 24))
+        self.experts.forward = lambda x: torch.relu(x @ self.experts.up) @ self.experts.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.router(x).softmax(-1)
+        return torch.einsum("ebth,bte->bth", self.experts(x), weights)
 
 
 OTHERS: list[tuple[str, dict[str, Any], tuple[int, int, int, bool], list[str]]] = [
@@ -304,6 +374,7 @@ class Experts(nn.Module):
         (lambda: HandModel(HandBlock(24, nn.Linear(24, 24))), "block 0: expected one attention in it, saw 0"),
         (lambda: HandModel(HandBlock(24, TwoAttentions())), "block 0: expected one attention in it, saw 2"),
         (lambda: HandModel(HandBlock(24, Idle())), r"did not use: blocks.0.attention.never.weight \[5, 24\]"),
+        (lambda: HandModel(HandBlock(24, DenseExperts())), "experts is not called with tokens .*, choices .* weights"),
         (lambda: HandModel(HandBlock(24, Experts())), "does not run on token ids alone without its weights"),
         (
             lambda: HandModel(*[HandBlock(24, HandAttention(24, 2, 8, 6))] * 2),
