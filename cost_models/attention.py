@@ -58,7 +58,8 @@ def _latent_projections(ops: Operators, layer: AttentionLayer, heads: FloatArray
 def _core(ops: Operators, layer: AttentionLayer, heads: Any, kv_heads: Any, query_dim: int, value_dim: int) -> None:
     """Scores, softmax and values, each rank with its share of the sequence's queries or of the heads."""
     before, backward_before, calls_before = ops.forward, ops.by_input, ops.forward_calls
-    if ops.framework.attention is AttentionKernel.WRITTEN_OUT:
+    sinks = layer.extra_params > 0 and layer.attention_kind is not AttentionKind.MLA
+    if ops.framework.attention is AttentionKernel.WRITTEN_OUT or (sinks and ops.framework.sinks_written_out):
         _written_out(ops, heads, query_dim, value_dim)
     else:
         _flash(ops, layer, heads, kv_heads, query_dim, value_dim)
@@ -97,7 +98,8 @@ def _flash(ops: Operators, layer: AttentionLayer, heads: Any, kv_heads: Any, que
             for name, more, moved in zip(names, (1.0, 2.5), (num_bytes, 2.0 * num_bytes), strict=True)
         )
         # of two shapes that a step has on different places the ring waits for the slower
-        first, second = first + step.times * np.max(one, axis=0), second + step.times * np.max(two, axis=0)
+        often = step.times * step.slower
+        first, second = first + often * np.max(one, axis=0), second + often * np.max(two, axis=0)
         calls = calls + step.times
     ops.forward, ops.by_input = ops.forward + slower[0] * first, ops.by_input + slower[1] * second
     ops.launch(calls, 3.0 * calls)  # backward: the dot product of outputs and their gradients, the kernel, a conversion
@@ -111,13 +113,15 @@ class KernelStep:
 
     ``times`` calls over ``pairs`` of query and key for each head of each sequence, in the ``shapes`` (queries, keys as
     ``Efficiency`` counts them for a causal kernel: twice the mean number of keys that a query meets) that the call
-    has on one place of a ring or another. ``masked`` ones leave tiles of unequal length.
+    has on one place of a ring or another. ``masked`` ones leave tiles of unequal length, those
+    of a ring's later steps may be ``slower`` than the device's curve.
     """
 
     times: FloatArray
     pairs: FloatArray
     shapes: tuple[tuple[FloatArray, FloatArray], ...]
     masked: bool = True
+    slower: float = 1.0
 
 
 def kernel_steps(
@@ -154,8 +158,10 @@ def kernel_steps(
     if not (ring > 1).any():
         return (own,)
     if not (traits.balanced and traits.skips_places):
-        return own, KernelStep(ring - 1.0, n * n, ((n, 2.0 * n),), masked=False)
-    return own, KernelStep(ring - 1.0, n * n / 2.0, ((n, n), (n / 2.0, 2.0 * n)), masked=False)
+        return own, KernelStep(ring - 1.0, n * n, ((n, 2.0 * n),), masked=False, slower=traits.step_factor)
+    return own, KernelStep(
+        ring - 1.0, n * n / 2.0, ((n, n), (n / 2.0, 2.0 * n)), masked=False, slower=traits.step_factor
+    )
 
 
 def _merge(ops: Operators, layer: AttentionLayer, queries: Any, keys: Any, query_dim: int, value_dim: int) -> None:

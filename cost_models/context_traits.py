@@ -44,6 +44,7 @@ class ContextTraits:
         True  # a place has chunks from both ends of the sequence, so that a causal mask leaves all equal work
     )
     skips_places: bool = True  # does not compute what a causal mask hides of another place's block
+    step_factor: float = 1.0  # seconds of a ring's steps after the first over those of their kernels
     overlap: float = 1.0  # share of a ring's messages beside the kernels
     whole_heads: bool = False  # keys and values travel repeated for every query head
     float32_grads: bool = False  # their gradients travel in float32
@@ -80,10 +81,15 @@ TRANSFORMER_ENGINE = ContextTraits(
 )
 
 # torch's own (torch/distributed/tensor/experimental/_attention.py), of 2024: outputs merged in float32, operator by
-# operator; torchtitan repeats keys and values for every head before attention (models/llama/model.py: repeat_kv)
+# operator, gradients of keys and values handed on in float32; torchtitan repeats keys and values for every head before
+# attention (models/llama/model.py: repeat_kv). Its later steps take longer than kernels, merging, copies and messages
+# account for, why is not known: step_factor is from Llama 3.1 8B at 65,536 and 131,072 tokens on 8 H100 (torchtitan,
+# benchmarks/llama3_h100_202412_torchtitan.md, table 2)
 TORCH_2024 = ContextTraits(
     whole_heads=True,
+    float32_grads=True,
     ring_windows=False,
+    step_factor=1.5,
     merge=Merge(
         forward_kernels=8,
         output_passes=1,
@@ -91,6 +97,7 @@ TORCH_2024 = ContextTraits(
         backward_kernels=3,
         query_passes=1,
         query_float32_passes=2,
-        kv_passes=3,
+        kv_passes=1,
+        kv_float32_passes=5,
     ),
 )
