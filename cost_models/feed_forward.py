@@ -45,9 +45,10 @@ def add_experts(ops: Operators, layer: MoeLayer) -> None:
     ops.only_experts(before)
     ways_in = 2.0 if layer.gated else 1.0
     before = ops.marks()
-    ops.grouped(rows.here, experts, ways_in * width, layer.hidden, chunks)
-    ops.pointwise(table.gated_activation if layer.gated else table.activation, rows.here * width)
-    ops.grouped(rows.here, experts, layer.hidden, width, chunks)
+    ops.grouped(rows.here, experts, ways_in * width, layer.hidden, chunks, inner="output")
+    activation = table.gated_activation if layer.gated else table.activation
+    ops.pointwise(activation, rows.here * width * (not ops.framework.experts.fused))
+    ops.grouped(rows.here, experts, layer.hidden, width, chunks, inner="input")
     ops.only_experts(before, beside_exchange=True)
     if layer.shared_ffn_size:
         add_mlp(ops, layer.hidden, layer.shared_ffn_size, layer.gated)

@@ -182,6 +182,7 @@ class Framework:
     context: ContextTraits = ContextTraits()
     experts: ExpertTraits = ExpertTraits()
     attention: AttentionKernel = AttentionKernel.FLASH
+    sinks_written_out: bool = False  # attention with sinks (gpt-oss) is written out, whatever the kernel else
     partition: Partition = Partition.EVEN
     pointwise_factor: float = 1.0  # seconds of the memory-bound rest over what its passes cost
     dp_factor: float = 1.0  # seconds of data-parallel collectives over what their bytes cost

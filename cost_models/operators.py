@@ -82,11 +82,11 @@ class Operators:
         if bias:
             self.pointwise(self.framework.pointwise.bias, m * n)
 
-    def grouped(self, rows: Any, experts: Any, n: Any, k: Any, chunks: Any) -> None:
+    def grouped(self, rows: Any, experts: Any, n: Any, k: Any, chunks: Any, *, inner: str) -> None:
         """One projection of a rank's ``experts``, ``rows`` spread evenly over them, forward and both gradients.
 
         In so many ``chunks``, each a grouped matmul of its own. A target may launch a kernel for each expert, and cast
-        the operands of each apart.
+        the operands of each apart; those on the ``inner`` side ("input" or "output") may come cast.
         """
         rows = rows / chunks
         busy = np.minimum(rows, experts)  # experts that have any token
@@ -99,8 +99,9 @@ class Operators:
         one = np.maximum(chunks * experts * traits.calls_each_expert, chunks)
         if self.narrow is not None:
             one = one + chunks * experts * traits.casts_each_expert
-            self.pointwise(self.framework.pointwise.quantize.forward_only, chunks * rows * k)
-            self.pointwise(self.framework.pointwise.quantize.backward_only, chunks * rows * n)
+            table, both = self.framework.pointwise.quantize, not traits.fused
+            self.pointwise(table.forward_only, chunks * rows * k * (both or inner == "output"))
+            self.pointwise(table.backward_only, chunks * rows * n * (both or inner == "input"))
         self.launch(one, 2.0 * one)
 
     def marks(self) -> tuple[FloatArray, ...]:

@@ -237,6 +237,8 @@ def _exchanged(
     First behind the experts themselves, in chunks; then what is left behind all of another micro-batch's block, where
     the target runs two side by side.
     """
+    taken = framework.experts.multiprocessors / max(cluster.device.num_multiprocessors or 0, 1)
+    slower = min(taken, 1.0) if taken else None
     exposed, hidden = [], np.zeros(len(batch))
     share, backward = framework.experts.overlap, kernels.backward_input + kernels.backward_weight
     for phase, experts, all_kernels in (
@@ -247,8 +249,8 @@ def _exchanged(
         exchange = spent.get(("ep", phase), np.zeros(len(batch)))
         if launches_ahead(cluster.device):
             alone = expert_exchange.exposed(exchange, experts, batch.ep_chunks.astype(np.float64))
-            chunked, beside = hide(exchange, 1.0, exchange - alone, cluster)
-            visible, behind = hide(chunked, share, all_kernels, cluster)
+            chunked, beside = hide(exchange, 1.0, exchange - alone, cluster, slower=slower)
+            visible, behind = hide(chunked, share, all_kernels, cluster, slower=slower)
             exchange, hidden = visible, hidden + beside + behind
         exposed.append(exchange)
     return exposed[0], exposed[1] + exposed[2], hidden
@@ -302,17 +304,19 @@ def hide(
     behind: FloatArray,
     cluster: ClusterProfile,
     inside: FloatArray | None = None,
+    slower: float | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     """``(exposed, hidden)`` seconds: ``share`` of the communication hides behind compute, at most as long as that is.
 
     Compute runs slower beside a collective (``Device.communication_slowdown``); what that costs counts as exposed. A
     collective that waits for a slow network takes no more of the device's memory and multiprocessors than its bytes
     do: ``inside``, at most ``communication``, is the time they would take inside a node, which is what the slowdown
-    is counted on.
+    is counted on. ``slower`` is the share by which compute slows, where it is not the device's.
     """
     hidden = np.minimum(share * communication, behind)
     busy = hidden if inside is None else hidden * inside / np.maximum(communication, 1e-30)
-    return communication - hidden + busy * min(cluster.device.communication_slowdown, 1.0), hidden
+    slowdown = cluster.device.communication_slowdown if slower is None else slower
+    return communication - hidden + busy * min(slowdown, 1.0), hidden
 
 
 def _one_shard(batch: ConfigBatch) -> ConfigBatch:

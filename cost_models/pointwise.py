@@ -151,3 +151,5 @@ TRANSFORMER_ENGINE = replace(
 # cross_entropy_fusion_impl = "te": logits read twice and overwritten with their gradient, which is scaled in backward
 # (transformer_engine/pytorch/triton/cross_entropy.py)
 TE_LOSS = P(forward_kernels=4, forward_passes=3, backward_kernels=1, backward_passes=2)
+# scores masked and normalised in one kernel, nothing dropped: the mask is a byte a number
+MASKED_SOFTMAX = P(forward_kernels=2, forward_passes=2.5, backward_kernels=2, backward_passes=3)

@@ -13,18 +13,17 @@ from meshwright.cost_models.expert_traits import Dispatch, ExpertTraits
 from meshwright.cost_models.framework import Framework, HostCost
 from meshwright.cost_models.target_megatron import MEGATRON_BRIDGE
 
-# a cast and a matmul for each expert, from one call of C++ for each projection
-# (transformer_engine/pytorch/module/grouped_linear.py)
-DEFAULT = ExpertTraits(calls_each_expert=1.0, casts_each_expert=1.0)
-
 # attention, router and what prepares the dispatch in graphs (cuda_graph_scope: attn, moe_router, moe_preprocess)
-_PARTIAL = replace(DEFAULT, dense_in_graph=True)
-_HYBRIDEP = replace(DEFAULT, dispatch=Dispatch.EACH_RANK)
+_PARTIAL = replace(MEGATRON_BRIDGE.experts, dense_in_graph=True)
+# 4,096 tokens of 7,168 numbers reach 545 GB/s over 8 ranks of an NVL72, 484 over 32, own tokens among them (branch
+# hybrid-ep of deepseek-ai/DeepEP, docs/README_Hybrid-EP.md, 32 multiprocessors, called from torch): 1.5 times the
+# seconds of an all_to_all of as many bytes
+_HYBRIDEP = replace(MEGATRON_BRIDGE.experts, dispatch=Dispatch.EACH_RANK, exchange_factor=1.5, multiprocessors=32)
 # forward of one micro-batch beside backward of another (overlap_moe_expert_parallel_comm)
-_OVERLAP = replace(DEFAULT, overlap=1.0)
+_OVERLAP = replace(MEGATRON_BRIDGE.experts, overlap=1.0)
 # one kernel for all experts with activation and casts in it (NVTE_CUTEDSL_FUSED_GROUPED_MLP), no counts on the host
-_GRAPH = ExpertTraits(dispatch=Dispatch.EACH_RANK, overlap=1.0, reads_counts=False)
-_PADDED = ExpertTraits(reads_counts=False)
+_GRAPH = replace(_HYBRIDEP, overlap=1.0, reads_counts=False, calls_each_expert=0.0, casts_each_expert=0.0, fused=True)
+_PADDED = replace(MEGATRON_BRIDGE.experts, reads_counts=False)
 
 _IN_GRAPH = HostCost(launch_factor=0.02, collective_s=1e-6, microbatch_s=1e-5)
 _HOST = ("host.launch_factor", "host.collective_s", "host.microbatch_s")
@@ -32,6 +31,7 @@ _HOST = ("host.launch_factor", "host.collective_s", "host.microbatch_s")
 
 def _variant(name: str, experts: ExpertTraits, *, in_graph: bool = False) -> Framework:
     target = replace(MEGATRON_BRIDGE, name=f"megatron-bridge-{name}", version_of="megatron-bridge", experts=experts)
+    target = replace(target, sinks_written_out=not experts.fused)  # with fp8_dot_product_attention, by cuDNN
     return replace(target, host=_IN_GRAPH, differs_in=_HOST) if in_graph else target
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.cost_models import context_traits
+from meshwright.cost_models.expert_traits import ExpertTraits
 from meshwright.cost_models.framework import (
     AttentionKernel,
     Framework,
@@ -14,6 +15,7 @@ from meshwright.cost_models.framework import (
 from meshwright.cost_models.pointwise import (
     EAGER_TORCH,
     FUSED,
+    MASKED_SOFTMAX,
     MEGATRON_2021,
     TE_LOSS,
     TRANSFORMER_ENGINE,
@@ -159,7 +161,7 @@ MEGATRON_BRIDGE = replace(
     name="megatron-bridge",
     zero_stages=(0, 1, 3),
     attention=AttentionKernel.FLASH3,
-    pointwise=replace(TRANSFORMER_ENGINE, loss=TE_LOSS, sharded_loss=TE_LOSS),
+    pointwise=replace(TRANSFORMER_ENGINE, loss=TE_LOSS, sharded_loss=TE_LOSS, softmax=MASKED_SOFTMAX),
     overlap_dp_reduce=1.0,
     overlap_dp_gather=1.0,
     # userbuffers, on in all performance recipes with tp > 1: gathers and scatters in as many parts as there are ranks
@@ -169,6 +171,12 @@ MEGATRON_BRIDGE = replace(
     float8=True,
     float8_gathers=True,  # casts in the norm, then gathers (module/layernorm_linear.py); fp8_param_gather
     block_scaled_factor=1.04,  # of steps with either, of one version: Llama 3 8B on B200 and GB300, 25.11
+    # a cast and a matmul for each expert, from one call of C++ for each projection
+    # (transformer_engine/pytorch/module/grouped_linear.py)
+    experts=ExpertTraits(calls_each_expert=1.0, casts_each_expert=1.0),
+    # Transformer Engine falls back to it for a learnable softmax unless cuDNN is new enough (its issue 2318; Bridge,
+    # models/gpt_oss/gpt_oss_provider.py): steps of gpt-oss until 26.04 are met within 6 % so, else 40 % too fast
+    sinks_written_out=True,
     memory=MEGATRON_CORE_MEMORY,
 )
 
