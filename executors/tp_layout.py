@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from meshwright.executors.tp_collectives import all_reduce_sum
 from meshwright.executors.tp_rules import IntArray
@@ -111,7 +112,9 @@ def gathered(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     placements = list(tensor.placements)
-    for direction in range(len(placements)):  # one at a time: torch warns when it has to do so itself
+    # one at a time: torch warns when it has to do so itself; a dimension cut twice from its last cut on, unless strided
+    inner_first = sorted(range(len(placements)), key=lambda dim: (isinstance(placements[dim], _StridedShard), dim))
+    for direction in reversed(inner_first):
         placements[direction] = Replicate()
         tensor = tensor.redistribute(placements=placements)
     return tensor.to_local()
