@@ -1,9 +1,9 @@
-"""Lead the attentions of a model through context parallelism: Hugging Face's by their interface, others' by torch's call.
+"""Lead a model's attentions through context parallelism: Hugging Face's by their interface, others' by torch's call.
 
 Every module inside a block is given ``context_parallel``, through which Hugging Face's attention finds the ranks of its
-own model. Of other models ``functional.scaled_dot_product_attention`` is caught while a block runs, within what recompute
-runs again. A block that attends in another way is found out when it first runs, and refused, as is all that could not
-be exact.
+own model. Of other models ``functional.scaled_dot_product_attention`` is caught while a block runs, within what
+recompute runs again. A block that attends in another way is found out when it first runs, and refused, as is all that
+could not be exact.
 """
 
 from __future__ import annotations

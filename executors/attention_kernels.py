@@ -140,4 +140,5 @@ def _cuda_backward(
         *(x.transpose(1, 2) for x in (grad, q, k, v, out)), lse.contiguous(), None, None, q.shape[-2], k.shape[-2], 0.0,
         causal, no_dropout, no_dropout, scale=scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
-    return tuple(x.transpose(1, 2) for x in grads)  # type: ignore[return-value]
+    to_q, to_k, to_v = (x.transpose(1, 2) for x in grads)
+    return to_q, to_k, to_v

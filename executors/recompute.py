@@ -101,7 +101,9 @@ def unkept_product(x: Tensor, weight: Tensor) -> Tensor:
         return nn.functional.linear(x, weight)
 
 
-def kept_outputs(compute: Callable[[], tuple[Tensor, ...]], blank: Callable[[], tuple[Tensor, ...]]) -> Any:
+def kept_outputs(
+    compute: Callable[[], tuple[Tensor, ...]], blank: Callable[[], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
     """What ``compute`` returns, kept under selective recompute as one operator's outputs, and then not computed twice.
 
     For what is made of many operators and messages, such as ring attention; within a ``torch.autograd.Function``'s

@@ -66,4 +66,5 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *_exchange(*ctx.exchange, grads)
+        group, cut, join = ctx.exchange
+        return None, None, None, *_exchange(group, cut, join, grads)

@@ -104,7 +104,9 @@ def _attention_error(
     out = context.attend(q, k, v, causal=causal, scale=scale, window=window, sinks=given)
     (out * weights[:, :, own]).sum().backward()
     apart = [(out - expected[:, :, own]).detach()]
-    apart += [x.grad - grad[:, :, own] for x, grad in zip((q, k, v), expected_grads, strict=False) if x.grad is not None]
+    apart += [
+        x.grad - grad[:, :, own] for x, grad in zip((q, k, v), expected_grads, strict=False) if x.grad is not None
+    ]
     assert len(apart) == 4
     if given is not None:  # each rank has its queries' and heads' part
         total = given.grad

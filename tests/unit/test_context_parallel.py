@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import meshwright
+from meshwright.cost_models.strategy import Recompute
 from meshwright.executors.attention_hooks import apply_context_parallel
 from meshwright.executors.attention_kernels import Band, _cuda_window, attend, attend_backward, merge
 from meshwright.executors.context_parallel import ContextParallel, own_positions
 from meshwright.executors.recompute import apply_recompute
 from meshwright.executors.ring_attention import parts
-from meshwright.cost_models.strategy import Recompute
 
 
 def places(sequence: int, ring: int, ulysses: int) -> list[list[int]]:
