@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright import InputError
-from meshwright.profiler.layers import AttentionKind, MoeLayer
+from meshwright.profiler.layers import MoeLayer
 from meshwright.profiler.record import record
 
 if TYPE_CHECKING:
@@ -312,18 +312,17 @@ def legal(batch: ConfigBatch, model: ModelSpec, workload: Workload) -> NDArray[n
     ``planner.space`` is canonical already, so only rules about model and workload are looked at here. That
     ``ep_chunks`` divides a rank's tokens is looked at last of all, and is of EXPERTS.
     """
-    attention, ffn = model.attention, model.ffn_size
-    heads, kv_heads = attention.num_heads, attention.num_kv_heads
-    if attention.attention_kind is AttentionKind.MLA:  # keys and values of each head are made from one latent
-        kv_heads = heads
+    ffn, heads_ranks = model.ffn_size, batch.tp * batch.cp_ulysses
+    heads = math.gcd(*(count for count, _ in model.head_counts))
+    copied = [(kv_heads % batch.tp != 0) & (batch.tp % kv_heads != 0) for _, kv_heads in model.head_counts]
     chunks = batch.num_stages
     microbatch_share = batch.dp * batch.micro_batch_size
     seq_shard = workload.seq_len // batch.cp
-    ring_indivisible = (batch.cp_ring > 1) & attention.causal & (workload.seq_len % (2 * batch.cp) != 0)
+    ring_indivisible = (batch.cp_ring > 1) & model.attention.causal & (workload.seq_len % (2 * batch.cp) != 0)
     sp_indivisible = batch.sequence_parallel & ((batch.tp == 1) | (seq_shard % batch.tp != 0))
     rules: list[tuple[Reason, BoolArray]] = [
-        (Reason.HEADS, heads % (batch.tp * batch.cp_ulysses) != 0),
-        (Reason.KV_HEADS, (kv_heads % batch.tp != 0) & (batch.tp % kv_heads != 0)),
+        (Reason.HEADS, heads % heads_ranks != 0),
+        (Reason.KV_HEADS, np.logical_or.reduce(copied)),
         (Reason.FFN, np.asarray(ffn % batch.tp != 0) if ffn else np.zeros(len(batch), dtype=np.bool_)),
         (Reason.EXPERTS, _experts_indivisible(batch, model, workload)),
         (Reason.SEQUENCE, ring_indivisible | (workload.seq_len % batch.cp != 0) | sp_indivisible),

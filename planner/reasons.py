@@ -50,12 +50,14 @@ def why_illegal(config: ParallelConfig, model: ModelSpec, workload: Workload, fr
 
 
 def _broken_rule(reason: Reason, config: ParallelConfig, model: ModelSpec, workload: Workload) -> str:
-    heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
+    counts, ranks = model.head_counts, config.tp * config.cp_ulysses
     if reason is Reason.HEADS:
+        heads = next(heads for heads, _ in counts if heads % ranks)
         if config.cp_ulysses > 1:
             return f"tp={config.tp} times cp_ulysses={config.cp_ulysses} does not divide {heads} heads"
         return f"tp={config.tp} does not divide {heads} heads"
     if reason is Reason.KV_HEADS:
+        kv_heads = next(count for _, count in counts if count % config.tp and config.tp % count)
         return f"tp={config.tp} does not divide {kv_heads} key/value heads, nor they tp"
     if reason is Reason.FFN:
         return f"tp={config.tp} does not divide the feed-forward width {model.ffn_size}"

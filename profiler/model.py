@@ -187,8 +187,23 @@ class ModelSpec:
 
     @property
     def attention(self) -> AttentionLayer:
-        """The first attention layer (heads do not differ between layers of the supported models)."""
+        """The first attention layer; for rules about all of them see ``head_counts`` and ``windows``."""
         return next(layer for layer in self.layers() if isinstance(layer, AttentionLayer))
+
+    @property
+    def head_counts(self) -> tuple[tuple[int, int], ...]:
+        """``(heads, key/value heads)`` of its attention layers, each pair once; a latent makes keys for every head."""
+        found = {
+            (layer.num_heads, layer.num_heads if layer.attention_kind is AttentionKind.MLA else layer.num_kv_heads)
+            for layer in self.layers()
+            if isinstance(layer, AttentionLayer)
+        }
+        return tuple(sorted(found))
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sizes of its sliding windows, in tokens, each once; empty where all attention reaches to the start."""
+        return tuple(sorted({layer.window for layer in self.layers() if isinstance(layer, AttentionLayer)} - {0}))
 
     @property
     def moe(self) -> MoeLayer | None:

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 
 from meshwright import InputError
-from meshwright.profiler.layers import AttentionLayer, MlpLayer, MoeLayer
+from meshwright.cost_models.strategy import REASONS, ConfigBatch, ParallelConfig, Reason, legal
+from meshwright.cost_models.targets import framework_named
+from meshwright.cost_models.workload import Workload
+from meshwright.planner.reasons import why_illegal
+from meshwright.profiler.layers import AttentionKind, AttentionLayer, MlpLayer, MoeLayer
 from meshwright.profiler.model import HeadLayer, ModelSpec, load_model
 from meshwright.profiler.prediction import predicted_tokens, with_prediction
 
@@ -89,6 +93,54 @@ def test_the_auxiliary_loss_is_the_configs_where_it_trains_with_it(model_type: s
     trained = load_model({"model_type": model_type, "output_router_logits": True, "router_aux_loss_coef": 0.02})
     assert trained.moe is not None
     assert trained.moe.aux_loss == 0.02
+
+
+def unlike_heads() -> ModelSpec:
+    """Two layers of 8 heads (4 for keys and values), then two of 12 (3), each 16 wide."""
+    model = load_model({"model_type": "llama", "hidden_size": 96, "num_attention_heads": 8, "num_hidden_layers": 4})
+    blocks = []
+    for heads, kv_heads in ((8, 4), (12, 3)):
+        attention = replace(
+            model.attention,
+            attention_kind=AttentionKind.GQA,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=16,
+            value_head_dim=16,
+        )
+        norm, _, _, mlp = model.decoder_blocks[0].layers
+        blocks.append(replace(model.decoder_blocks[0], layers=(norm, attention, norm, mlp), repeat=2))
+    return replace(model, blocks=(model.blocks[0], *blocks, model.blocks[-1]))
+
+
+def test_rules_ask_all_layers() -> None:
+    """11,008 wide: tp 2 divides 8 and 12 heads, but 3 key/value heads neither divide it nor are divided by it."""
+    model = unlike_heads()
+    assert model.head_counts == ((8, 4), (12, 3))
+    workload = Workload(seq_len=4096, global_batch_size=8)
+    verdicts = legal(ConfigBatch.from_columns({"tp": [1, 2, 3, 4, 8], "vocab_parallel": False}, 5), model, workload)
+    reasons = [REASONS[verdict] if verdict >= 0 else None for verdict in verdicts]
+    assert reasons == [None, Reason.KV_HEADS, Reason.HEADS, Reason.KV_HEADS, Reason.HEADS]
+    said = why_illegal(ParallelConfig(tp=8, vocab_parallel=True), model, workload, framework_named("megatron-lm"))
+    assert said == "tp=8 does not divide 12 heads"
+    said = why_illegal(ParallelConfig(tp=2, vocab_parallel=True), model, workload, framework_named("megatron-lm"))
+    assert said == "tp=2 does not divide 3 key/value heads, nor they tp"
+
+
+@pytest.mark.parametrize(
+    ("name", "ffn_size", "windows"),
+    [
+        ("deepseek-v3", 2048, ()),  # three dense layers of 18,432 and 58 shared experts of 2,048
+        ("deepseek-v2-lite", 64, ()),  # 10,944 and 2,816
+        ("llama4-maverick", 8192, (8192,)),
+        ("gpt-oss-20b", 0, (128,)),  # routed experts alone
+        ("qwen2-57b-a14b", 20480, ()),
+    ],
+)
+def test_widths_and_windows_of_all_layers(name: str, ffn_size: int, windows: tuple[int, ...]) -> None:
+    model = load_model(name)
+    assert model.ffn_size == ffn_size
+    assert model.windows == windows
 
 
 class TestPrediction:
