@@ -51,7 +51,8 @@ class BlockSeconds:
 
     Backward is apart by what it is for, the gradient of inputs or of weights. ``*_host`` is what the host spends on
     launching the kernels: see ``host_wait`` for what of it a step waits for. ``experts_*`` are the parts of forward and
-    backward that exchanges of other chunks may run beside, ``attention_*`` those that a ring's messages may.
+    backward that exchanges of other chunks may run beside, ``attention_*`` those that a ring's messages may;
+    ``experts_*_host`` is what of the launches comes after the host has read how many rows each expert has.
     """
 
     forward: FloatArray
@@ -63,6 +64,8 @@ class BlockSeconds:
     recompute_host: FloatArray
     experts_forward: FloatArray
     experts_backward: FloatArray
+    experts_forward_host: FloatArray
+    experts_backward_host: FloatArray
     attention_forward: FloatArray
     attention_backward: FloatArray
 
@@ -140,6 +143,8 @@ def _total(ops: Operators, inverse: NDArray[np.int64], *, recomputes: bool) -> B
         recompute_calls * launch_s,
         ops.experts_forward,
         ops.experts_backward,
+        ops.routed_forward_calls * launch_s,
+        ops.routed_backward_calls * launch_s,
         ops.core,
         ops.core_backward,
     )

@@ -30,9 +30,9 @@ class ExpertTraits:
     overlap: float = 0.0
     exchange_factor: float = 1.0  # seconds of an exchange over what its bytes cost
     multiprocessors: int = 0  # that an exchange takes from compute beside it; 0: as other collectives on the device
-    local_passes: float = 1.0  # passes over rows that are moved inside a rank, over those that have to be
     calls_each_expert: float = 0.0  # launches of each projection for each of a rank's experts; 0: one for all of them
     casts_each_expert: float = 0.0  # more of them in fewer bits than the compute dtype
+    pads_rows: bool = False  # in fewer bits, copies rows so that each expert's have an even number, and back
     fused: bool = False  # the activation, and in fewer bits the casts beside it, are part of the experts' matmuls
     dense_in_graph: bool = False  # all kernels but those of the experts are replayed in CUDA graphs
     reads_counts: bool = True  # the host waits for the number of rows of each expert before it launches them

@@ -70,4 +70,5 @@ def _moved(ops: Operators, layer: MoeLayer, sent: FloatArray, here: FloatArray) 
         moved = 2.0 * here * (1.0 + arrived)
     else:
         moved = sent * (2.0 + 2.0 / k) + 4.0 * several * here
-    return np.asarray(moved * ops.framework.experts.local_passes)
+    padded = 4.0 * here if ops.framework.experts.pads_rows and ops.narrow is not None else 0.0
+    return np.asarray(moved + padded)

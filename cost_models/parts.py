@@ -20,7 +20,7 @@ from meshwright.cost_models.residency import expert_shards
 from meshwright.cost_models.strategy import ConfigBatch
 from meshwright.cost_models.traffic import block_traffic
 from meshwright.cost_models.workload import Optimizer, Workload
-from meshwright.profiler.cluster import ClusterProfile
+from meshwright.profiler.cluster import ClusterProfile, Device
 from meshwright.profiler.model import Block, BlockKind, ModelSpec
 from meshwright.profiler.units import MIB
 
@@ -183,17 +183,21 @@ def _parts(
     each_rank_s = framework.host.checked_collective_s + (batch.pp > 1) * framework.host.pipelined_collective_s
     call_s = framework.host.collective_s + batch.tp * each_rank_s
     back_calls = calls.get("backward", zero) + calls.get("recompute", zero)
-    host_forward = host_wait(
+    host_forward = _launches(
         device,
         framework,
         kernels.forward + tp_forward + cp_forward + ep_forward + dp_forward,
         kernels.forward_host + calls.get("forward", zero) * call_s,
+        kernels.experts_forward + ep_forward,
+        kernels.experts_forward_host,
     )
-    host_backward = host_wait(
+    host_backward = _launches(
         device,
         framework,
         backward + kernels.recompute + tp_backward + cp_backward + ep_backward + dp_backward,
         kernels.backward_host + kernels.recompute_host + back_calls * call_s,
+        kernels.experts_backward + ep_backward,
+        kernels.experts_backward_host,
     )
     accumulate, accumulate_host = _accumulation(kinds, index, workload, cluster, framework, batch)
     optimizer, optimizer_host = _optimizer(kinds, index, workload, cluster, framework, batch)
@@ -223,6 +227,21 @@ def _parts(
         optimizer=optimizer,
         optimizer_host=optimizer_host,
     )
+
+
+def _launches(
+    device: Device,
+    framework: Framework,
+    on_device: FloatArray,
+    on_host: FloatArray,
+    experts_on_device: FloatArray,
+    experts_on_host: FloatArray,
+) -> FloatArray:
+    """Seconds that launches add to a block. A host that waits for the counts of rows starts anew behind them."""
+    if not framework.experts.reads_counts or not experts_on_host.any():
+        return host_wait(device, framework, on_device, on_host)
+    before = host_wait(device, framework, on_device - experts_on_device, np.maximum(on_host - experts_on_host, 0.0))
+    return before + host_wait(device, framework, experts_on_device, experts_on_host)
 
 
 def _exchanged(

@@ -2,8 +2,8 @@
 
 No column says it. It is read off the recipes of NVIDIA-NeMo/Megatron-Bridge at the tag of each container (25.09:
 v0.1.0, 25.11: v0.2.0, 26.02: v0.3.0, 26.04: v0.4.0, 26.06: v0.5.0, 26.08: v0.6.0; ``scripts/performance/configs`` and
-later ``src/megatron/bridge/perf_recipes``): ``moe_flex_dispatcher_backend``, ``cuda_graph_impl``, ``cuda_graph_scope`` and
-``moe_a2a_overlap``, and of 25.09 ``scripts/performance/run_script.py``, which drops tokens and pads wherever DeepEP
+later ``src/megatron/bridge/perf_recipes``): moe_flex_dispatcher_backend, cuda_graph_impl, cuda_graph_scope and
+moe_a2a_overlap, and of 25.09 ``scripts/performance/run_script.py``, which drops tokens and pads wherever DeepEP
 does not run. What each variant means stands in ``target_experts``.
 """
 

@@ -22,8 +22,16 @@ _HYBRIDEP = replace(MEGATRON_BRIDGE.experts, dispatch=Dispatch.EACH_RANK, exchan
 # forward of one micro-batch beside backward of another (overlap_moe_expert_parallel_comm)
 _OVERLAP = replace(MEGATRON_BRIDGE.experts, overlap=1.0)
 # one kernel for all experts with activation and casts in it (NVTE_CUTEDSL_FUSED_GROUPED_MLP), no counts on the host
-_GRAPH = replace(_HYBRIDEP, overlap=1.0, reads_counts=False, calls_each_expert=0.0, casts_each_expert=0.0, fused=True)
-_PADDED = replace(MEGATRON_BRIDGE.experts, reads_counts=False)
+_GRAPH = replace(
+    _HYBRIDEP,
+    overlap=1.0,
+    reads_counts=False,
+    calls_each_expert=0.0,
+    casts_each_expert=0.0,
+    pads_rows=False,
+    fused=True,
+)
+_PADDED = replace(MEGATRON_BRIDGE.experts, reads_counts=False, pads_rows=False)
 
 _IN_GRAPH = HostCost(launch_factor=0.02, collective_s=1e-6, microbatch_s=1e-5)
 _HOST = ("host.launch_factor", "host.collective_s", "host.microbatch_s")

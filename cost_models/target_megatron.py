@@ -173,7 +173,7 @@ MEGATRON_BRIDGE = replace(
     block_scaled_factor=1.04,  # of steps with either, of one version: Llama 3 8B on B200 and GB300, 25.11
     # a cast and a matmul for each expert, from one call of C++ for each projection
     # (transformer_engine/pytorch/module/grouped_linear.py)
-    experts=ExpertTraits(calls_each_expert=1.0, casts_each_expert=1.0),
+    experts=ExpertTraits(exchange_factor=1.3, calls_each_expert=1.0, casts_each_expert=1.0, pads_rows=True),
     # Transformer Engine falls back to it for a learnable softmax unless cuDNN is new enough (its issue 2318; Bridge,
     # models/gpt_oss/gpt_oss_provider.py): steps of gpt-oss until 26.04 are met within 6 % so, else 40 % too fast
     sinks_written_out=True,
