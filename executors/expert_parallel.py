@@ -126,7 +126,8 @@ class _Layer:
             rows[number] = back[number].start(self._work(module, there[number].wait(rows[number]), part))
         shares = weights.split([part.num_tokens for part in parts])
         added = [_weighted(back[number].wait(rows[number]), part, shares[number]) for number, part in enumerate(parts)]
-        return (added[0] if num_chunks == 1 else torch.cat(added)).to(x.dtype)
+        whole: Tensor = added[0] if num_chunks == 1 else torch.cat(added)
+        return whole.to(x.dtype)
 
     def _work(self, module: nn.Module, rows: Tensor, part: Part) -> Tensor:
         """This rank's experts on the rows that arrived, results in the same places."""

@@ -4,6 +4,7 @@ did. Each case is one layer of a family, in float64, whose experts one process r
 from __future__ import annotations
 
 import copy
+import importlib
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -11,16 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from moe import Experts, MoeConfig, MoeMlp
+from moe import MoeConfig, MoeMlp
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
-from meshwright import InputError
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ParallelConfig, Recompute
 from meshwright.executors.counting import CollectiveCounter
-from meshwright.executors.expert_parallel import ExpertParallel, split_experts
+from meshwright.executors.expert_parallel import split_experts
 from meshwright.executors.mesh import Mesh, build_mesh
 from meshwright.executors.recompute import apply_recompute
 from meshwright.executors.tp_collectives import enter, leave
@@ -69,39 +68,40 @@ def build(family: str) -> Layer:
     return layer
 
 
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": (
+        "MixtralSparseMoeBlock",
+        {"intermediate_size": WIDTH, "num_local_experts": EXPERTS, "output_router_logits": True,
+         "router_aux_loss_coef": COEFFICIENT},
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeSparseMoeBlock",
+        {"moe_intermediate_size": WIDTH, "num_experts": EXPERTS, "shared_expert_intermediate_size": 24},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3MoE",
+        {"moe_intermediate_size": WIDTH, "n_routed_experts": EXPERTS, "n_group": 4, "topk_group": 2},
+    ),
+    "gpt_oss": ("GptOssMLP", {"intermediate_size": WIDTH, "num_local_experts": EXPERTS}),
+}  # fmt: skip
+
+
 def _layer(family: str) -> Layer:
     if family.startswith("example"):
-        capacity = {"capacity_factor": 1.0, "group_tokens": 4} if family.endswith("capacity") else {}
-        shared = {"ffn_size": 24} if family.endswith("shared") else {}
+        capacity = family.endswith("capacity")
         config = MoeConfig(
             hidden=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, expert_ffn_size=WIDTH,
-            router_aux_loss_coef=COEFFICIENT, **capacity, **shared,
+            ffn_size=24 if family.endswith("shared") else 0, router_aux_loss_coef=COEFFICIENT,
+            capacity_factor=1.0 if capacity else 0.0, group_tokens=4 if capacity else 0,
         )  # fmt: skip
         return Layer(MoeMlp(config), config)
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": HIDDEN, "num_experts_per_tok": TOP_K, "experts_implementation": "eager"}
-    asks = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}
-    if family == "mixtral":
-        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock as Block
-
-        config = transformers.MixtralConfig(intermediate_size=WIDTH, num_local_experts=EXPERTS, **sizes, **asks)
-    elif family == "qwen2_moe":
-        from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock as Block
-
-        config = transformers.Qwen2MoeConfig(
-            moe_intermediate_size=WIDTH, shared_expert_intermediate_size=24, num_experts=EXPERTS, **sizes
-        )
-    elif family == "deepseek_v3":
-        from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE as Block
-
-        config = transformers.DeepseekV3Config(
-            moe_intermediate_size=WIDTH, n_routed_experts=EXPERTS, n_group=4, topk_group=2, **sizes
-        )
-    else:
-        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP as Block
-
-        config = transformers.GptOssConfig(intermediate_size=WIDTH, num_local_experts=EXPERTS, **sizes)
-    return Layer(Block(config), config)
+    block, sizes = FAMILIES[family]
+    config = transformers.AutoConfig.for_model(
+        family, hidden_size=HIDDEN, num_experts_per_tok=TOP_K, experts_implementation="eager", **sizes
+    )
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    return Layer(getattr(modeling, block)(config), config)
 
 
 # -- one process ------------------------------------------------------------------------------------------------------
@@ -284,3 +284,132 @@ def test_one_layer(case: Case) -> None:
         assert outcome.dropped == [expected.dropped]
         assert outcome.auxiliary_loss == pytest.approx(expected.auxiliary_loss, rel=1e-12)
     assert (expected.dropped > 0) == case.family.endswith("capacity")
+
+
+def count(rank: Rank, case: Case, layer: Layer, x: Tensor) -> list[dict[tuple[str, str], tuple[int, int]]]:
+    """(calls, bytes) of the forward and of the backward, by (operator, axis)."""
+    mesh = mesh_of(case.config)
+    split_experts(layer, mesh, sequence_parallel=case.sp, num_chunks=case.chunks, num_microbatches=1)
+    apply_recompute(layer, case.recompute)
+    share = own(x, mesh, case.sp)[0].clone().requires_grad_()
+    tables = []
+    output = share
+    for phase in ("forward", "backward"):
+        with CollectiveCounter(mesh.axis_of_group()) as counted:
+            if phase == "forward":
+                output = layer(share)
+            else:
+                output.backward(torch.ones_like(output))
+        tables.append({key: (traffic.calls, traffic.message_bytes) for key, traffic in counted.table().items()})
+    return tables
+
+
+@pytest.mark.parametrize("recompute", Recompute)
+def test_collectives(recompute: Recompute) -> None:
+    """The table of ``expert_parallel``: 4 ranks on sequence shards, ep 2 over dp, etp 2 over tp, 2 parts."""
+    torch.set_num_threads(1)
+    chunks, tp, dp = 2, 2, 2
+    case = Case("example", 4, 2, etp=2, tp=tp, sp=True, chunks=chunks, recompute=recompute)
+    layer = build("example")
+    x = torch.randn((1, dp, 2, SEQUENCE, HIDDEN), dtype=torch.float64)
+    rows = 2 * SEQUENCE // tp * TOP_K  # what a rank sends, all parts together
+    number, integer = 8, 8
+    exchange = rows * HIDDEN * number
+    for forward, backward in run_ranks(count, 4, case, layer, x, timeout_s=TIMEOUT_S):
+        auxiliary = {("all_reduce", "tp"): (1, EXPERTS * number)}
+        (_, sent), (_, gathered) = forward.pop(("all_to_all", "ep")), forward.pop(("all_gather", "etp"))
+        (scatters, scattered) = forward.pop(("reduce_scatter", "etp"))
+        assert forward == auxiliary
+        sizes = chunks * EXPERTS * integer
+        combined = sent - exchange - sizes  # what this rank got, it sends back
+        gathered -= sizes * tp
+        assert gathered == scattered > 0 and gathered % (tp * HIDDEN * number) == 0
+        assert combined > 0 and combined % (HIDDEN * number) == 0
+        assert scatters == chunks
+        again = recompute is Recompute.FULL
+        reduced = backward.pop(("all_reduce", "tp"), None)
+        assert reduced == (auxiliary["all_reduce", "tp"] if again else None)
+        assert backward == {
+            ("all_to_all", "ep"): (2 * chunks + (1 + 2 * chunks) * again, exchange + combined + sent * again),
+            ("all_gather", "etp"): (chunks + (1 + chunks) * again, gathered + (gathered + sizes * tp) * again),
+            ("reduce_scatter", "etp"): (chunks + chunks * again, gathered + scattered * again),
+        }
+
+
+class Model(nn.Module):
+    """Two layers one after the other, as the blocks of a Mixtral."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, second = build("mixtral"), build("mixtral")
+        self.first, self.second, self.config = first.mlp, second.mlp, first.config
+        with torch.no_grad():
+            for weight in self.second.parameters():
+                weight.neg_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with Double():
+            return self.second(x + self.first(x))
+
+
+def across(rank: Rank, model: Model, x: Tensor) -> tuple[list[list[float]], float, str, bool]:
+    """The gradient of the first router's weight and the auxiliary loss, of one micro-batch over tp."""
+    mesh = mesh_of(ParallelConfig(dp=1, tp=2, ep=2, sequence_parallel=True))
+    split = split_experts(model, mesh, sequence_parallel=True, num_chunks=1, num_microbatches=1)
+    split.begin_step()
+    apply_recompute(model, Recompute.FULL)
+    (model(x.chunk(2, dim=1)[rank.rank].clone().requires_grad_()) * 0).sum().backward()
+    grad = model.get_submodule("first.gate").get_parameter("weight").grad
+    assert grad is not None
+    loss = split.statistics().auxiliary_loss.sum().item()
+    return summed(grad, "tp", mesh=mesh).tolist(), loss, split.note, model.config.output_router_logits
+
+
+def test_all_layers_together_in_a_step_of_one_micro_batch() -> None:
+    """Hugging Face's own formula, computed by Hugging Face's own function."""
+    torch.set_num_threads(1)
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    model = Model()
+    x = torch.randn((2, SEQUENCE, HIDDEN), dtype=torch.float64)
+    alone = copy.deepcopy(model)
+    logits: list[Tensor] = []
+    for router in (alone.get_submodule("first.gate"), alone.get_submodule("second.gate")):
+        router.register_forward_hook(lambda *call: logits.append(call[2][0]))
+    alone(x)
+    loss = COEFFICIENT * modeling.load_balancing_loss_func(tuple(logits), EXPERTS, TOP_K)
+    loss.backward()
+    expected = alone.get_submodule("first.gate").get_parameter("weight").grad
+    assert expected is not None
+    for grad, found, note, asks in run_ranks(across, 2, model, x, timeout_s=TIMEOUT_S):
+        assert apart(torch.tensor(grad, dtype=torch.float64), expected) < 1e-6  # its sums are in float32
+        assert found == pytest.approx(loss.item(), rel=1e-6)
+        assert note == "" and not asks
+
+
+def half(rank: Rank, dtype: torch.dtype, layer: Layer, x: Tensor) -> dict[str, float]:
+    """How far a layer's output and gradients are from float64's, ranks over experts, by the grouped kernel."""
+    exact = copy.deepcopy(layer)
+    out = exact(x.clone())
+    out.sum().backward()
+    mesh = mesh_of(ParallelConfig(dp=2, ep=2))
+    layer.to(dtype)
+    split = split_experts(layer, mesh, sequence_parallel=False, num_chunks=2, num_microbatches=2)
+    found = layer(x[rank.rank : rank.rank + 1].to(dtype))
+    found.sum().backward()
+    result = {"output": apart(found.double(), out.detach()[rank.rank : rank.rank + 1])}
+    for name, weight in layer.named_parameters():
+        if name in split.names:
+            assert weight.grad is not None
+            result[name] = apart(split.whole(name, weight.grad).double(), exact.get_parameter(name).grad)  # type: ignore[arg-type]
+    return result
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float32, 1e-5)])
+def test_types_that_have_a_grouped_kernel(dtype: torch.dtype, bound: float) -> None:
+    torch.set_num_threads(1)
+    layer = build("example")
+    layer.config = None
+    x = torch.randn((2, SEQUENCE, HIDDEN), dtype=torch.float64).to(dtype).double()
+    layer.to(dtype).to(torch.float64)  # the same weights in both
+    for apart_by in run_ranks(half, 2, dtype, layer, x, timeout_s=TIMEOUT_S):
+        assert len(apart_by) == 3 and max(apart_by.values()) < bound, apart_by
