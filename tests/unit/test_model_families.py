@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from meshwright.cost_models.strategy import REASONS, ConfigBatch, ParallelConfig
 from meshwright.cost_models.targets import framework_named
 from meshwright.cost_models.workload import Workload
 from meshwright.planner.reasons import why_illegal
+from meshwright.profiler.hf_config import BUILDERS, TEXT_PARTS
 from meshwright.profiler.layers import AttentionKind, AttentionLayer, MlpLayer, MoeLayer
 from meshwright.profiler.model import HeadLayer, ModelSpec, load_model
 from meshwright.profiler.prediction import predicted_tokens, with_prediction
@@ -141,6 +143,11 @@ def test_widths_and_windows_of_all_layers(name: str, ffn_size: int, windows: tup
     model = load_model(name)
     assert model.ffn_size == ffn_size
     assert model.windows == windows
+
+
+def test_the_page_on_models_names_every_kind() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text()
+    assert all(f"`{model_type}`" in page for model_type in (*BUILDERS, *TEXT_PARTS))
 
 
 class TestPrediction:
