@@ -233,7 +233,8 @@ def supported(batch: ConfigBatch, framework: Framework, model: ModelSpec, worklo
     ``megatron/core/pipeline_parallel/schedules.py``) and want equal stages. A batch that does not divide is left to
     ``strategy.legal``, which has a reason of its own.
     """
-    return runs_pipeline(batch, framework, model, workload) & combines(batch, framework, model)
+    run = runs_pipeline(batch, framework, model, workload) & runs_degrees(batch, framework, model)
+    return run & combines(batch, framework)
 
 
 def runs_pipeline(batch: ConfigBatch, framework: Framework, model: ModelSpec, workload: Workload) -> BoolArray:
@@ -247,15 +248,26 @@ def runs_pipeline(batch: ConfigBatch, framework: Framework, model: ModelSpec, wo
     ]
     if not framework.torch_schedules and framework.partition is Partition.EVEN:
         rules.append(model.num_layers % batch.num_stages == 0)
-    if not framework.pipeline_parallel:
-        rules.append(batch.pp == 1)
     return np.asarray(np.logical_and.reduce(rules), dtype=np.bool_)
 
 
-def combines(batch: ConfigBatch, framework: Framework, model: ModelSpec) -> BoolArray:
+def runs_degrees(batch: ConfigBatch, framework: Framework, model: ModelSpec) -> BoolArray:
+    """The rules of ``supported`` about degrees alone: axes that the target has for this model; ``[num_configs]``."""
+    rules = [np.ones(len(batch), dtype=np.bool_), *_runs_context(batch, framework, model)]
+    if not framework.tensor_parallel or (not framework.tensor_parallel_moe and model.moe is not None):
+        rules.append(batch.tp == 1)
+    if not framework.pipeline_parallel:
+        rules.append(batch.pp == 1)
+    if not framework.expert_parallel:
+        rules.append((batch.ep == 1) & (batch.etp == 1))
+    return np.asarray(np.logical_and.reduce(rules), dtype=np.bool_)
+
+
+def combines(batch: ConfigBatch, framework: Framework) -> BoolArray:
     """The other rules of ``supported``, each about a field or about how some go together; shape ``[num_configs]``.
 
-    Of the schedule they look at its name alone, of micro-batches at nothing.
+    Of the schedule they look at its name alone, of degrees at none but whether ``dp_shard`` is all of ``dp * cp`` and
+    what switches go with.
     """
     shard = np.where(batch.zero_stage > 0, batch.dp * batch.cp, 1)
     rules: list[BoolArray] = [
@@ -267,15 +279,8 @@ def combines(batch: ConfigBatch, framework: Framework, model: ModelSpec) -> Bool
     if framework.torch_schedules:
         recomputes = framework.defers_products | batch.is_recompute(Recompute.NONE)
         rules.append(~splits_backward(batch) | (recomputes & (batch.zero_stage < 2)))
-    if not framework.tensor_parallel:
-        rules.append(batch.tp == 1)
-    rules += _runs_context(batch, framework, model)
-    if not framework.expert_parallel:
-        rules.append((batch.ep == 1) & (batch.etp == 1))
     if not framework.partial_sharding:
         rules.append(batch.dp_shard == shard)
-    if not framework.tensor_parallel_moe and model.moe is not None:
-        rules.append(batch.tp == 1)
     return np.asarray(np.logical_and.reduce(rules), dtype=np.bool_)
 
 

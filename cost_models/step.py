@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +94,8 @@ def estimate_batch(
     Raises ``InputError`` when the device has no rate for an operator of the model in the compute dtype.
     """
     seconds = batch_seconds(model, workload, cluster, framework, batch, placement, counts, tells_waits=tells_waits)
-    return BatchEstimate(**seconds, **batch_bytes(model, workload, cluster, framework, batch, counts))
+    arrays: dict[str, Any] = {**seconds, **batch_bytes(model, workload, cluster, framework, batch, counts)}
+    return BatchEstimate(**arrays)
 
 
 def batch_seconds(

@@ -15,9 +15,9 @@
 **How they are counted.** There may be hundreds of millions: they are counted in factors and multiplied out only when
 somebody asks for the ``batch``. No rule of ``strategy.legal`` that a candidate can break looks at ``zero_stage``,
 ``dp_shard``, ``vocab_parallel`` or ``recompute``; LAYERS looks at pp and the schedule; at ``micro_batch_size`` only
-whether ``ep_chunks`` divide. The target's rules are of two kinds (``framework.runs_pipeline``, ``framework.combines``)
-that share nothing but the schedule's name. So degrees are judged row by row, the rest in small tables
-(``planner.tails``), and counts are sums of products of both: exact.
+whether ``ep_chunks`` divide. The target's rules are about degrees (``framework.runs_degrees``) or of two kinds
+(``runs_pipeline``, ``combines``) that share nothing but the schedule's name. So degrees are judged row by row, the rest
+in small tables (``planner.tails``), and counts are sums of products of both: exact.
 
 **Which reason counts.** The first that applies: FIXED, then what the target does not offer at all (NOT_IN_FRAMEWORK),
 then ``strategy.legal``'s order; last, again NOT_IN_FRAMEWORK, the target's rules about combinations.
@@ -33,7 +33,7 @@ from functools import cached_property
 
 import numpy as np
 
-from meshwright.cost_models.framework import Framework
+from meshwright.cost_models.framework import Framework, runs_degrees
 from meshwright.cost_models.strategy import (
     LOOPED,
     REASONS,
@@ -110,14 +110,14 @@ def legal_space(
     num_unfixed = int(weight(degrees, tables).sum())
     counts[Reason.FIXED] = num_candidates - num_unfixed
 
-    degrees = filtered(degrees, _offered_degrees(degrees, framework, has_experts=has_experts))
+    degrees = filtered(degrees, runs_degrees(as_batch(degrees), framework, model))
     tables = [table.keep(table.offered(table, framework)) for table in tables]
     each = weight(degrees, tables)
     counts[Reason.NOT_IN_FRAMEWORK] = num_unfixed - int(each.sum())
     degrees = filtered(degrees, each > 0)
 
     # whatever the schedule, a config breaks what its degrees break with one chunk a rank; BATCH yields to LAYERS
-    verdict = legal(as_batch(degrees), model, workload)
+    verdict = legal(as_batch(degrees), model, workload).astype(np.int64)
     late = verdict == REASONS.index(Reason.BATCH)
     _count(counts, verdict, weight(degrees, tables), (verdict >= 0) & ~late)
     *tables, vocab = tables
@@ -162,21 +162,6 @@ def _degrees(world_size: int, *, has_experts: bool) -> Columns:
     columns = Table.build(("ep", "etp"), pairs, lambda c: c["dp"] * c["cp"] * c["tp"]).cross(columns)
     switches: Mapping[int, list[tuple[int, ...]]] = {n: [(0,), (1,)] if n > 1 else [(0,)] for n in parts}
     return Table.build(("sequence_parallel",), switches, lambda c: c["tp"]).cross(columns)
-
-
-def _offered_degrees(columns: Columns, framework: Framework, *, has_experts: bool) -> BoolArray:
-    mask = np.ones(len(columns["tp"]), dtype=np.bool_)
-    if not framework.tensor_parallel:
-        mask &= columns["tp"] == 1
-    if not framework.pipeline_parallel:
-        mask &= columns["pp"] == 1
-    if not framework.context_parallel:
-        mask &= columns["cp"] == 1
-    if not framework.expert_parallel:
-        mask &= (columns["ep"] == 1) & (columns["etp"] == 1)
-    if not framework.tensor_parallel_moe and has_experts:
-        mask &= columns["tp"] == 1
-    return mask
 
 
 def _schedule_options(pp_values: list[int], num_layers: int) -> Table:

@@ -114,7 +114,7 @@ class Tails:
         columns = filtered(columns | {"row": np.arange(len(few))}, np.repeat(np.arange(len(few)), len(names)))
         columns["schedule"] = np.tile(names, len(few))
         columns = self.recomputes.cross(self.zeros.cross(columns))
-        columns = filtered(columns, combines(as_batch(columns), self.framework, self.model))
+        columns = filtered(columns, combines(as_batch(columns), self.framework))
         found = np.zeros((len(few), len(SCHEDULES), len(RECOMPUTES)), dtype=np.int64)
         np.add.at(found, (columns["row"], columns["schedule"], columns["recompute"]), 1)
         return found[row]
@@ -132,7 +132,7 @@ class Tails:
         """Of canonical configs with legal degrees those that are legal and run."""
         mask = rank_tokens(batch, self.workload) % batch.ep_chunks == 0
         mask &= runs_pipeline(batch, self.framework, self.model, self.workload)
-        mask &= combines(batch, self.framework, self.model)
+        mask &= combines(batch, self.framework)
         return batch if mask.all() else batch.take(mask)
 
 
