@@ -135,7 +135,7 @@ def _cuda_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, band: Band | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     causal, left, right = _cuda_window(q, k, band)
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
     grads = _aten._flash_attention_backward(
         *(x.transpose(1, 2) for x in (grad, q, k, v, out)), lse.contiguous(), None, None, q.shape[-2], k.shape[-2], 0.0,
         causal, no_dropout, no_dropout, scale=scale, window_size_left=left, window_size_right=right,
