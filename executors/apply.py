@@ -24,6 +24,7 @@ from meshwright.executors.clip import global_grad_norm, scale_grads
 from meshwright.executors.context_parallel import ContextParallel
 from meshwright.executors.data_parallel import DataParallel, local, torch_dtype
 from meshwright.executors.expert_parallel import ExpertStatistics, split_experts
+from meshwright.executors.expert_routing import check_token_groups
 from meshwright.executors.loss import IGNORED, LossFunction, loss_on_shards
 from meshwright.executors.mesh import Mesh, build_mesh
 from meshwright.executors.pipeline import Chunk, Pipeline
@@ -272,6 +273,8 @@ class ParallelModel:
                 f"({self.num_microbatches} micro-batches of {self.plan.config.micro_batch_size}), "
                 f"found {list(tokens.shape)} and {list(targets.shape)}"
             )
+        if self.plan.model.moe is not None:
+            check_token_groups(self.plan.model.moe, self.plan.config, tokens.shape[1])
         return tokens.to(self._mesh.device), targets.to(self._mesh.device)
 
     def full_gradients(self) -> dict[str, Tensor]:

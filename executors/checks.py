@@ -11,6 +11,7 @@ from meshwright import InputError
 from meshwright.cost_models.schedules import stage_indices
 from meshwright.cost_models.strategy import SPLIT_BACKWARD, ParallelConfig, Schedule
 from meshwright.executors.data_parallel import torch_dtype
+from meshwright.executors.expert_routing import check_token_groups
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy
 from meshwright.profiler.cluster import ClusterProfile
@@ -68,6 +69,7 @@ def _check_experts(plan: Plan) -> None:
         raise InputError(
             f"tp={config.tp} with etp={config.etp} needs sequence_parallel: without it tp ranks have the same tokens"
         )
+    check_token_groups(moe, config, plan.workload.seq_len)
     if len(set(plan.micro_batches_per_data_rank)) > 1 and (config.cp * config.tp) % (config.ep * config.etp):
         raise InputError(
             f"ep={config.ep} and etp={config.etp} span data ranks, which exchange tokens in every micro-batch and so "

@@ -161,7 +161,7 @@ def _exchange(group: Group | None, sent: list[int], received: list[int]) -> Exch
 
 def _weighted(rows: Tensor, part: Part, weights: Tensor) -> Tensor:
     """Rows that came back, sorted by expert, weighted and added up for each token; as transformers 5 does it."""
-    choices = put(rows, part.order, part.num_tokens * part.top_k).unflatten(0, (part.num_tokens, part.top_k))
+    choices = put(rows, part.order, part.num_tokens * part.top_k).view(part.num_tokens, part.top_k, -1)
     return (choices * weights.unsqueeze(-1)).sum(1)
 
 
