@@ -150,8 +150,11 @@ def kernel_steps(
         return (KernelStep(met, pairs / ring / met, ((n, np.where(met > 1, n, s)),)),)
     if traits.gathers:
         pairs = attended_pairs(seq_len, w, layer.causal, False) / ring
-        calls = np.where((ring > 1) & layer.causal, 2.0, 1.0)
-        return (KernelStep(calls, pairs / calls, ((n / calls, one * s),)),)
+        alone = np.where(ring > 1, 0.0, 1.0)
+        # a chunk's queries meet nearly as many keys each
+        chunks = 1.0 + layer.causal
+        apart = KernelStep((1.0 - alone) * chunks, pairs / chunks, ((n / chunks, one * s),), masked=False)
+        return KernelStep(alone, pairs, ((n, one * s),), masked=layer.causal), apart
     if windowed or not layer.causal:
         return (KernelStep(ring, n * n, ((n, n),), masked=windowed),)
     own = KernelStep(one, n * (n + 1) / 2, ((n, n),))

@@ -81,7 +81,7 @@ def _of_attention(
     ring, hops = batch.cp_ring > 1, np.asarray(batch.cp_ring - 1.0, dtype=np.float64)
     parts = 1.0 if traits.exchanges_together else 3.0
     entries = []
-    often: dict[Phase, FloatArray] = {"forward": np.ones(len(batch)), "recompute": again * 1.0}
+    often: dict[Phase, FloatArray] = {"forward": np.ones(len(batch)), "recompute": np.where(again, 1.0, 0.0)}
     often["backward"] = often["forward"]
     for phase, on in often.items():
         exchanged = np.where(batch.cp_ulysses > 1, on, 0.0)
@@ -95,7 +95,8 @@ def _of_attention(
             sent = keys if phase == "backward" else handed_on
             entries.append(Collective("cp_ring", "send", phase, np.where(ring, hops * on, 0.0), sent))
     if traits.gathers:
-        entries.append(Collective("cp_ring", "reduce_scatter", "backward", np.where(ring, 1.0, 0.0), np.asarray(batch.cp_ring * gradients)))
+        scattered = np.asarray(batch.cp_ring * gradients, dtype=np.float64)
+        entries.append(Collective("cp_ring", "reduce_scatter", "backward", np.where(ring, 1.0, 0.0), scattered))
     else:
         entries.append(Collective("cp_ring", "send", "backward", hops, gradients))
     return entries

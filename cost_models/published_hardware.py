@@ -144,6 +144,7 @@ def cluster_named(name: str) -> ClusterProfile:
 # what the framework column says (no matter the case), what the GPU is, and the target that runs it
 TARGETS: tuple[tuple[str, str, str], ...] = (
     (r"maxtext|paxml|\bjax\b|\balpa\b|levanter", "", ""),
+    (r"\bmeta internal|llama ?3.*4d", "", "llama3-4d"),
     (r"nanotron", "", "nanotron"),
     (r"deepspeed zero|zero-?[123]", "", "deepspeed"),
     (r"megatron[- +]*deepspeed|deepspeed[- +]*megatron|\bbloom|gpt-?neox", "", "megatron-deepspeed"),
@@ -161,7 +162,7 @@ TARGETS: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def _date(row: Row) -> tuple[int, int]:
+def source_date(row: Row) -> tuple[int, int]:
     """Year and month of the source, by its arXiv number or the latest year in its name; of the future where unknown."""
     source = row.text("source")
     dates = [(2000 + int(year), int(month)) for year, month in re.findall(r"\b(\d\d)(\d\d)\.\d{5}\b", source)]
@@ -178,7 +179,7 @@ def _before_flash(row: Row) -> bool:
     """
     if "flash" in row.text("attn_impl").lower():
         return False
-    return _date(row) < (2024, 7)
+    return source_date(row) < (2024, 7)
 
 
 def _variant(row: Row, target: str) -> str:
@@ -188,7 +189,7 @@ def _variant(row: Row, target: str) -> str:
     """
     notes = row.text("notes").lower()
     if target == "megatron-lm" and _before_flash(row):
-        return "megatron-lm-2021" if _date(row) < (2022, 1) else "megatron-lm-2022"
+        return "megatron-lm-2021" if source_date(row) < (2022, 1) else "megatron-lm-2022"
     if target == "megatron-lm" and (vocab := re.search(r"vocab-?([12])\b", row.text("schedule").lower())):
         return f"megatron-lm-vocab-{vocab[1]}"
     if target == "megatron-lm" and "interlaced" in row.text("schedule").lower():

@@ -14,6 +14,7 @@ from meshwright import InputError
 from meshwright.cost_models.constants import Value, on_framework
 from meshwright.cost_models.framework import Framework
 from meshwright.cost_models.target_experts import EXPERT_TARGETS
+from meshwright.cost_models.target_llama3 import LLAMA3_4D
 from meshwright.cost_models.target_megatron import (
     INTERNEVO,
     MEGASCALE,
@@ -75,6 +76,7 @@ ASSUMED: dict[str, Framework] = {
         DEEPSPEED,
         DEEPSPEED_2021,
         INTERNEVO,
+        LLAMA3_4D,
         *EXPERT_TARGETS,
     )
 }
