@@ -27,9 +27,10 @@ _FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 # frameworks whose recipes train the layers of multi-token prediction that a config names: DeepSeek's own (arXiv
-# 2412.19437), NVIDIA/NeMo (nemo/collections/llm/recipes/deepseek_v3.py: use_mtp) and Megatron-Bridge
-# (models/deepseek/deepseek_v3_bridge.py: mtp_num_layers); their tables say "w/o MTP" where they are off
-PREDICTS = re.compile(r"hai-llm|\bnemo\b|megatron-bridge|megatron-core")
+# 2412.19437), NVIDIA/NeMo (nemo/collections/llm/recipes/deepseek_v3.py: use_mtp), Megatron-Bridge
+# (models/deepseek/deepseek_v3_bridge.py: mtp_num_layers) and Megatron-LM (examples/megatron_fsdp/
+# sbatch_mfsdp_deepseek_v3.sh: --mtp-num-layers 1); tables say "w/o MTP" where they are off
+PREDICTS = re.compile(r"hai-llm|\bnemo\b|megatron-(?:bridge|core|lm)")
 WITHOUT_PREDICTION = re.compile(r"w/o mtp|without mtp|no mtp")
 
 
