@@ -89,7 +89,7 @@ def model_of(row: Row) -> tuple[ModelSpec, tuple[str, ...]]:
         hidden=hidden,
         heads=heads,
         kv_heads=row.integer("kv_heads", heads),
-        head_dim=_HEAD_DIMS.get(name.split()[0] if name else "", hidden // heads),
+        head_dim=hidden // heads,
         ffn=row.integer("ffn", 4 * hidden) if not experts else 0,
         vocab=row.integer("vocab", GPT_VOCAB),
         positions=0 if modern or "bloom" in name or "glm" in name else row.integer("seq_len"),
@@ -102,7 +102,7 @@ def model_of(row: Row) -> tuple[ModelSpec, tuple[str, ...]]:
         activation="silu" if arch != "gpt" else "relu2" if "nemotron" in name else "gelu",
         tied=False,
     )
-    if hidden % heads and shape.head_dim == hidden // heads:
+    if hidden % heads:
         raise Skip(f"heads={heads} does not divide hidden={hidden}")
     if row.number("vocab") is None:
         shape = replace(shape, vocab=_vocab(shape, row.number("params_b")))
@@ -141,8 +141,7 @@ def _windowed(model: ModelSpec, window: int) -> ModelSpec:
     return replace(model, blocks=blocks)
 
 
-# head sizes that are not hidden / heads, by the public config of the model
-_HEAD_DIMS = {"qwen3-30b-a3b": 128, "qwen3-235b-a22b": 128, "gpt-oss-120b": 64, "gpt-oss-20b": 64}
+# families whose attention has ranks that no column tells
 _LATENT = ("deepseek", "kimi", "moonlight")
 
 
