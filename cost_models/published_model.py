@@ -68,13 +68,13 @@ class Shape:
 def model_of(row: Row) -> tuple[ModelSpec, tuple[str, ...]]:
     """The model of a row, and what had to be assumed. Raises ``Skip`` where the columns do not say enough."""
     name, arch, notes = row.text("model").lower(), row.text("arch_family").lower(), list[str]()
-    if arch not in ("gpt", "llama", "moe"):
-        raise Skip(f"no model of architecture {row.text('arch_family')!r}: gpt, llama and moe are known")
     if _words(name) & {"lora", "qlora"}:
         raise Skip("LoRA trains adapters: not modelled")
     known = known_model(row)
     if known is not None:
         return known
+    if arch not in ("gpt", "llama", "moe"):
+        raise Skip(f"no model of architecture {row.text('arch_family')!r}: gpt, llama and moe are known")
     hidden, heads = row.integer("hidden"), row.integer("heads")
     modern = arch != "gpt" or "nemotron" in name or "neox" in name
     experts = row.integer("experts", 1) if row.number("experts") else 0
