@@ -301,6 +301,16 @@ class Backward:
         yield at(Moment.BACKWARD, False, inside, communication, self.nothing)
         if not experts.whole.any():
             return
+        if lives.again.any():
+            again = np.where(lives.again > 0.0, lives.again - lives.saved, -np.inf)
+            yield self._at(
+                Moment.BACKWARD,
+                left + lives.saved,
+                again + working,
+                grads=stay + done,
+                gathered=own + 2.0 * inside + self.outer_gathered,
+                communication=communication + received,
+            )
         if zero3.any():
             yield self._experts_gathered(index, left + lives.saved, gathered + own, communication, done, waiting)
         freed = np.where(self.last & rank.sharded & ~zero3, -self._flat(experts), 0.0)

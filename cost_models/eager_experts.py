@@ -62,7 +62,7 @@ def _routed(writer: Writer, layer: MoeLayer, x: int) -> int:
 
 def _weight_size(writer: Writer, layer: MoeLayer) -> float:
     """Bytes of a number of a token's row once it is weighted, over those before."""
-    return 1.0 if has_biases(layer) else writer.wide / writer.size
+    return 1.0 if has_biases(layer) or writer.casts_inputs else writer.wide / writer.size
 
 
 def _split(writer: Writer, layer: MoeLayer, x: int, scores: int) -> int:
@@ -84,7 +84,9 @@ def _split(writer: Writer, layer: MoeLayer, x: int, scores: int) -> int:
         summed.append(run(weighted, row * wide / layer.top_k, passes=True))
     whole = writer.shard * layer.hidden * writer.size * wide
     mixed = run(tuple(summed), whole, passes=True) if chunks > 1 else summed[0]
-    return writer.narrower(mixed) if wide > 1.0 else mixed
+    mixed = writer.narrower(mixed) if wide > 1.0 else mixed
+    run((), looks=(*away, *back, *summed))  # the layer's lists hold them until it returns
+    return mixed
 
 
 def _send(writer: Writer, x: int, row: Bytes) -> int:

@@ -123,7 +123,7 @@ class Most:
         self.weights = np.where(more, weights, self.weights)
 
 
-OWN_ROWS, NUM_MOST = 9, 6  # rows of a block itself; fullest moments, of three rows each
+OWN_ROWS, NUM_MOST = 10, 6  # rows of a block itself; fullest moments, of three rows each
 LIFETIME_ROWS = OWN_ROWS + 3 * NUM_MOST
 
 
@@ -196,6 +196,14 @@ class Lifetimes:
         """Of that, what forward left."""
         return np.asarray(self.table[8])
 
+    @property
+    def again(self) -> FloatArray:
+        """The most that is alive while a block runs again ahead of the backward of the unit inside; 0 of others.
+
+        It does where what comes behind that unit needs what was thrown away.
+        """
+        return np.asarray(self.table[9])
+
     def _most(self, number: int) -> Most:
         first = OWN_ROWS + 3 * number
         return Most(*self.table[first : first + 3])
@@ -261,20 +269,23 @@ class _Play:
 
     def lifetimes(self) -> Lifetimes:
         operators = self.tape.operators
-        forward = self._run(operators, {0}, self.left)
+        forward, again = self._run(operators, {0}, self.left), self.zero
         most = [self._most() for _ in range(NUM_MOST)]
         gradient = self.zero + self.tape.gradients[operators[-1].makes]
         if self.recompute is not Recompute.NONE:
             # selective: a block's last kept output is never asked for again, and stays
             again = self._run(operators[: self.last + 1], set(self.left), {*self.left, *self.saves}, stops=True)
-            for one in most[:3]:
-                one.meet(again + gradient, self._bytes(self.left), self.zero)
+            again = again + gradient
+            if self.tape.nested is None or self.last < self.tape.nested[1]:
+                for one in most[:3]:
+                    one.meet(again, self._bytes(self.left), self.zero)
+                again = self.zero
         nested = self._backward(gradient, most)
         outputs = sum((self.tape.gradients[operator.makes] for operator in operators if operator.puts_off), self.zero)
         weights = sum((operator.weights for operator in operators if operator.weights is not None), self.zero)
         outputs = outputs + self._bytes(self.put_off - self.left)
         rows = (self._bytes(self.left), forward, self.zero + weights, self._bytes(self.put_off & self.left), outputs)
-        return Lifetimes.of((*rows, self.zero + (0 in self.left), self._before_nested(), *nested), most)
+        return Lifetimes.of((*rows, self.zero + (0 in self.left), self._before_nested(), *nested, again), most)
 
     def _before_nested(self) -> FloatArray:
         if self.tape.nested is None:
@@ -288,7 +299,8 @@ class _Play:
     ) -> FloatArray:
         """The most alive while operators run forward; ``stays`` are storages that outlive their last reader."""
         sizes = self.tape.sizes
-        until = {storage: number for number, operator in enumerate(operators) for storage in operator.uses}
+        # what operators need that are not repeated is there for them all the same
+        until = {storage: number for number, operator in enumerate(self.tape.operators) for storage in operator.uses}
         now = self._bytes(alive)
         most = now
         for number, operator in enumerate(operators):
