@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from meshwright import InputError
 from meshwright.cost_models.flops import model_flops
-from meshwright.cost_models.published_hardware import cluster_named
+from meshwright.cost_models.published_hardware import cluster_named, source_date
 from meshwright.cost_models.published_rows import Row
 from meshwright.cost_models.strategy import ParallelConfig, Recompute
 from meshwright.cost_models.workload import Workload
@@ -98,13 +98,20 @@ def _utilisation_step(
             peak = cluster_named(cluster).device.efficiency("matmul", workload.recipe.compute.value).peak_flops_per_s
         except InputError:
             return None
-        return model_flops(model, workload) / (peak * mfu / 100 * config.world_size)
+        flops = model_flops(model, workload, halves_causal=_halves_causal(row))
+        return flops / (peak * mfu / 100 * config.world_size)
     if not flops_per_s:
         return None
     said = f"{row.text('notes')} {row.text('derivation')}".lower()
     hardware = re.search(r"hardware|\bhfu\b|incl[a-z.]* .*recompute", said) is not None
     flops = hardware_flops(model, workload, config.recompute) if hardware else model_flops(model, workload)
     return flops / (flops_per_s * config.world_size)
+
+
+def _halves_causal(row: Row) -> bool:
+    """Whether a utilisation is Megatron-Core's own, of a source since it counts half of causal attention."""
+    core = re.match(r"megatron[- ]?core|mcore\b", row.text("framework").lower())
+    return core is not None and source_date(row) >= (2025, 3)
 
 
 def hardware_flops(model: ModelSpec, workload: Workload, recompute: Recompute) -> float:
