@@ -221,7 +221,7 @@ def assumptions(model: ModelSpec, workload: Workload, cluster: ClusterProfile, f
         said.append("collectives follow from latency and bandwidth, none was measured")
     if model.moe is not None:
         said.append("tokens spread evenly over experts")
-    if model.attention.window and not framework.windowed_attention:
+    if model.windows and not framework.windowed_attention:
         said.append(f"{framework.name} works out what a sliding window masks")
     if not framework.memory.fragmentation and framework.memory.blocks is None:
         said.append("no fragmentation in the allocator, beyond the margin")
