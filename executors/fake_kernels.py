@@ -23,6 +23,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function
 
 _aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
@@ -49,7 +50,12 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     out: Tensor
-    if attn_mask is None and query.dtype in _HALF and query.shape[-1] == value.shape[-1] <= 256:
+    if has_torch_function((query, key, value)):  # context parallelism catches the call, as it does torch's own
+        out = handle_torch_function(
+            functional.scaled_dot_product_attention, (query, key, value), query, key, value, attn_mask, dropout_p,
+            is_causal, scale, enable_gqa,
+        )  # fmt: skip
+    elif attn_mask is None and query.dtype in _HALF and query.shape[-1] == value.shape[-1] <= 256:
         out = _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     elif query.dtype in (*_HALF, torch.float32) and not enable_gqa:
         bias = None if attn_mask is None else _bias(attn_mask, query, key)

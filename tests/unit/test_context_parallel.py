@@ -15,6 +15,7 @@ from meshwright.cost_models.strategy import Recompute
 from meshwright.executors.attention_hooks import apply_context_parallel
 from meshwright.executors.attention_kernels import Band, _cuda_window, attend, attend_backward, merge
 from meshwright.executors.context_parallel import ContextParallel, own_positions
+from meshwright.executors.fake_kernels import cuda_kernels
 from meshwright.executors.recompute import apply_recompute
 from meshwright.executors.ring_attention import parts
 
@@ -173,6 +174,11 @@ def test_attention_is_caught_and_again_in_recomputation() -> None:
     x = torch.randn(1, 4, 8, requires_grad=True)
     (block(x) * x).sum().backward()
     assert context.num_calls == 2
+
+
+def test_attention_is_caught_in_a_dry_run_for_gpus() -> None:
+    with cuda_kernels():
+        assert run(Block(is_causal=True)).num_calls == 1
 
 
 @pytest.mark.parametrize(
