@@ -23,6 +23,7 @@ value is a property test.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +81,7 @@ class Passes:
 
     def take(self, rows: NDArray[np.int64]) -> Passes:
         """The configs at these positions."""
-        found = (getattr(self, field.name) for field in fields(self))
+        found: list[Any] = [getattr(self, field.name) for field in fields(self)]
         return Passes(*(None if each is None else each[:, rows] for each in found))
 
 
@@ -166,9 +167,9 @@ class Bounds:
             ("dp_end", "optimizer", "optimizer_host"),
         )
         nothing = np.zeros(len(batch))
-        found = (
+        found: list[Any] = [
             np.array([sum((getattr(part, name) for name in names), nothing) for part in parts]) for names in wanted
-        )
+        ]
         return Passes(*found)
 
     def step(self, batch: ConfigBatch, passes: Passes, schedule: Schedule, vpp: int) -> FloatArray:

@@ -116,6 +116,25 @@ class Ranking:
         return np.asarray(group[np.lexsort(np.stack([np.asarray(key, dtype=np.float64) for key in keys]))])
 
 
+EXHAUSTIVE, PRUNED = "exhaustive", "branch and bound"
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A ranking that holds the ``wanted`` best configs of a space, and what became of the others.
+
+    ``num_scored`` configs were scored, those of the ranking also in memory; ``num_too_slow`` and ``num_too_large`` were
+    ruled out by bounds.
+    """
+
+    ranking: Ranking
+    method: str
+    wanted: int
+    num_scored: int
+    num_too_slow: int = 0
+    num_too_large: int = 0
+
+
 def rank(batch: ConfigBatch, scorer: Scorer, *, margin: MemoryMargin | None) -> Ranking:
     """Score ``batch`` in chunks and order what is recommended: with a margin, or what fits where it is ``None``."""
     steps, peaks, needed, usable = [], [], [], []
@@ -125,13 +144,25 @@ def rank(batch: ConfigBatch, scorer: Scorer, *, margin: MemoryMargin | None) -> 
         peaks.append(np.asarray(scores.peak_bytes, dtype=np.float64))
         needed.append(needed_bytes(scores.peak_bytes, scores.fragmentation_bytes, margin))
         usable.append(np.asarray(scores.capacity_bytes, dtype=np.float64) - np.asarray(scores.reserved_bytes))
-    step_s, needs, offers = np.concatenate(steps), np.concatenate(needed), np.concatenate(usable)
+    step_s, peak_bytes, needs, offers = (np.concatenate(each) for each in (steps, peaks, needed, usable))
+    return ranked(batch, step_s, peak_bytes, needs, offers, scorer)
+
+
+def ranked(
+    batch: ConfigBatch,
+    step_s: FloatArray,
+    peak_bytes: FloatArray,
+    needs: FloatArray,
+    offers: FloatArray,
+    scorer: Scorer,
+) -> Ranking:
+    """Configs with their scores, in order."""
     recommended = np.flatnonzero(needs <= offers)
     order = recommended[np.argsort(step_s[recommended], kind="stable")]
     return Ranking(
         batch=batch,
         step_s=step_s,
-        peak_bytes=np.concatenate(peaks),
+        peak_bytes=peak_bytes,
         needed_bytes=needs,
         usable_bytes=offers,
         order=order,

@@ -49,16 +49,22 @@ class RejectedCount:
 class SearchReport:
     """How the plan was found: what was scored, why the rest was rejected, and what came next.
 
-    Feasible is what may be picked: recommended configs, or those that fit where no margin is kept.
+    Of ``num_legal`` configs ``num_scored`` were scored; of the others it is proven that they are slower than every one
+    that is named here (``num_too_slow``), or hold more than a device offers (``num_too_large``): see
+    ``planner.pruned``. Feasible is what may be picked of those that were scored in time and memory: recommended
+    configs, or those that fit where no margin is kept. Rejections for memory are of the scored ones, too.
     """
 
-    method: str
+    method: str  # exhaustive, or branch and bound
+    num_legal: int = 0  # 0 in plans of before there were bounds, which scored all
     num_scored: int
+    num_too_slow: int = 0
+    num_too_large: int = 0
     num_feasible: int
     rejected: tuple[RejectedCount, ...]
     runners_up: tuple[Estimate, ...]
-    pareto: tuple[Estimate, ...]  # no other feasible config is both faster and smaller
-    optimality_gap: float  # 0 when everything legal was scored by the same model
+    pareto: tuple[Estimate, ...]  # no feasible config is both faster and smaller; up to the slowest named, if not all
+    optimality_gap: float  # 0: no legal config has a lower predicted step
     seconds: float
 
 

@@ -13,7 +13,8 @@ model's value and what is ruled out is strictly slower than the last of the want
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from meshwright.cost_models.margin import MemoryMargin, needed_bytes
 from meshwright.cost_models.step import batch_bytes, batch_seconds
 from meshwright.cost_models.strategy import FIELDS, SCHEDULES, ConfigBatch, IntArray, Schedule, rank_tokens
 from meshwright.planner.bounds import Bounds, Passes
-from meshwright.planner.exhaustive import TIE
+from meshwright.planner.exhaustive import PRUNED, TIE, Scored, Scorer, ranked
 from meshwright.planner.space import Space
 from meshwright.planner.tables import Columns, as_batch, filtered
 
@@ -32,6 +33,7 @@ FloatArray = NDArray[np.float64]
 
 DIVE = 1000  # cells, then families, looked at first for a good step to compare with
 SCORED_FIRST = 300  # configs scored of them
+NEAREST = 20  # degrees looked at once where nothing fits
 FAMILIES = 2000  # cells with a micro-batch taken apart at first
 SCORED_AT_ONCE = 2**14
 
@@ -41,15 +43,18 @@ CELL = ("tp", "cp_ring", "cp_ulysses", "sequence_parallel", "vocab_parallel", "e
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Configs that were scored and are among the best so far, and how many were looked at in which way."""
+    """Configs scored in time and memory."""
 
     batch: ConfigBatch
     step_s: FloatArray
     peak_bytes: FloatArray
     needed_bytes: FloatArray
     usable_bytes: FloatArray
-    num_scored: int
-    num_too_large: int  # ruled out by their least memory
+
+    def take(self, rows: NDArray[Any]) -> Found:
+        """The configs at these positions."""
+        rest = (getattr(self, field.name)[rows] for field in fields(self)[1:])
+        return Found(self.batch.take(rows), *rest)
 
 
 class Pruned:
@@ -70,8 +75,24 @@ class Pruned:
         self.limit = np.inf
         self._best: list[Found] = []
 
-    def run(self) -> Found:
-        """Find them."""
+    def run(self, scorer: Scorer) -> Scored:
+        """Find them, or where nothing fits what is nearest to it; ``scorer`` is for those that are shown."""
+        found = self._search()
+        num_scored, num_too_large = self.num_scored, self.num_too_large
+        found = found.take(found.step_s <= self.limit)
+        if not (found.needed_bytes <= found.usable_bytes).any():
+            found = self._nearest()
+        ranking = ranked(found.batch, found.step_s, found.peak_bytes, found.needed_bytes, found.usable_bytes, scorer)
+        return Scored(
+            ranking=ranking,
+            method=PRUNED,
+            wanted=self.wanted,
+            num_scored=num_scored,
+            num_too_slow=self.space.num_legal - num_scored - num_too_large,
+            num_too_large=num_too_large,
+        )
+
+    def _search(self) -> Found:
         cells = self._cells_at_least()
         self._dive(np.argsort(cells, kind="stable"))
         self._best, self.num_scored, self.num_too_large = [], 0, 0
@@ -280,33 +301,61 @@ class Pruned:
         if not len(fast):
             return
         batch, step_s = batch.take(fast), step_s[fast]
+        self._hold(batch, step_s)
+        self._lower_limit()
+
+    def _hold(self, batch: ConfigBatch, step_s: FloatArray) -> None:
+        """Score configs in memory."""
+        tails, bounds = self.tails, self.bounds
         held = batch_bytes(tails.model, tails.workload, bounds.cluster, tails.framework, batch)
         peak = np.asarray(sum(held[f"{name}_bytes"] for name in KINDS), dtype=np.float64)
         needs = needed_bytes(peak, held["fragmentation_bytes"], self.margin)
         offers = np.asarray(held["capacity_bytes"] - held["reserved_bytes"], dtype=np.float64)
-        self._best.append(Found(batch, step_s, peak, needs, offers, 0, 0))
-        self._lower_limit()
+        self._best.append(Found(batch, step_s, peak, needs, offers))
 
     def _lower_limit(self) -> None:
-        import time
-
-        print(f"limit {self.limit:.4g} scored {self.num_scored} {time.perf_counter():.2f}")
         feasible = np.concatenate([each.step_s[each.needed_bytes <= each.usable_bytes] for each in self._best])
         if len(feasible) >= self.wanted:
             self.limit = float(np.partition(feasible, self.wanted - 1)[self.wanted - 1]) * (1.0 + TIE)
 
     def _found(self) -> Found:
         none = self.cells.take(np.zeros(0, dtype=np.int64))
-        found = [*self._best, Found(none, *(np.zeros(0) for _ in range(4)), 0, 0)]
-        return Found(
-            batch=ConfigBatch.concatenate([each.batch for each in found]),
-            step_s=np.concatenate([each.step_s for each in found]),
-            peak_bytes=np.concatenate([each.peak_bytes for each in found]),
-            needed_bytes=np.concatenate([each.needed_bytes for each in found]),
-            usable_bytes=np.concatenate([each.usable_bytes for each in found]),
-            num_scored=self.num_scored,
-            num_too_large=self.num_too_large,
+        found = [*self._best, Found(none, *(np.zeros(0) for _ in range(4)))]
+        rest = (np.concatenate([getattr(each, field.name) for each in found]) for field in fields(Found)[1:])
+        return Found(ConfigBatch.concatenate([each.batch for each in found]), *rest)
+
+    # -- nothing fits -----------------------------------------------------------------------------------------------
+
+    def _nearest(self) -> Found:
+        """Scored configs, the one that lacks least memory among them."""
+        smallest = self.tails.sizes[self.has_size.argmax(axis=1)]
+        rows = self.tails.recomputes.cross(
+            self.tails.zeros.cross(self.rows | {"micro_batch_size": smallest} | {"row": np.arange(len(smallest))})
         )
+        of = rows.pop("row")
+        batch = as_batch(rows)
+        lacking = np.full(len(smallest), np.inf)
+        np.minimum.at(lacking, of, self._lacking(batch))
+        order, at, self._best = np.argsort(lacking, kind="stable"), 0, []
+        least = np.inf
+        while at < len(order) and lacking[order[at]] < least:
+            some = order[at : at + NEAREST]
+            at += NEAREST
+            batch = self.tails.configs(filtered(self.rows, some))
+            each = self._lacking(batch)
+            few = np.argsort(each, kind="stable")
+            for start in range(0, len(few), 1000):
+                chosen = few[start : start + 1000]
+                if each[chosen[0]] >= least:
+                    break
+                self._hold(batch.take(chosen), np.zeros(len(chosen)))
+                last = self._best[-1]
+                least = min(least, float((last.needed_bytes - last.usable_bytes).min()))
+        return self._found()
+
+    def _lacking(self, batch: ConfigBatch) -> FloatArray:
+        held = self.bounds.mean_peak(batch, self.bounds.held(batch))
+        return needed_bytes(held, np.zeros(len(batch)), self.margin) - self.bounds.usable(batch)
 
 
 def _under(batch: ConfigBatch, schedule: int, vpp: int) -> ConfigBatch:

@@ -19,18 +19,22 @@ from meshwright.cost_models.step import assumptions, estimate_batch
 from meshwright.cost_models.strategy import REASONS, ConfigBatch, ParallelConfig, Reason
 from meshwright.cost_models.targets import framework_named
 from meshwright.cost_models.workload import Workload
-from meshwright.planner.exhaustive import Ranking, rank
+from meshwright.planner.bounds import Bounds
+from meshwright.planner.exhaustive import EXHAUSTIVE, Ranking, Scored, rank
 from meshwright.planner.nothing_fits import nothing_recommended
 from meshwright.planner.plan import Plan, RejectedCount, SearchReport, default_stages
+from meshwright.planner.pruned import Pruned
 from meshwright.planner.reasons import SENTENCES, why_illegal
 from meshwright.planner.space import Space, legal_space
 from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.model import ModelSpec
 
+WHOLE = 30_000  # spaces up to so many legal configs are scored whole, which is as fast as ruling most of them out
+
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A finished search: the legal space scored and ranked, at least one config of it recommended."""
+    """A finished search: of the legal space at least one config is recommended, and the best of all are known."""
 
     model: ModelSpec
     workload: Workload
@@ -38,19 +42,29 @@ class Search:
     framework: Framework
     margin: MemoryMargin | None
     space: Space
-    ranking: Ranking
+    scored: Scored
     started: float  # time.perf_counter() at its start
+
+    @property
+    def ranking(self) -> Ranking:
+        """What was scored."""
+        return self.scored.ranking
 
     def plan(self, top: int = 10) -> Plan:
         """The best plan, its report naming the next ``top - 1`` and the Pareto front of time and memory."""
-        best = self.ranking.estimates(self.ranking.best(max(top, 1)))
+        scored = self._with(max(top, 1))
+        ranking = scored.ranking
+        best = ranking.estimates(ranking.best(max(top, 1)))
         report = SearchReport(
-            method="exhaustive",
-            num_scored=len(self.space.batch),
-            num_feasible=len(self.ranking.order),
-            rejected=(*self.space.rejected, *_without_memory(self.ranking)),
+            method=scored.method,
+            num_legal=self.space.num_legal,
+            num_scored=scored.num_scored,
+            num_too_slow=scored.num_too_slow,
+            num_too_large=scored.num_too_large,
+            num_feasible=len(ranking.order),
+            rejected=(*self.space.rejected, *_without_memory(ranking)),
             runners_up=best[1:],
-            pareto=self.ranking.estimates(self.ranking.pareto()),
+            pareto=ranking.estimates(ranking.pareto()),
             optimality_gap=0.0,
             seconds=time.perf_counter() - self.started,
         )
@@ -58,7 +72,16 @@ class Search:
 
     def candidates(self, count: int) -> tuple[Plan, ...]:
         """The ``count`` best plans in order (fewer when fewer are recommended), each without a report."""
-        return tuple(self._as_plan(each, None) for each in self.ranking.estimates(self.ranking.best(count)))
+        ranking = self._with(count).ranking
+        return tuple(self._as_plan(each, None) for each in ranking.estimates(ranking.best(count)))
+
+    def _with(self, count: int) -> Scored:
+        """The same search, or one that knows so many of the best."""
+        if count <= self.scored.wanted:
+            return self.scored
+        return scored_best(
+            self.space, self.model, self.workload, self.cluster, self.framework, margin=self.margin, wanted=count
+        )
 
     def _as_plan(self, estimate: Estimate, report: SearchReport | None) -> Plan:
         return _plan(estimate, self.model, self.workload, self.cluster, self.framework, report, margin=self.margin)
@@ -73,11 +96,13 @@ def search(
     constraints: Mapping[str, Any] | None = None,
     memory_margin: float | None = None,
     gpus: int | None = None,
+    wanted: int = 10,
 ) -> Search:
-    """Enumerate what is legal on ``gpus`` devices (default: all of the cluster), score all of it, rank it.
+    """Find the ``wanted`` best of all that is legal on ``gpus`` devices (default: all of the cluster).
 
-    ``constraints`` fixes fields of the config (``{"tp": 8}``); ``memory_margin`` stands in for the target's own share
-    (``cost_models.margin``), and with 0 what fits is enough.
+    A small space is scored whole; of a larger one what can be proven to be slower, or too large, is not scored
+    (``planner.pruned``): the best are the same. ``constraints`` fixes fields of the config (``{"tp": 8}``);
+    ``memory_margin`` stands in for the target's own share (``cost_models.margin``), and with 0 what fits is enough.
 
     Raises:
         InputError: a constraint, the margin or ``gpus`` makes no sense for this cluster, or a rate is not known.
@@ -91,13 +116,11 @@ def search(
     refuse_dtypes(target, workload)
     num_devices = whole_nodes(cluster, gpus)
     space = legal_space(model, workload, num_devices, target, constraints)
-    if not len(space.batch):
+    if not space.num_legal:
         raise InfeasibleError(_nothing_legal(model, num_devices, space))
-    scorer = partial(_score, model, workload, cluster, target)
-    ranking = rank(space.batch, partial(scorer, tells_waits=False), margin=margin)
-    ranking = replace(ranking, scorer=scorer)  # the few that are shown, with everything told
-    if not len(ranking.order):
-        raise InfeasibleError(nothing_recommended(ranking, margin, constraints or {}))
+    scored = scored_best(space, model, workload, cluster, target, margin=margin, wanted=wanted)
+    if not len(scored.ranking.order):
+        raise InfeasibleError(nothing_recommended(scored, margin, constraints or {}))
     return Search(
         model=model,
         workload=workload,
@@ -105,9 +128,28 @@ def search(
         framework=target,
         margin=margin,
         space=space,
-        ranking=ranking,
+        scored=scored,
         started=started,
     )
+
+
+def scored_best(
+    space: Space,
+    model: ModelSpec,
+    workload: Workload,
+    cluster: ClusterProfile,
+    framework: Framework,
+    *,
+    margin: MemoryMargin | None,
+    wanted: int,
+) -> Scored:
+    """Score what may be among the ``wanted`` best of a space; where nothing is recommended, what is nearest."""
+    scorer = partial(_score, model, workload, cluster, framework)
+    if space.num_legal <= WHOLE:
+        ranking = rank(space.batch, partial(scorer, tells_waits=False), margin=margin)
+        ranking = replace(ranking, scorer=scorer)  # the few that are shown, with everything told
+        return Scored(ranking=ranking, method=EXHAUSTIVE, wanted=space.num_legal, num_scored=space.num_legal)
+    return Pruned(space, Bounds(model, workload, cluster, framework), margin, wanted).run(scorer)
 
 
 def make_plan(
@@ -141,6 +183,7 @@ def make_plan(
         constraints=constraints,
         memory_margin=memory_margin,
         gpus=gpus,
+        wanted=top,
     )
     return found.plan(top)
 
@@ -241,7 +284,7 @@ def _plan(
 
 
 def _without_memory(ranking: Ranking) -> tuple[RejectedCount, ...]:
-    """What does not fit, and what fits without the margin."""
+    """Of what was scored in time and memory, what does not fit, and what fits without the margin."""
     fits = int(ranking.fits.sum())
     counts = {
         Reason.OUT_OF_MEMORY: len(ranking.batch) - fits,

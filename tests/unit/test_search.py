@@ -233,7 +233,8 @@ def test_a_margin_that_leaves_nothing_says_so_and_how_to_take_what_fits() -> Non
 
 def test_what_fits_without_fragmentation_alone_needs_no_margin_at_all() -> None:
     found = ranking([1.0, 2.0], [85, 88], margin=margin(0.1), fragmentation=6)
-    said = nothing_recommended(found, margin(0.1), {})
+    scored = exhaustive.Scored(ranking=found, method=exhaustive.EXHAUSTIVE, wanted=2, num_scored=2)
+    said = nothing_recommended(scored, margin(0.1), {})
     assert said.startswith("nothing is recommended, though 2 configs fit: nearest is ")
     assert "85 B, 6 B of fragmentation and a margin of 10.0%, 100 B of 90 B on stage 0, 10.1 B too much" in said
     assert "--memory-margin 0 would take it at your risk" in said
