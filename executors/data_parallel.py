@@ -3,7 +3,8 @@
 A stage is made of *units*: each decoder block is one, the experts of a block are another, and what stands outside the
 blocks (embedding, final norm, head) is one more. A unit is what is gathered or reduced by one collective: dense weights
 over ``mesh.shard`` (dp times cp), experts over ``mesh.experts["edp"]``, which may span what tp and cp use (parallel
-folding). With ``n`` micro-batches a step, a unit issues
+folding). Where these are the same ranks (tp, ep and etp all 1) experts belong to their block's unit. With ``n``
+micro-batches a step, a unit issues
 
 =====  ====================  ===============================  ==============================================
 stage  all_gather            reduction                        resident between micro-batches
@@ -18,7 +19,8 @@ over its own ranks, and none where these are one alone: with edp = 1 a rank's ex
 sharded at any stage. The same with and without a pipeline, for every schedule: torch's pipeline runtime would take
 FSDP's switches over and keep gradients whole until the last micro-batch, so it is not told that a stage is sharded
 (``pipeline.Chunk`` stands between them) and this module sets the switches before each backward. At stage 3 a block is
-gathered for its forward and again for its backward, its experts right behind it; the outer unit is used at both ends of
+gathered for its forward and again for its backward, its experts with it (two units of one ``fully_shard``, whose hooks
+are outside of what recompute runs again); the outer unit is used at both ends of
 the forward and right at the start of the backward, so it is freed only after a backward.
 
 Schedules that split backward run with stages 0 and 1: gradients of matrices then come for all units at once, out of
@@ -44,9 +46,7 @@ edp = 1 are sharded over one rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,13 +81,9 @@ class DataParallel:
     ) -> None:
         self.zero_stage = zero_stage
         self._module = module
-        dense, edp = mesh.shard, mesh.axis("edp") if experts else None
-        routed = {id(weight) for unit in experts for weight in unit.parameters()}
-        inside = {id(weight) for block in blocks for weight in block.parameters()}
-        units = [[weight for weight in block.parameters() if id(weight) not in routed] for block in blocks]
-        units.append([weight for weight in module.parameters() if id(weight) not in inside])
-        self._units = [(unit, dense.get_group()) for unit in units]
-        self._units += [(list(unit.parameters()), edp.get_group()) for unit in experts if edp is not None]
+        with_block = mesh.size("tp") * mesh.size("ep") * mesh.size("etp") == 1
+        routed = {} if with_block else {id(weight): weight for unit in experts for weight in unit.parameters()}
+        self._units = _units(module, blocks, routed, mesh)
         self._policy = MixedPrecisionPolicy()
         if recipe.has_master:
             self._policy = MixedPrecisionPolicy(
@@ -95,48 +91,36 @@ class DataParallel:
             )
         if recipe.has_master and zero_stage == 0:
             assert mesh.replicas is not None
-            self._shard(blocks, mesh.replicas, experts, mesh.expert_replicas)
+            self._shard(blocks, mesh.replicas, routed, mesh.expert_replicas)
         elif recipe.has_master or zero_stage:
-            alone = edp is not None and edp.size() == 1 and not recipe.has_master
-            self._shard(blocks, dense, experts, None if alone else edp)
+            alone = mesh.size("edp") == 1 and not recipe.has_master
+            self._shard(blocks, mesh.shard, routed, mesh.axis("edp") if routed and not alone else None)
 
     def _shard(
         self,
         blocks: Sequence[nn.Module],
         mesh: DeviceMesh,
-        experts: Sequence[nn.Module],
+        routed: Mapping[int, nn.Parameter],
         expert_mesh: DeviceMesh | None,
     ) -> None:
-        left_out = None
+        """``routed`` weights over ``expert_mesh``, or not at all where there is none; all others over ``mesh``."""
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": self._policy}
         if expert_mesh is None:
-            left_out = {weight for unit in experts for weight in unit.parameters()}
-            experts = ()
-        order: list[nn.Module] = [self._module]  # the last in a backward, then those before it
+            options["ignored_params"] = set(routed.values())
+        elif routed:
+            options["shard_placement_fn"] = _placement(routed, expert_mesh)
         for block in blocks:
-            inner = [unit for unit in block.modules() if any(unit is other for other in experts)]
-            for unit in inner:
-                assert expert_mesh is not None
-                self._shard_unit(unit, expert_mesh, shard_placement_fn=partial(_cut, expert_mesh.size(-1)))
-            self._shard_unit(block, mesh, ignored_params=left_out)
-            if inner:
-                assert isinstance(block, FSDPModule)
-                block.set_modules_to_forward_prefetch(inner)  # type: ignore[arg-type]
-            order += [*reversed(inner), block]
-        fully_shard(
-            self._module, mesh=mesh, mp_policy=self._policy, reshard_after_forward=False, ignored_params=left_out
-        )
+            block.register_forward_hook(_without_views)  # ahead of FSDP's own
+            fully_shard(block, reshard_after_forward=self.zero_stage == 3, **options)
+        fully_shard(self._module, reshard_after_forward=False, **options)
         for unit in self._module.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)
         # said outright, since FSDP's own guess (the order of forwards, reversed) is wrong with several in flight
-        for previous, unit in pairwise(order):
-            assert isinstance(unit, FSDPModule) and isinstance(previous, FSDPModule)
-            unit.set_modules_to_backward_prefetch([previous])
-
-    def _shard_unit(self, unit: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
-        unit.register_forward_hook(_without_views)  # ahead of FSDP's own
-        fully_shard(unit, mesh=mesh, mp_policy=self._policy, reshard_after_forward=self.zero_stage == 3, **options)
+        for previous, block in zip([self._module, *blocks], blocks, strict=False):
+            assert isinstance(block, FSDPModule) and isinstance(previous, FSDPModule)
+            block.set_modules_to_backward_prefetch([previous])
 
     def before_backward(self, *, last: bool) -> None:
         """Say whether the coming backward is the step's last one of this stage."""
@@ -169,10 +153,43 @@ class DataParallel:
                 all_reduce_flat(grads, group)
 
 
-def _cut(num_shards: int, weight: nn.Parameter) -> Shard:
-    """Along which dimension experts' weights are cut, as the module says."""
-    dims = [dim for dim, size in enumerate(local(weight).shape) if size % num_shards == 0]
-    return Shard(dims[0] if dims else 0)
+def _units(
+    module: nn.Module, blocks: Sequence[nn.Module], routed: Mapping[int, nn.Parameter], mesh: Mesh
+) -> list[tuple[list[nn.Parameter], dist.ProcessGroup]]:
+    """The parameters of each unit, and the ranks that hold the same."""
+    inside = {id(weight) for block in blocks for weight in block.parameters()}
+    dense, units = mesh.shard.get_group(), []
+    for block in blocks:
+        weights = list(block.parameters())
+        units.append(([weight for weight in weights if id(weight) not in routed], dense))
+        if routed:
+            units.append(([weight for weight in weights if id(weight) in routed], mesh.axis("edp").get_group()))
+    units.append(([weight for weight in module.parameters() if id(weight) not in inside], dense))
+    return [(unit, group) for unit, group in units if unit]
+
+
+def _placement(routed: Mapping[int, nn.Parameter], mesh: DeviceMesh) -> Callable[[nn.Parameter], Any]:
+    """Tells FSDP2 where and how the ``routed`` weights are cut: over ``mesh``, as the module says."""
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+    except ImportError:
+        raise InputError(
+            f"torch {torch.__version__} shards all weights of a block over the same ranks: experts over ep, etp or tp "
+            "with ZeRO or master weights need torch 2.13"
+        ) from None
+    place: FSDPMeshInfo = (
+        FSDPMeshInfo(mesh, shard_mesh_dim=0)
+        if mesh.ndim == 1
+        else HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+    )
+
+    def placed(weight: nn.Parameter) -> ShardPlacementResult | None:
+        if id(weight) not in routed:
+            return None
+        dims = [dim for dim, size in enumerate(local(weight).shape) if size % place.shard_mesh_size == 0]
+        return ShardPlacementResult(placement=Shard(dims[0] if dims else 0), mesh_info=place)
+
+    return placed
 
 
 def _without_views(block: nn.Module, given: object, output: object) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from meshwright.executors.apply import ParallelModel, parallelize
 from meshwright.executors.counting import count_collectives
 from meshwright.planner.plan import Plan, default_stages
 from meshwright.profiler.launch import Rank, RankError, run_ranks
-from meshwright.profiler.model import load_model
+from meshwright.profiler.layers import MoeLayer
+from meshwright.profiler.model import ModelSpec, load_model
 
 SEQUENCE = 8
 CASE_TIMEOUT_S = 60.0
@@ -58,6 +59,7 @@ OPTIONS = {"vocab": "vocab_size", "kv": "num_kv_heads", "layers": "num_layers"}
 HF_NAMES = {
     "vocab": "vocab_size", "kv": "num_key_value_heads", "layers": "num_hidden_layers", "window": "sliding_window",
 }  # fmt: skip
+EXPERT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts")
 AUXILIARY_LOSS = 0.5  # its coefficient under the word "aux": large, so that it cannot hide
 
 
@@ -68,11 +70,17 @@ def parse(line: str) -> Case:
     """
     model_words, config_words, batch_words = (part.split() for part in line.split("|"))
     kind, *model_words = model_words
-    names = OPTIONS if kind == "example" else HF_NAMES
+    names = OPTIONS if kind in ("example", "moe") else HF_NAMES
     model_options: dict[str, Any] = {}
     for word in model_words:
         if word == "aux":
-            model_options |= {"output_router_logits": True, "router_aux_loss_coef": AUXILIARY_LOSS}
+            model_options["router_aux_loss_coef"] = AUXILIARY_LOSS
+            model_options |= {"output_router_logits": True} if kind != "moe" else {}
+        elif word == "capacity":
+            model_options |= {"capacity_factor": 1.0, "group_tokens": 2}
+        elif word.startswith("experts"):
+            name = next(name for name in EXPERT_NAMES if name in MOE_SIZES[kind])
+            model_options[name] = int(word.removeprefix("experts"))
         elif word == "twoway":
             model_options["causal"] = False
         elif word == "tied":
@@ -131,6 +139,19 @@ def _plain(**options: Any) -> tuple[nn.Module, dict[str, Any]]:
         "max_position_embeddings": config.max_seq_len, "tie_word_embeddings": config.tied,
     }  # fmt: skip
     return example.Llama(config), fields
+
+
+def _example_moe(**options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    from moe import Moe, MoeConfig
+
+    config = MoeConfig(**{**LLAMA_SIZES, "ffn_size": 0, "expert_ffn_size": 16, **options})
+    fields = {
+        "model_type": "mixtral", "vocab_size": config.vocab_size, "hidden_size": config.hidden,
+        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads, "intermediate_size": config.expert_ffn_size,
+        "num_local_experts": config.num_experts, "num_experts_per_tok": config.top_k,
+    }  # fmt: skip
+    return Moe(config), fields
 
 
 HF_SIZES: dict[str, dict[str, Any]] = {
@@ -206,7 +227,9 @@ class _Double(TorchFunctionMode):
 def build_model(case: Case) -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
     options = case.model_options
-    model, fields = _plain(**options) if case.model == "example" else _hugging_face(case.model, **options)
+    examples: dict[str, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {"example": _plain, "moe": _example_moe}
+    build = examples.get(case.model, partial(_hugging_face, case.model))
+    model, fields = build(**options)
     with torch.no_grad():
         for weight in model.parameters():  # biases and norms too: their gradients must not hide behind zeros and ones
             weight.add_(0.1 * torch.randn(weight.shape))
@@ -217,7 +240,7 @@ def build_model(case: Case) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def build_plan(case: Case, fields: dict[str, Any]) -> Plan:
-    config, spec = case.config, load_model(fields)
+    config, spec = case.config, _with_capacity(load_model(fields), case)
     batch = sum(case.micro_batches) * config.micro_batch_size
     return Plan(
         framework="meshwright", model=spec,
@@ -226,6 +249,20 @@ def build_plan(case: Case, fields: dict[str, Any]) -> Plan:
         stages=default_stages(spec, config, "cpu"), micro_batches_per_data_rank=case.micro_batches,
         cost=None, memory=None, search=None,
     )  # fmt: skip
+
+
+def _with_capacity(spec: ModelSpec, case: Case) -> ModelSpec:
+    changed = {
+        name: case.model_options[name] for name in ("capacity_factor", "group_tokens") if name in case.model_options
+    }
+    blocks = tuple(
+        replace(
+            block,
+            layers=tuple(replace(layer, **changed) if isinstance(layer, MoeLayer) else layer for layer in block.layers),
+        )
+        for block in spec.blocks
+    )
+    return replace(spec, blocks=blocks)
 
 
 def batch_of(case: Case, plan: Plan, step: int) -> tuple[Tensor, Tensor]:
@@ -265,7 +302,8 @@ def _auxiliary_loss(case: Case, model: Any, tokens: Tensor) -> Tensor:
         model(part)
     for handle in handles:
         handle.remove()
-    top_k, total = model.config.num_experts_per_tok, torch.zeros((), dtype=torch.float64)
+    top_k = getattr(model.config, "num_experts_per_tok", None) or model.config.top_k
+    total = torch.zeros((), dtype=torch.float64)
     for logits in found:
         probabilities = logits.softmax(-1)
         chosen = torch.zeros_like(logits).scatter(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
@@ -291,7 +329,7 @@ def reference(case: Case, model: nn.Module, plan: Plan) -> Reference:
         batch = batch_of(case, plan, step)
         loss = _mean_loss(model, *batch)
         (
-            loss + _auxiliary_loss(case, model, batch[0]) if "output_router_logits" in case.model_options else loss
+            loss + _auxiliary_loss(case, model, batch[0]) if "router_aux_loss_coef" in case.model_options else loss
         ).backward()
         if step == 0:
             first_loss = loss.item()
