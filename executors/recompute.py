@@ -1,8 +1,8 @@
 """Recompute: what a block throws away in forward and computes again for backward (Chen et al., arXiv 1604.06174).
 
 ``full``
-    Only the block's input is kept. The backward first runs the block's forward again, collectives of tensor parallelism
-    included, up to the last tensor that the backward needs: what follows it (the last projection of the block, the
+    Only the block's input is kept. The backward first runs the block's forward again, collectives of tensor and context
+    parallelism included, up to the last tensor that the backward needs: what follows it (the last projection of the block, the
     residual addition, and the collective behind them) is not repeated.
 ``selective``
     The outputs of 2-D and grouped matrix products (every projection, experts' too), of fused attention (with its
@@ -10,7 +10,8 @@
     additions, reshapes, casts and dropout are computed again. Batched matrix products and softmax, which are attention
     where it is not fused, are computed again too: their outputs grow with the square of the sequence (Korthikanti et
     al., arXiv 2205.05198). So no projection is computed twice and no collective issued twice. Of a projection split by
-    rows over tp the sum is kept, not this rank's part of it (``partial_product``).
+    rows over tp the sum is kept, not this rank's part of it (``partial_product``). Attention over the ranks of a ring
+    counts as one operator: its messages are not sent again (``kept_outputs``).
 
 Random numbers are replayed, so dropout is the same both times.
 """
