@@ -2,8 +2,8 @@
 
 ``full``
     Only the block's input is kept. The backward first runs the block's forward again, collectives of tensor and context
-    parallelism included, up to the last tensor that the backward needs: what follows it (the last projection of the block, the
-    residual addition, and the collective behind them) is not repeated.
+    parallelism included, up to the last tensor that the backward needs: what follows it (the last projection of the
+    block, the residual addition, and the collective behind them) is not repeated.
 ``selective``
     The outputs of 2-D and grouped matrix products (every projection, experts' too), of fused attention (with its
     log-sum-exp) and of collectives are kept, with the block's input. Norms, rotary positions, activations, residual
