@@ -165,10 +165,14 @@ def _parts(
     gather, reduce = framework.overlap_dp_gather * on_streams, reduce_overlap(framework, batch) * on_streams
     hidden_tp = framework.overlap_tp * on_streams
     backward = kernels.backward_input + kernels.backward_weight
-    near = inside.get(("dp", "forward"), zero)
-    dp_forward, hidden_forward = hide(spent.get(("dp", "forward"), zero), gather, kernels.forward, cluster, near)
+    ep_forward, ep_backward, hidden_ep = _exchanged(spent, kernels, cluster, framework, batch)
+    # rows exchanged inside a node leave the network to weights and gradients
+    inner = groups["ep"].inside[0] >= groups["ep"].size if "ep" in groups and cluster.tiers else False
+    behind, near = kernels.forward + np.where(inner, ep_forward, 0.0), inside.get(("dp", "forward"), zero)
+    dp_forward, hidden_forward = hide(spent.get(("dp", "forward"), zero), gather, behind, cluster, near)
     both, near = spent.get(("dp", "backward"), zero), inside.get(("dp", "backward"), zero)
-    dp_backward, hidden_backward = hide(both, np.minimum(gather, reduce), backward + kernels.recompute, cluster, near)
+    behind = backward + kernels.recompute + np.where(inner, ep_backward, 0.0)
+    dp_backward, hidden_backward = hide(both, np.minimum(gather, reduce), behind, cluster, near)
     dp_forward = dp_forward + copied.get(("dp", "forward"), zero)
     dp_backward = dp_backward + copied.get(("dp", "backward"), zero)
     tp_forward, hidden_tp_forward = hide(spent.get(("tp", "forward"), zero), hidden_tp, kernels.forward, cluster)
@@ -178,7 +182,6 @@ def _parts(
     tp_backward, hidden_tp_backward = hide(spent.get(("tp", "backward"), zero), more, behind, cluster)
     tp_again, hidden_tp_again = hide(spent.get(("tp", "recompute"), zero), hidden_tp, kernels.recompute, cluster)
     tp_backward, hidden_tp_backward = tp_backward + tp_again, hidden_tp_backward + hidden_tp_again
-    ep_forward, ep_backward, hidden_ep = _exchanged(spent, kernels, cluster, framework, batch)
     cp_forward, cp_backward, hidden_cp = _context(spent, inside, kernels, cluster, framework, batch)
     each_rank_s = framework.host.checked_collective_s + (batch.pp > 1) * framework.host.pipelined_collective_s
     call_s = framework.host.collective_s + batch.tp * each_rank_s
