@@ -7,7 +7,7 @@ lies between them in backward too.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -23,12 +23,25 @@ _ops = torch.ops._c10d_functional  # functional forms: selective recompute can k
 
 
 @record
+class Arrived:
+    """Rows that one part brings to this rank's experts: ``num_rows`` of each expert, which end at ``ends`` (int32).
+
+    ``places``: where the rows of each expert in turn lie among those that arrived, None where they lie so already; those
+    of each rank of the etp group, where rows are gathered, are padded to ``longest``.
+    """
+
+    num_rows: list[int]
+    ends: Tensor
+    places: Tensor | None
+    longest: int
+
+
+@record
 class Part:
     """One part of a rank's tokens on its way to the experts and back, ``k`` choices a token.
 
     ``order``: the choices that travel, ``[sent rows]``, as places in ``[tokens * k]``, sorted by expert. ``sent`` and
-    ``received``: rows to and from each rank of the ep group. ``arrived`` ``[etp][ep][local experts]``: the rows that
-    this rank works on, in that order; ``etp`` is 1 where no rows are gathered.
+    ``received``: rows to and from each rank of the ep group.
     """
 
     num_tokens: int
@@ -36,29 +49,25 @@ class Part:
     order: Tensor
     sent: list[int]
     received: list[int]
-    arrived: list[list[list[int]]]
+    arrived: Arrived
 
-    @property
-    def rows_of_experts(self) -> list[int]:
-        """Rows that each local expert works on."""
-        return [sum(rows) for rows in zip(*(source for peer in self.arrived for source in peer), strict=True)]
 
-    @property
-    def rows_of_peers(self) -> list[int]:
-        """Rows that each rank of the etp group gives."""
-        return [sum(sum(source) for source in peer) for peer in self.arrived]
-
-    def places_by_expert(self, device: torch.device) -> Tensor:
-        """Where the rows of each expert in turn lie among those that arrived, each etp peer's padded to the longest."""
-        peers = self.rows_of_peers
-        longest, local = max(peers), len(self.arrived[0][0])
-        sizes, experts = [], []
-        for peer, total in zip(self.arrived, peers, strict=True):
-            sizes += [*(rows for source in peer for rows in source), longest - total]
-            experts += [*(expert for _ in peer for expert in range(local)), local]
-        lengths = torch.tensor(sizes, device=device)
-        expert = torch.tensor(experts, device=device).repeat_interleave(lengths, output_size=longest * len(peers))
-        return expert.argsort(stable=True)[: sum(peers)]
+def arrivals(sizes: list[list[list[int]]], device: torch.device) -> Arrived:
+    """From ``sizes`` ``[etp][ep][local experts]``, the rows that arrive, in that order. Copies to the device once."""
+    peers = [sum(map(sum, peer)) for peer in sizes]
+    longest, local = max(1, *peers), len(sizes[0][0])
+    num_rows = [sum(rows) for rows in zip(*(source for peer in sizes for source in peer), strict=True)]
+    runs, experts = [], []  # lengths of runs of rows of one expert; padding counts as one more
+    for peer, total in zip(sizes, peers, strict=True):
+        runs += [*(rows for source in peer for rows in source), longest - total]
+        experts += [*(expert for _ in peer for expert in range(local)), local]
+    numbers = torch.tensor([*accumulate(num_rows), *runs, *experts], device=device)
+    ends, lengths, of_runs = numbers.split([local, len(runs), len(experts)])
+    places = None
+    if len(sizes) * len(sizes[0]) > 1:
+        of_rows = of_runs.repeat_interleave(lengths, output_size=longest * len(sizes))
+        places = of_rows.argsort(stable=True)[: sum(peers)]
+    return Arrived(num_rows=num_rows, ends=ends.int(), places=places, longest=longest)
 
 
 def count_choices(index: Tensor, num_experts: int) -> Tensor:
@@ -108,7 +117,7 @@ def plan_parts(
                 order=order[: sum(rows)],
                 sent=rows,
                 received=[sum(source) for source in sizes[own]],
-                arrived=sizes,
+                arrived=arrivals(sizes, index.device),
             )
         )
     return parts

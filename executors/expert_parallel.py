@@ -58,7 +58,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright import InputError
 from meshwright.executors.expert_compute import run_experts
-from meshwright.executors.expert_dispatch import Exchange, Group, Part, plan_parts, put, spread, take
+from meshwright.executors.expert_dispatch import Arrived, Exchange, Group, Part, plan_parts, put, spread, take
 from meshwright.executors.expert_modules import (
     SLICE_AXES,
     ExpertPlace,
@@ -123,25 +123,23 @@ class _Layer:
             if number + 1 < num_chunks:
                 following = parts[number + 1]
                 rows.append(there[number + 1].start(spread(pieces[number + 1], following.order, following.top_k)))
-            rows[number] = back[number].start(self._work(module, there[number].wait(rows[number]), part))
+            rows[number] = back[number].start(self._work(module, there[number].wait(rows[number]), part.arrived))
         shares = weights.split([part.num_tokens for part in parts])
         added = [_weighted(back[number].wait(rows[number]), part, shares[number]) for number, part in enumerate(parts)]
         whole: Tensor = added[0] if num_chunks == 1 else torch.cat(added)
         return whole.to(x.dtype)
 
-    def _work(self, module: nn.Module, rows: Tensor, part: Part) -> Tensor:
+    def _work(self, module: nn.Module, rows: Tensor, arrived: Arrived) -> Tensor:
         """This rank's experts on the rows that arrived, results in the same places."""
         num_rows, gathers = rows.shape[0], self.groups.gathers
-        longest = max(1, *part.rows_of_peers)
         if gathers is not None:
-            if num_rows < longest:
-                rows = put(rows, torch.arange(num_rows, device=rows.device), longest)
+            if num_rows < arrived.longest:
+                rows = put(rows, torch.arange(num_rows, device=rows.device), arrived.longest)
             rows = gather_sequence(rows, gathers)
-        places = None if self.groups.ep is None and gathers is None else part.places_by_expert(rows.device)
-        by_expert = rows if places is None else take(rows, places)
-        result = run_experts(module, self.shape, by_expert, part.rows_of_experts, adds_bias=self.groups.adds_bias)
-        if places is not None:
-            result = put(result, places, rows.shape[0])
+        by_expert = rows if arrived.places is None else take(rows, arrived.places)
+        result = run_experts(module, self.shape, by_expert, arrived, adds_bias=self.groups.adds_bias)
+        if arrived.places is not None:
+            result = put(result, arrived.places, rows.shape[0])
         return result if gathers is None else scatter_sequence(result, gathers)[:num_rows]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from meshwright import InputError
 from meshwright.cost_models.strategy import ParallelConfig
 from meshwright.executors.expert_compute import grouped_product
-from meshwright.executors.expert_dispatch import Part, balanced_sizes, count_choices, put, spread, take
+from meshwright.executors.expert_dispatch import arrivals, balanced_sizes, count_choices, put, spread, take
 from meshwright.executors.expert_modules import ExpertShape, find_experts
 from meshwright.executors.expert_routing import check_token_groups
 from meshwright.executors.tp_layout import take_part
@@ -98,12 +98,11 @@ def test_balanced_sizes_add_up() -> None:
 
 def test_rows_are_put_in_the_order_of_experts() -> None:
     """Two etp peers, two ranks each, two experts; the second peer gives one row less and is padded."""
-    part = Part(
-        num_tokens=0, top_k=1, order=torch.zeros(0), sent=[], received=[], arrived=[[[1, 1], [0, 1]], [[0, 1], [1, 0]]]
-    )
-    assert part.rows_of_peers == [3, 2] and part.rows_of_experts == [2, 3]
+    arrived = arrivals([[[1, 1], [0, 1]], [[0, 1], [1, 0]]], torch.device("cpu"))
+    assert arrived.num_rows == [2, 3] and arrived.ends.tolist() == [2, 5] and arrived.longest == 3
     # rows: 0 expert 0, 1 and 2 expert 1 | 3 expert 1, 4 expert 0, 5 padding
-    assert part.places_by_expert(torch.device("cpu")).tolist() == [0, 4, 1, 2, 3]
+    assert arrived.places is not None and arrived.places.tolist() == [0, 4, 1, 2, 3]
+    assert arrivals([[[2, 3]]], torch.device("cpu")).places is None
 
 
 def test_choices_are_counted_without_those_dropped() -> None:
@@ -121,7 +120,7 @@ def test_rows_on_their_way_have_exact_gradients() -> None:
 def test_an_expert_without_rows_has_a_gradient_of_zero() -> None:
     rows = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
     matrices = torch.ones(3, 2, 4, dtype=torch.float64, requires_grad=True)
-    grouped_product(rows, matrices, [1, 0, 2]).sum().backward()
+    grouped_product(rows, matrices, arrivals([[[1, 0, 2]]], torch.device("cpu"))).sum().backward()
     assert matrices.grad is not None and matrices.grad.sum((1, 2)).tolist() == [8.0, 0.0, 16.0]
 
 
