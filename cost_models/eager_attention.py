@@ -133,7 +133,10 @@ def _attend(writer: Writer, reads: tuple[int, int, int], heads: Heads) -> int:
     if ulysses:
         reads, heads = _exchange_heads(writer, reads, heads)
     out = _ring(writer, reads, heads) if ring else _one_width_kernel(writer, reads, heads)
-    return _exchange_sequence(writer, out, heads) if ulysses else out
+    if ulysses:
+        return _exchange_sequence(writer, out, heads)
+    # what was cut out of wider outputs is laid out anew for the product
+    return writer.tape.run(out, writer.bytes_of(out)) if heads.width > heads.value_width else out
 
 
 def _flash_backward(writer: Writer, heads: Heads, rows: Bytes, keys: Bytes, width: int) -> Bytes:
@@ -166,8 +169,9 @@ def _one_width_kernel(writer: Writer, reads: tuple[int, int, int], heads: Heads)
     statistics = writer.tape.run((), tokens * heads.queries * 4.0, kept=True)
     padded = tokens * heads.keys * width * size if width > heads.value_width else 0.0
     beside = _flash_backward(writer, heads, _rows(writer), tokens, width) if size < 4.0 else 0.0
-    if width > heads.value_width:  # output, its gradient and values in backward
+    if width > heads.value_width:  # output, its gradient and values in backward; the values' gradient stays so wide
         beside = beside + 2.0 * out + padded
+        writer.tape.gradients[reads[2]] = padded
     return writer.tape.run(
         reads, out, saves=(*reads, statistics), saves_output=True, forward=padded, backward=beside, kept=True,
         repeats=False,
@@ -218,7 +222,7 @@ def _ring(writer: Writer, reads: tuple[int, int, int], heads: Heads) -> int:
 
     Forward: the output so far in float32, a part of it, the product that is added, and one or two messages. Backward:
     gradients of queries in float32; those of keys and values at home, and from the third step on a message with them
-    that leaves and one that comes; the part at hand and the one before.
+    that leaves and one that comes; the part at hand and the one before it.
     """
     batch, size, wide = writer.batch, writer.size, writer.wide
     places = batch.cp_ring
@@ -230,17 +234,24 @@ def _ring(writer: Writer, reads: tuple[int, int, int], heads: Heads) -> int:
     widened = width > heads.value_width
     padded = tokens * heads.keys * width * size if widened else 0.0
     forward = 2.0 * out * (wide / size) + np.where(places > 2, 2.0, 1.0) * message * size + padded
-    kernel = _flash_backward(writer, heads, _rows(writer), tokens, width) if size < 4.0 else 0.0
+    # keys and values of a block from elsewhere that are met, and their gradients as the kernel gives them
+    share = 0.5 if heads.causal else 1.0
+    given = tokens * heads.keys * 2.0 * width if widened else message
+    kernels = [
+        _flash_backward(writer, heads, _rows(writer), tokens * part, width) if size < 4.0 else 0.0
+        for part in (1.0, share)
+    ]
     if widened:
-        kernel = kernel + 2.0 * tokens * heads.queries * width * size + padded
-    part = message / 2.0 if heads.causal else message  # of keys and values that a block from elsewhere is met with
+        kernels = [kernel + 2.0 * tokens * heads.queries * width * size + padded for kernel in kernels]
     sums = wide * (queries + message)
-    first = sums + 2.0 * message * size + size * (queries + message)
-    second = sums + np.where(places > 2, 2.0, 1.0) * message * size + size * (2.0 * queries + message + part)
-    later = (
-        sums + 2.0 * wide * message + np.where(places > 3, 2.0, 1.0) * message * size + size * 2.0 * (queries + part)
-    )
-    most = np.maximum(np.maximum(first, second), np.where(places > 2, later, 0.0)) + kernel
+    first = sums + 2.0 * message * size + size * (queries + given) + kernels[0]
+    second = sums + np.where(places > 2, 2.0, 1.0) * message * size + kernels[1]
+    second = second + size * (2.0 * queries + (1.0 + share) * given)
+    later = sums + 2.0 * wide * message + np.where(places > 3, 2.0, 1.0) * message * size + kernels[1]
+    later = later + size * 2.0 * (queries + share * given)
+    # all done, the last messages still there, gradients cast
+    last = sums + 2.0 * wide * message + size * (2.0 * (queries + message) + share * given)
+    most = np.maximum(np.maximum(first, second), np.maximum(np.where(places > 2, later, 0.0), last))
     return writer.tape.run(
         reads, out, saves=(*reads, statistics), saves_output=True, forward=forward,
         backward=most - size * (queries + message), kept=True, repeats=False,

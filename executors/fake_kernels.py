@@ -7,6 +7,7 @@ the CPU's kernels save. ``cuda_kernels`` puts in their place what runs on a GPU:
   (grouped heads unrepeated), its output, and a float32 log-sum-exp ``[batch, heads, sequence]``; else the
   memory-efficient kernel, or the written-out one for what that refuses (grouped heads). torch's own choice, in
   ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``.
+* attention in parts, under context parallelism: the flash kernel, as on CUDA (``attention_kernels``).
 * ``rms_norm``: the fused kernel, which saves its input and a float32 number a row (on a CPU: float32 copies).
 
 ``workspace_bytes`` is what a kernel allocates for itself while it runs, which no operator returns.
@@ -25,6 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
+from meshwright.executors import attention_kernels
+
 _aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -35,6 +38,7 @@ def cuda_kernels() -> Iterator[None]:
     with (
         patch.object(functional, "scaled_dot_product_attention", _attention),
         patch.object(functional, "rms_norm", _rms_norm),
+        patch.object(attention_kernels, "on_cuda", lambda x: True),
     ):
         yield
 
@@ -103,12 +107,13 @@ def workspace_bytes(operator: Any, args: Sequence[Any]) -> int:
     queries in float32 and a float32 number a row, both for a sequence rounded up to 128, and with grouped heads the
     gradients of keys and values before they are summed over a group.
     """
-    if operator is not _aten._scaled_dot_product_flash_attention_backward.default:
+    if operator is _aten._scaled_dot_product_flash_attention_backward.default:
+        (batch, heads, length, width), (_, kv_heads, kv_length, _) = args[1].shape, args[2].shape
+    elif operator is _aten._flash_attention_backward.default:
+        (batch, length, heads, width), (_, kv_length, kv_heads, _) = args[1].shape, args[2].shape
+    else:
         return 0
-    query, key = args[1], args[2]
-    batch, heads, length, width = query.shape
     rows = batch * heads * (-(-length // 128) * 128)
     accumulated = rows * (-(-width // 32) * 32) * 4 + rows * 4
-    grouped = heads != key.shape[1]
-    repeated = 2 * batch * heads * key.shape[2] * width * key.element_size() if grouped else 0
+    repeated = 2 * batch * heads * kv_length * width * args[2].element_size() if heads != kv_heads else 0
     return int(accumulated + repeated)
