@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
+Axis = Literal["tp", "cp_ring", "cp_ulysses", "ep", "etp", "edp", "dp"]
 Phase = Literal["forward", "backward", "recompute", "first_forward", "last_backward", "end"]
 PER_MICROBATCH: tuple[Phase, ...] = ("forward", "backward", "recompute")
 
@@ -23,7 +24,7 @@ class Collective:
     ``in_shard`` says that of the data ranks only those that share one copy of the weights take part.
     """
 
-    axis: Literal["tp", "cp_ring", "cp_ulysses", "ep", "etp", "edp", "dp"]
+    axis: Axis
     op: str
     phase: Phase
     calls: FloatArray
