@@ -101,7 +101,7 @@ PUBLISHED_ROUNDED = {
 }
 
 # Parameters per token, in billions: arXiv 2401.04088, 2505.09388 table 2, 2405.04434, 2412.19437, 2507.20534 table 2,
-# 2404.14219 (Phi-3.5-MoE); Llama 4's model card.
+# 2404.14219 (Phi-3.5-MoE); Llama 4's model card; 2508.10925 table 1, which leaves the table of 0.58 out.
 PUBLISHED_ACTIVE = {
     "mixtral-8x7b": 12.9,
     "mixtral-8x22b": 39.1,
@@ -111,6 +111,8 @@ PUBLISHED_ACTIVE = {
     "deepseek-v3": 37.6,
     "qwen2-57b-a14b": 14.2,
     "kimi-k2": 32.6,
+    "gpt-oss-20b": 3.61 + 0.58,
+    "gpt-oss-120b": 5.13 + 0.58,
     "phi-3.5-moe": 6.6,
     "llama4-scout": 17.0,
     "llama4-maverick": 17.0,
