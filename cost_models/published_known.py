@@ -64,6 +64,7 @@ def known_model(row: Row) -> tuple[ModelSpec, tuple[str, ...]] | None:
     return model, (f"layers of {preset.name} by its public config", *notes)
 
 
+@lru_cache(maxsize=1024)
 def preset_named(name: str) -> ModelPreset | None:
     """The preset that a name starts with, whatever the case and the separators: the longest, ``None`` without any.
 

@@ -132,7 +132,9 @@ def hardware_flops(model: ModelSpec, workload: Workload, recompute: Recompute) -
         )
         return whole + (whole - head) / 3.0
     core = sum(
-        block.repeat * 2.0 * layer.num_heads * (layer.head_dim + layer.value_head_dim) * workload.seq_len
+        block.repeat
+        * (2.0 * layer.num_heads * workload.seq_len)
+        * (layer.head_dim + layer.rope_head_dim + layer.value_head_dim)
         for block in model.decoder_blocks
         for layer in block.layers
         if isinstance(layer, AttentionLayer)
