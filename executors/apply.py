@@ -8,6 +8,7 @@ of experts, edp; and the pipeline's runtime runs the result.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -49,6 +50,8 @@ from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy, find_anatomy
 from meshwright.profiler.cluster import ClusterProfile
 
+logger = logging.getLogger(__name__)
+
 
 def parallelize(
     model: nn.Module, plan: Plan, loss_fn: LossFunction | None = None, *, cluster: ClusterProfile | None = None
@@ -81,6 +84,8 @@ def parallelize(
     stages = _own_stages(model, anatomy, plan, mesh, loss)
     context = ContextParallel(mesh.context) if mesh.context is not None else None
     chunks = [_split_stage(index, module, plan, mesh, rules, context) for index, module in stages]
+    for note in sorted({chunk.experts.note for chunk in chunks if chunk.experts} - {""}):
+        logger.log(logging.WARNING if dist.get_rank() == 0 else logging.DEBUG, note)
     return ParallelModel(plan, mesh, anatomy, chunks, context, check_count=loss_fn is not None)
 
 

@@ -296,7 +296,7 @@ def split_experts(
         mesh.experts[SLICE_AXES] if mesh.experts is not None and is_cut else None,
         tuple(axis.get_group() for axis in shards if axis.size() > 1),
         {place.name: model.get_submodule(place.name) for place in places},
-        note if places else "",
+        note,
     )
     for place in places:
         split._add(model, place, groups, auxiliary)
@@ -322,7 +322,7 @@ def _auxiliary(model: nn.Module, mesh: Mesh, *, alike: bool, num_microbatches: i
         across_layers=across,
     )
     changed = (
-        "the auxiliary loss is that of each layer in each micro-batch, added up over layers and averaged over "
-        "micro-batches, where the model's own takes all layers together"
+        f"the auxiliary loss (router_aux_loss_coef={coefficient:g}) is that of each layer over one micro-batch, added up "
+        "over layers and averaged over micro-batches; Hugging Face's own takes all layers together, about one layer's"
     )
     return auxiliary, changed if of_hugging_face and not across else ""

@@ -111,7 +111,8 @@ class Routing:
         else:
             slope = partial(torch.mul, chosen, scale / num_tokens**2)
         if not _in_backward():
-            self._layers.add(chosen, num_tokens)
+            if auxiliary.across_layers:
+                self._layers.add(chosen, num_tokens)
             self._losses.append(partial(_product, slope, summed.detach()))
         passed: Tensor = _Auxiliary.apply(weights, summed, slope)
         return passed
