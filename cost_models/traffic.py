@@ -32,9 +32,9 @@ from meshwright.cost_models.residency import expert_shards
 from meshwright.cost_models.schedules import stage_indices
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig, Recompute
 from meshwright.cost_models.target_torch import MESHWRIGHT
-from meshwright.cost_models.weights import vocab_rows
+from meshwright.cost_models.weights import Cut, layer_weights, vocab_rows
 from meshwright.cost_models.workload import Workload
-from meshwright.profiler.layers import AttentionLayer, MlpLayer, MoeLayer, NormLayer
+from meshwright.profiler.layers import AttentionKind, AttentionLayer, MlpLayer, MoeLayer, NormLayer
 from meshwright.profiler.model import Block, BlockKind, ModelSpec
 
 FloatArray = NDArray[np.float64]
@@ -76,9 +76,9 @@ def tied_bytes(model: ModelSpec, workload: Workload, batch: ConfigBatch) -> Floa
 def shared_grad_bytes(block: Block, workload: Workload, batch: ConfigBatch) -> FloatArray:
     """Bytes a block adds to the one all_reduce over tp that ends a step: gradients of which each rank has a part.
 
-    Norms and biases of row splits with sequence parallelism, norms on queries and keys always, and where tp exceeds
-    the key/value heads the gradients of keys and values, whole (``executors/tensor_parallel.py``). With ZeRO each rank
-    adds up its shard.
+    Norms, routers and biases of row splits with sequence parallelism, norms on queries and keys and the latent
+    projections of MLA always, and where tp exceeds the key/value heads the gradients of keys and values, whole
+    (``executors/tensor_parallel.py``). With ZeRO each rank adds up its shard.
     """
     numbers = np.zeros(len(batch))
     for layer in block.layers:
@@ -87,6 +87,11 @@ def shared_grad_bytes(block: Block, workload: Workload, batch: ConfigBatch) -> F
             on_shards = float(layer.params)
         elif isinstance(layer, MlpLayer):
             on_shards = float(layer.hidden * layer.bias)
+        elif isinstance(layer, MoeLayer):
+            on_shards = float(layer.num_experts * layer.hidden)
+        elif isinstance(layer, AttentionLayer) and layer.attention_kind is AttentionKind.MLA:
+            whole = [weight for weight in layer_weights(layer) if weight.cut is Cut.WHOLE]
+            numbers = numbers + float(sum(weight.copies * weight.rows * weight.columns for weight in whole))
         elif isinstance(layer, AttentionLayer):
             on_shards = float(layer.hidden * layer.out_bias)
             kv = layer.num_kv_heads * (layer.head_dim + layer.value_head_dim) * (layer.hidden + layer.qkv_bias)
@@ -150,8 +155,8 @@ def _decoder(
 ) -> list[Collective]:
     """A sum (or gather and reduce-scatter) for each cut layer, forward and backward.
 
-    Under sequence parallelism routed experts are exchanged for tokens instead (``expert_traffic``); shared ones are a
-    cut layer.
+    Under sequence parallelism routed experts are exchanged for tokens instead (``expert_traffic``); without, their
+    partial results are summed as those of a cut layer. Shared ones are a cut layer.
 
     Full recompute repeats the forward, where the target stops early up to the last tensor that backward needs: all but
     the last sum; selective recompute may repeat the gathers. A target that saves the sharded input of a matmul
@@ -159,8 +164,10 @@ def _decoder(
     """
     hidden = _hidden_bytes(model, workload, batch)
     gathered = hidden * _gathered_share(workload, framework)
-    cut = float(sum(isinstance(layer, AttentionLayer | MlpLayer | MoeLayer) for layer in block.layers))
-    shards = cut - sum(isinstance(layer, MoeLayer) and not layer.shared_ffn_size for layer in block.layers)
+    experts = [layer for layer in block.layers if isinstance(layer, MoeLayer)]
+    shared = sum(layer.shared_ffn_size > 0 for layer in experts)
+    shards = float(shared + sum(isinstance(layer, AttentionLayer | MlpLayer) for layer in block.layers))
+    cut = shards + len(experts)
     sp, full = batch.sequence_parallel, batch.is_recompute(Recompute.FULL)
     again = full | (batch.is_recompute(Recompute.SELECTIVE) & framework.selective.gathers)
     entries = []
@@ -168,7 +175,7 @@ def _decoder(
     for phase, sums, gathers, scatters in (
         ("forward", cut, shards, shards),
         ("backward", cut, shards * (1.0 + framework.regathers_sequence), shards),
-        ("recompute", cut - last, shards, shards - last * (shards == cut)),
+        ("recompute", cut - last, shards, shards - last * (not experts)),
     ):
         every = np.ones(len(batch), dtype=np.bool_)
         on, gathering = (full, again) if phase == "recompute" else (every, every)
@@ -177,6 +184,8 @@ def _decoder(
             _tp("all_gather", phase, np.where(gathering & sp, gathers, 0.0), gathered, batch),  # type: ignore[arg-type]
             _tp("reduce_scatter", phase, np.where(on & sp, scatters, 0.0), hidden, batch),  # type: ignore[arg-type]
         ]
+    for layer in experts:  # gradients of the tokens' weights, of which each rank's slice of the experts gives a part
+        entries.append(_tp("all_reduce", "backward", ~sp * 1.0, hidden / layer.hidden * layer.top_k, batch))
     return entries
 
 
