@@ -26,6 +26,8 @@ _FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ffn", ("intermediate_size_mlp", "intermediate_size")),
 )
 
+SIZES = ("hidden", "heads", "experts", "topk", "moe_ffn")  # columns that tell a model from a sister
+
 # frameworks whose recipes train the layers of multi-token prediction that a config names: DeepSeek's own (arXiv
 # 2412.19437), NVIDIA/NeMo (nemo/collections/llm/recipes/deepseek_v3.py: use_mtp), Megatron-Bridge
 # (models/deepseek/deepseek_v3_bridge.py: mtp_num_layers) and Megatron-LM (examples/megatron_fsdp/
@@ -37,13 +39,15 @@ WITHOUT_PREDICTION = re.compile(r"w/o mtp|without mtp|no mtp")
 def known_model(row: Row) -> tuple[ModelSpec, tuple[str, ...]] | None:
     """The model of a row by its name, where its columns cannot say all of it; ``None`` for any other model.
 
-    The sizes are those of the columns (``layers`` of a proxy that is cut short among them), and where a column is blank
-    or does not exist those of the known model's public config; notes say where the two differ. Parameters that are
-    published are not used.
+    A smaller sister under a known name (a DeepSeek-V3 of 16B) is the known model that has its sizes. Sizes are
+    those of the columns (``layers`` of a proxy that is cut short among them), and where a column is blank or does not
+    exist those of the known model's public config; notes say where the two differ. Parameters that are published are
+    not used.
     """
     preset = preset_named(row.text("model"))
     if preset is None or _is_plain(preset.name):
         return None
+    preset = _of_its_sizes(row, preset)
     config, notes, changes = preset.config(), list[str](), list[tuple[str, Any]]()
     for column, names in _FIELDS:
         name = next((name for name in names if name in config), None)
@@ -74,6 +78,26 @@ def preset_named(name: str) -> ModelPreset | None:
     starts = {"".join(words[:count]) for count in range(1, len(words) + 1)}
     found = [preset for preset in model_presets() if re.sub(r"[^a-z0-9.]", "", preset.name) in starts]
     return max(found, key=lambda preset: len(preset.name), default=None)
+
+
+def _of_its_sizes(row: Row, named: ModelPreset) -> ModelPreset:
+    """The preset whose sizes a row has throughout: the named one or its like, the named one where there is none."""
+    others = (preset for preset in model_presets() if preset != named and _kind(preset) == _kind(named))
+    return next((preset for preset in (named, *others) if _has_sizes(row, preset)), named)
+
+
+def _kind(preset: ModelPreset) -> str:
+    """The first word of its model type: ``deepseek`` of ``deepseek_v2``."""
+    return str(preset.config()["model_type"]).split("_")[0]
+
+
+def _has_sizes(row: Row, preset: ModelPreset) -> bool:
+    config = preset.config()
+    told = [(row.number(column), names) for column, names in _FIELDS if column in SIZES]
+    return all(
+        value is None or value == next((config[name] for name in names if name in config), None)
+        for value, names in told
+    )
 
 
 def _is_experts_width(row: Row, config: dict[str, Any], name: str) -> bool:

@@ -64,6 +64,15 @@ def test_columns_win_and_differences_are_said() -> None:
     )
 
 
+def test_a_smaller_sister_is_the_model_that_has_its_sizes() -> None:
+    """torchtitan's DeepSeek-V3 of 16B has the layers of DeepSeek-V2-Lite (models/deepseek_v3/__init__.py)."""
+    sizes = {"layers": "27", "hidden": "2048", "heads": "16", "kv_heads": "16", "ffn": "10944", "vocab": "102400"}
+    experts = {"experts": "64", "topk": "6", "moe_ffn": "1408", "framework": "torchtitan (FSDP2)"}
+    model, notes = model_of(row(model="deepseek-v3-16b", notes="", **sizes, **experts))
+    assert model.digest == load_model("deepseek-v2-lite").digest
+    assert notes == ("layers of deepseek-v2-lite by its public config",)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "kind", "windows", "shared", "params"),
     [
