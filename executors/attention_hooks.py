@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -37,10 +38,32 @@ def apply_context_parallel(model: nn.Module, blocks: Mapping[int, nn.Module], co
             "sequence its tokens stand"
         )
     by_interface = _enter_interface(model)
+    for part in model.modules():
+        found = getattr(part, "rope_type", None)
+        kinds = found.values() if isinstance(found, dict) else [found]
+        if any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds):
+            part.forward = partial(_rotary_of_the_whole, part.forward, context)
     for index, block in blocks.items():
         for part in block.modules():
             object.__setattr__(part, "context_parallel", context)
         block.forward = partial(_run_block, block.forward, f"decoder block {index}", context, by_interface)
+
+
+def _rotary_of_the_whole(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    context: ContextParallel,
+    x: Tensor,
+    position_ids: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of this rank's positions, of frequencies that follow from the length of the whole sequence.
+
+    transformers takes that length from the last position given to it, which differs from rank to rank.
+    """
+    last = position_ids.new_full((position_ids.shape[0], 1), context.sequence - 1)
+    cos, sin = forward(x, torch.cat((position_ids, last), dim=1), *args, **kwargs)
+    return cos[:, :-1], sin[:, :-1]
 
 
 def _enter_interface(model: nn.Module) -> bool:

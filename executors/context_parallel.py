@@ -78,9 +78,11 @@ class ContextParallel:
         self._indices = [mesh.get_local_rank(name) for name in CONTEXT_AXES]
         self._ring, self._ulysses = (mesh[name].get_group() if mesh[name].size() > 1 else None for name in CONTEXT_AXES)
         self.num_calls = 0  # attentions computed so far
+        self.sequence = 0  # tokens of a whole sequence, of which positions were asked for last
 
     def positions(self, sequence: int, device: torch.device) -> Tensor:
         """``own_positions`` of this rank."""
+        self.sequence = sequence
         ring_index, ulysses_index = self._indices
         return own_positions(
             sequence, ring=self.ring, ulysses=self.ulysses, ring_index=ring_index, ulysses_index=ulysses_index

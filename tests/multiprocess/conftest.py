@@ -81,6 +81,9 @@ def parse(line: str) -> Case:
         elif word.startswith("experts"):
             name = next(name for name in EXPERT_NAMES if name in MOE_SIZES[kind])
             model_options[name] = int(word.removeprefix("experts"))
+        elif word == "dynamic":  # rotary frequencies that follow from the length of the sequence
+            rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+            model_options |= {"rope_parameters": rope, "max_position_embeddings": SEQUENCE - 2}
         elif word == "twoway":
             model_options["causal"] = False
         elif word == "tied":

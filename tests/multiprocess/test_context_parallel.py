@@ -131,7 +131,7 @@ EQUAL = [
     "example kv1 | ulysses4 zero3 full | n2 ignored0.5",
     "example tied | ring2 pp2 1f1b zero2 selective | n3 ignored0.4",
     "example | ring2 tp2 pp2 sp zbv | n4",
-    "llama | ring2 tp2 sp full | n2",
+    "llama dynamic | ring2 tp2 sp full | n2",
     "llama tied | ulysses2 pp2 interleaved selective | n4",
     "gpt2 | ring2 pp2 zb-h1 | n2",
     "opt | ulysses2 tp2 sp | n1",
