@@ -65,7 +65,7 @@ class Backward:
         self.in_flight, self.outer_gathered = self._in_flight(), self._outer_gathered()
         self.grads = self._resident_grads()
         self.sent_back = self._sent_back()
-        carried = self.outer if self.outer.whole.any() else rank.dense[self.last_kind]
+        carried = self.outer if self.outer.whole.any() else rank.blocks[self.last_kind].params
         self.carried = np.where((self.zero >= 2) & self.resident, carried.gathered * rank.grad, 0.0)
 
     # -- what is there throughout -----------------------------------------------------------------------------------
@@ -156,13 +156,13 @@ class Backward:
             yield self._loss(self.head)
             yield self._loss_backward(self.head)
             left = left - self.head.saved
-        yield from self._first_block(left)
+        yield self._first_block(left)
         if self.num_blocks < 2.0 and (self.zero == 3).any():
             yield self._gather_again(self.first_kind, left, self.carried, self.nothing)
         if not self.split:
             yield from self._reduction(left - self.lives[self.first_kind].saved)
         if self.num_blocks >= 2.0:
-            yield from self._second_block(left)
+            yield self._second_block(left)
             yield from self._last_block()
         if self.outer.whole.any():
             yield from self._outer_reduction()
@@ -188,16 +188,15 @@ class Backward:
     def _gather(self, left: FloatArray) -> tuple[Moment, KindBytes]:
         """The last unit's weights are copied out of their flat buffer, that of the unit before still being there.
 
-        That unit is the last block, or its experts, when the block's first layers have run.
+        That unit is the last block, or its experts.
         """
         rank, lives = self.rank, self.lives[self.first_kind]
-        block, experts = self._flat(rank.dense[self.first_kind]), self._flat(rank.experts[self.first_kind])
-        if experts.any():
-            before, unit = block, experts
-        else:
-            before, unit = block if self.num_blocks >= 2.0 else self._flat(self.outer), block
-        gathered = np.where(self.gathers, before + unit + np.where(self.zero == 3, block + experts, 0.0), 0.0)
-        saved = lives.saved - lives.nested_before + (self.nothing if self.head is None else self.head.saved)
+        block, experts = self._flat(rank.dense[self.first_kind]), self._expert_flat(self.first_kind)
+        before = self._flat(self.outer) if self.num_blocks < 2.0 and not experts.any() else block
+        unit = np.where(experts > 0.0, experts, block)
+        whole = self._whole(self.first_kind)
+        gathered = np.where(self.gathers, before + unit + np.where(self.zero == 3, whole, 0.0), 0.0)
+        saved = lives.saved + (self.nothing if self.head is None else self.head.saved)
         return self._at(
             Moment.GATHER,
             left - saved,
@@ -206,10 +205,22 @@ class Backward:
             communication=self.carried,
         )
 
+    def _flats(self, index: int) -> FloatArray:
+        """Flat buffers of a block's units."""
+        return self._flat(self.rank.dense[index]) + self._expert_flat(index)
+
+    def _expert_flat(self, index: int) -> FloatArray:
+        """That of a block's experts; one rank alone gathers nothing."""
+        return np.where(self.rank.shares_experts, self._flat(self.rank.experts[index]), 0.0)
+
+    def _whole(self, index: int) -> FloatArray:
+        """Weights of a block, gathered and copied."""
+        return self._flat(self.rank.dense[index]) + self.rank.experts[index].whole * self.rank.weight
+
     def _last_gathered(self) -> FloatArray:
         """The flat buffer of the last unit gathered, there until the forward is over."""
-        experts = self.rank.experts[self.first_kind]
-        return self._flat(experts if experts.whole.any() else self.rank.dense[self.first_kind])
+        experts = self._expert_flat(self.first_kind)
+        return np.where(experts > 0.0, experts, self._flat(self.rank.dense[self.first_kind]))
 
     def _loss(self, head: Lifetimes) -> tuple[Moment, KindBytes]:
         """Logits and their loss, at the end of forward, with the flat buffer of the last unit gathered."""
@@ -222,13 +233,9 @@ class Backward:
             communication=self.carried,
         )
 
-    def _parted(self, lives: Lifetimes, *, after: bool = False) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Activations, gradients that stay and the rest of a block's fullest moment, ``after`` its experts are done."""
-        backward, adding, deferring = lives.backward, lives.adding, lives.deferring
-        if after:
-            backward, adding, deferring = lives.after_backward, lives.after_adding, lives.after_deferring
-        if self.split:
-            backward = adding = deferring
+    def _parted(self, lives: Lifetimes) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Activations, gradients that stay and the rest of a block's fullest moment."""
+        backward, adding = (lives.deferring, lives.deferring) if self.split else (lives.backward, lives.adding)
         early = lives is self.head or self.split
         kept = self.rank.unit_grads | ~(self.outer_resident if early else self.resident)
         activations = np.where(kept, backward.activations, adding.activations)
@@ -238,9 +245,8 @@ class Backward:
 
     def _loss_backward(self, head: Lifetimes) -> tuple[Moment, KindBytes]:
         """The same backward; ZeRO 3 gathers the last block already."""
-        unit = self.rank.dense[self.first_kind]
         activations, grads, working = self._parted(head)
-        gathered = np.where(self.zero == 3, self._flat(unit), 0.0) + self.outer_gathered
+        gathered = np.where(self.zero == 3, self._flats(self.first_kind), 0.0) + self.outer_gathered
         return self._at(
             Moment.LOSS,
             self.in_flight - head.saved + activations,
@@ -270,83 +276,26 @@ class Backward:
         communication: FloatArray,
         done: FloatArray,
         waiting: tuple[FloatArray, FloatArray] = (NOTHING, NOTHING),
-    ) -> Iterator[tuple[Moment, KindBytes]]:
-        """A block's backward, its own weights gathered; that of its experts first, then the rest.
+    ) -> tuple[Moment, KindBytes]:
+        """A block's backward, its weights gathered.
 
         ``gathered`` is what is beside them, ``waiting`` what was put off by blocks before it: inputs, gradients of
         outputs.
         """
-        rank, lives, experts = self.rank, self.lives[index], self.rank.experts[index]
+        lives = self.lives[index]
+        activations, grads, working = self._parted(lives)
         stay, under_way = self._head_grads()
         received = self._received()
-        zero3 = self.zero == 3
-        own = np.where(zero3, self._flat(rank.dense[index]), 0.0)
-        left = left - lives.saved + waiting[0]
-        working = under_way - received + waiting[1]
-
-        def at(
-            moment: Moment, after: bool, inside: FloatArray, reducing: FloatArray, grads: FloatArray
-        ) -> tuple[Moment, KindBytes]:
-            activations, weights, beside = self._parted(lives, after=after)
-            return self._at(
-                moment,
-                left + activations,
-                beside + working,
-                grads=weights + stay + done + grads,
-                gathered=own + inside + gathered,
-                communication=reducing + received,
-            )
-
-        inside = np.where(zero3, self._flat(experts), 0.0)
-        yield at(Moment.BACKWARD, False, inside, communication, self.nothing)
-        if not experts.whole.any():
-            return
-        if lives.again.any():
-            again = np.where(lives.again > 0.0, lives.again - lives.saved, -np.inf)
-            yield self._at(
-                Moment.BACKWARD,
-                left + lives.saved,
-                again + working,
-                grads=stay + done,
-                gathered=own + 2.0 * inside + self.outer_gathered,
-                communication=communication + received,
-            )
-        if zero3.any():
-            yield self._experts_gathered(index, left + lives.saved, gathered + own, communication, done, waiting)
-        freed = np.where(self.last & rank.sharded & ~zero3, -self._flat(experts), 0.0)
-        yield from self._reduced(
-            experts,
-            left + lives.nested_activations,
-            own + freed + gathered,
-            done + stay,
-            working + lives.nested_total - lives.nested_activations,
-            received,
-            early=True,
-        )
-        flat = np.where(self.reduces, experts.gathered * rank.grad, 0.0)
-        yield at(Moment.BACKWARD, True, freed, flat, self._taken_up(NO_NUMBERS, experts))
-
-    def _experts_gathered(
-        self,
-        index: int,
-        left: FloatArray,
-        gathered: FloatArray,
-        communication: FloatArray,
-        done: FloatArray,
-        waiting: tuple[FloatArray, FloatArray],
-    ) -> tuple[Moment, KindBytes]:
-        """ZeRO 3: weights of a block's experts are copied out of their flat buffer for their backward."""
-        stay, under_way = self._head_grads()
         return self._at(
-            Moment.GATHER,
-            left,
-            under_way + waiting[1],
-            grads=stay + done,
-            gathered=gathered + np.where(self.zero == 3, 2.0 * self._flat(self.rank.experts[index]), 0.0),
-            communication=communication + self._received(),
+            Moment.BACKWARD,
+            left - lives.saved + activations + waiting[0],
+            working + under_way - received + waiting[1],
+            grads=grads + stay + done,
+            gathered=np.where(self.zero == 3, self._whole(index), 0.0) + gathered,
+            communication=communication + received,
         )
 
-    def _first_block(self, left: FloatArray) -> Iterator[tuple[Moment, KindBytes]]:
+    def _first_block(self, left: FloatArray) -> tuple[Moment, KindBytes]:
         return self._block(
             self.first_kind,
             left,
@@ -356,19 +305,35 @@ class Backward:
         )
 
     def _gathered_next(self, least: float) -> FloatArray:
-        """ZeRO 3: the flat buffer of the block before the one at hand, if the chunk has ``least`` blocks."""
-        if self.num_blocks < least:
-            return self.nothing
-        return np.where(self.zero == 3, self._flat(self.rank.dense[self.first_kind]), 0.0)
+        """ZeRO 3: flat buffers of the block before the one at hand, if the chunk has ``least`` blocks."""
+        return np.where((self.zero == 3) & (self.num_blocks >= least), self._flats(self.first_kind), 0.0)
 
     def _reduction(self, left: FloatArray) -> Iterator[tuple[Moment, KindBytes]]:
-        """The first block's gradients are copied into a flat buffer and reduced."""
+        """The first block's gradients are copied into flat buffers and reduced, its experts' first."""
         rank, unit, experts = self.rank, self.rank.dense[self.first_kind], self.rank.experts[self.first_kind]
         stay, under_way = self._head_grads()
-        freed = np.where(self.last & rank.sharded & (self.zero < 3), -self._flat(unit + experts), 0.0)
-        gathered = self._gathered_next(2.0) + freed + self.outer_gathered
-        done = stay + self._taken_up(NO_NUMBERS, experts)
-        yield from self._reduced(unit, left, gathered, done, under_way)
+        gathered = self._gathered_next(2.0) + self._freed(unit + experts) + self.outer_gathered
+        if experts.whole.any():
+            beside = under_way + self._own(unit)
+            staying = stay + np.where(rank.unit_grads | self.resident, 0.0, unit.whole * rank.grad)
+            yield from self._reduced(experts, left, gathered, staying, beside, early=True)
+        done, flat = stay + self._taken_up(NO_NUMBERS, experts), self._reducing(experts)
+        yield from self._reduced(unit, left, gathered, done, under_way, flat)
+
+    def _freed(self, units: Numbers) -> FloatArray:
+        """Whole weights that are gone after the last backward (negative), where they stay until then."""
+        gone = self.last & self.rank.sharded & (self.zero < 3)
+        return np.where(gone, -units.gathered * self.rank.weight, 0.0)
+
+    def _reducing(self, *units: Numbers) -> FloatArray:
+        """Flat buffers of gradients, there until the next unit's."""
+        numbers = sum((unit.gathered for unit in units), self.nothing)
+        return np.where(self.reduces, numbers * self.rank.grad, 0.0)
+
+    def _own(self, unit: Numbers, *, early: bool = False) -> FloatArray:
+        """A unit's gradients in the compute dtype, until they are reduced or in whole ones."""
+        summed = (self.outer_resident if early else self.resident) & (self.zero <= 1)
+        return np.where(self.rank.unit_grads & ~summed, unit.whole * self.rank.weight, 0.0)
 
     def _reduced(
         self,
@@ -377,45 +342,43 @@ class Backward:
         gathered: FloatArray,
         done: FloatArray,
         under_way: FloatArray,
-        received: FloatArray | float = 0.0,
+        reducing: FloatArray | float = 0.0,
         *,
         early: bool = False,
     ) -> Iterator[tuple[Moment, KindBytes]]:
         """A unit's gradients beside their copy in the flat buffer; then that beside what it is reduced into."""
-        rank, flat = self.rank, unit.gathered * self.rank.grad
+        rank, flat = self.rank, self._reducing(unit)
         resident = self.outer_resident if early else self.resident
-        summed = resident & (self.zero <= 1)  # in the whole gradients
-        own = np.where(rank.unit_grads & ~summed, unit.whole * rank.weight, 0.0)
         kept = np.where(rank.unit_grads | resident, 0.0, unit.whole * rank.grad)
         yield self._at(
             Moment.REDUCTION,
             activations,
-            own + under_way,
+            self._own(unit, early=early) + under_way,
             grads=done + kept,
             gathered=gathered,
-            communication=np.where(self.reduces, flat, 0.0) + received,
+            communication=flat + reducing,
         )
-        quotient = np.where(self.zero == 0, unit.whole * rank.grad, 0.0)
+        alone = (self.zero == 0) | (unit.owned == unit.gathered)  # divided by a factor, in a tensor of its own
+        quotient = np.where(alone & self.reduces, unit.whole * rank.grad, 0.0)
         yield self._at(
             Moment.REDUCTION,
             activations,
             under_way,
             grads=done + self._added(unit, resident),
             gathered=gathered,
-            communication=np.where(self.reduces, flat + quotient, 0.0) + received,
+            communication=flat + quotient + reducing,
         )
 
-    def _second_block(self, left: FloatArray) -> Iterator[tuple[Moment, KindBytes]]:
+    def _second_block(self, left: FloatArray) -> tuple[Moment, KindBytes]:
         """The last one's gradients are being reduced."""
-        rank, unit, experts = self.rank, self.rank.dense[self.first_kind], self.rank.experts[self.first_kind]
-        freed = np.where(self.last & rank.sharded & (self.zero < 3), -self._flat(unit + experts), 0.0)
+        unit, experts = self.rank.dense[self.first_kind], self.rank.experts[self.first_kind]
         index = self.first_kind if self.counts[self.first_kind] > 1 else self.chunk.order[-2]
         before = self.lives[self.first_kind]
         return self._block(
             index,
             left - before.saved,
-            gathered=self._gathered_next(3.0) + freed + self.outer_gathered,
-            communication=np.where(self.reduces, unit.gathered * rank.grad, 0.0),
+            gathered=self._gathered_next(3.0) + self._freed(unit + experts) + self.outer_gathered,
+            communication=self._reducing(unit, experts),
             done=self._taken_up(unit, experts),
             waiting=self._put_off(before.inputs, before.outputs),
         )
@@ -429,7 +392,9 @@ class Backward:
     ) -> tuple[Moment, KindBytes]:
         """ZeRO 3: a block's weights are copied out of their flat buffer for its backward."""
         stay, under_way = self._head_grads()
-        units = np.where(self.zero == 3, 2.0 * self._flat(self.rank.dense[index]), 0.0)
+        block, experts = self._flat(self.rank.dense[index]), self._expert_flat(index)
+        units = np.maximum(2.0 * block + experts, self._whole(index) + experts)
+        units = np.where(self.zero == 3, units, 0.0)
         return self._at(
             Moment.GATHER,
             left,
@@ -440,24 +405,22 @@ class Backward:
         )
 
     def _last_block(self) -> Iterator[tuple[Moment, KindBytes]]:
-        rank, unit, inner = self.rank, self.rank.dense[self.last_kind], self.chunk.inner + self.chunk.experts * -1.0
-        experts = self.chunk.experts + rank.experts[self.last_kind] * -1.0  # of the others
-        others = inner + unit * -1.0
-        freed = np.where(self.last & rank.sharded & (self.zero < 3), -self._flat(others + experts), 0.0)
-        left = self.in_flight - self.chunk.saved + self.lives[self.last_kind].saved
-        flat, done = np.where(self.reduces, unit.gathered * rank.grad, 0.0), self._taken_up(others, experts)
-        own = self.lives[self.last_kind]
-        waiting = self._put_off(self.chunk.inputs - own.inputs, self.chunk.outputs - own.outputs)
-        gathered = freed + self.outer_gathered
-        yield from self._block(self.last_kind, left, gathered=gathered, communication=flat, done=done, waiting=waiting)
+        rank, chunk, own = self.rank, self.chunk, self.lives[self.last_kind]
+        unit, its_experts = rank.dense[self.last_kind], rank.experts[self.last_kind]
+        experts = chunk.experts + its_experts * -1.0  # of the others
+        others = chunk.inner + (chunk.experts + unit) * -1.0
+        left = self.in_flight - chunk.saved + own.saved
+        done, flat = self._taken_up(others, experts), self._reducing(unit, its_experts)
+        waiting = self._put_off(chunk.inputs - own.inputs, chunk.outputs - own.outputs)
+        gathered = self._freed(others + experts) + self.outer_gathered
+        yield self._block(self.last_kind, left, gathered=gathered, communication=flat, done=done, waiting=waiting)
         if (self.zero == 3).any():
             yield self._gather_again(self.last_kind, left, flat, done)
 
     def _outer_reduction(self) -> Iterator[tuple[Moment, KindBytes]]:
         """What stands outside the blocks comes last."""
-        rank, inner = self.rank, self.chunk.inner
-        freed = np.where(self.last & rank.sharded & (self.zero < 3), -self._flat(inner + self.outer), 0.0)
+        inner, experts = self.chunk.inner, self.chunk.experts
         inputs, outputs = self._put_off(self.chunk.inputs, self.chunk.outputs)
-        left = self.in_flight - self.chunk.saved + inputs
-        done = self._taken_up(inner + self.chunk.experts * -1.0, self.chunk.experts)
+        left, done = self.in_flight - self.chunk.saved + inputs, self._taken_up(inner + experts * -1.0, experts)
+        freed = self._freed(inner + self.outer)
         yield from self._reduced(self.outer, left, freed, done, outputs, early=True)

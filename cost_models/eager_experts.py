@@ -52,9 +52,7 @@ def _routed(writer: Writer, layer: MoeLayer, x: int) -> int:
     else:
         logits = logits if layer.float32_router else writer.wider(logits)
         scores = run(logits, tokens * layer.num_experts * writer.wide, saves_output=True)
-    first = len(writer.tape.operators)
     mixed = _split(writer, layer, x, scores)
-    writer.tape.nested = first, len(writer.tape.operators)
     if writer.split and not writer.sequence_parallel:  # each rank has a part of the sum
         mixed = run(mixed, writer.bytes_of(mixed), passes=True, kept=True)
     return mixed
@@ -62,7 +60,7 @@ def _routed(writer: Writer, layer: MoeLayer, x: int) -> int:
 
 def _weight_size(writer: Writer, layer: MoeLayer) -> float:
     """Bytes of a number of a token's row once it is weighted, over those before."""
-    return 1.0 if has_biases(layer) or writer.casts_inputs else writer.wide / writer.size
+    return 1.0 if has_biases(layer) else writer.wide / writer.size
 
 
 def _split(writer: Writer, layer: MoeLayer, x: int, scores: int) -> int:

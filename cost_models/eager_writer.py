@@ -25,7 +25,6 @@ class Writer:
         self.size = float(workload.recipe.compute.num_bytes)
         self.wide = max(self.size, 4.0)
         self.seq_len = workload.seq_len
-        self.casts_inputs = workload.recipe.has_master  # FSDP2 gives a unit what it is called with in the compute dtype
         self.split = bool((batch.tp > 1).any())
         self.sequence_parallel = bool(batch.sequence_parallel.any())
         self.tp = batch.tp.astype(np.float64)

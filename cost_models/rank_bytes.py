@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.residency import Numbers, state_bytes
+from meshwright.cost_models.residency import Numbers, expert_shards, state_bytes
 from meshwright.cost_models.saved import BlockBytes
 from meshwright.cost_models.step_states import Pipeline
 from meshwright.cost_models.strategy import SPLIT_BACKWARD, V_SHAPED
@@ -55,6 +55,7 @@ class Rank:
         self.lives = [_lifetimes(block) for block in blocks]
         nothing = Numbers.zeros(len(batch))
         self.experts = [block.experts or nothing for block in blocks]  # units of their own
+        self.shares_experts = expert_shards(batch) > 1.0
         self.dense = [block.params + experts * -1.0 for block, experts in zip(blocks, self.experts, strict=True)]
         self.chunks = [self._chunk(number, counts[number]) for number in range(len(counts))]
         everything = sum((chunk.outer + chunk.inner for chunk in self.chunks), Numbers.zeros(len(batch)))

@@ -56,7 +56,6 @@ class Tape:
     storage: list[int] = field(default_factory=list)  # of tensors
     gradients: list[Bytes] = field(default_factory=list)  # of tensors
     operators: list[Operator] = field(default_factory=list)
-    nested: tuple[int, int] | None = None  # operators from, up to: those of a unit of weights of its own (experts)
 
     def __post_init__(self) -> None:
         self._new(self.given)
@@ -123,8 +122,7 @@ class Most:
         self.weights = np.where(more, weights, self.weights)
 
 
-OWN_ROWS, NUM_MOST = 10, 6  # rows of a block itself; fullest moments, of three rows each
-LIFETIME_ROWS = OWN_ROWS + 3 * NUM_MOST
+LIFETIME_ROWS = 15  # six of its own, and three of each of the three fullest moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +133,7 @@ class Lifetimes:
 
     @classmethod
     def of(cls, rows: Sequence[FloatArray], most: Sequence[Most]) -> Lifetimes:
-        """From the first rows and the fullest moments, in the order in which they are read below."""
+        """From the six first rows and the three fullest moments, in the order in which they are read below."""
         found = [row for one in most for row in (one.total, one.activations, one.weights)]
         return cls(np.array([*rows, *found]))
 
@@ -182,65 +180,19 @@ class Lifetimes:
         return np.asarray(self.table[5])
 
     @property
-    def nested_before(self) -> FloatArray:
-        """Of what forward leaves, the bytes that are there when the unit inside begins."""
-        return np.asarray(self.table[6])
-
-    @property
-    def nested_total(self) -> FloatArray:
-        """What is alive when the backward of the unit inside is over, gradients of weights apart; 0 without one."""
-        return np.asarray(self.table[7])
-
-    @property
-    def nested_activations(self) -> FloatArray:
-        """Of that, what forward left."""
-        return np.asarray(self.table[8])
-
-    @property
-    def again(self) -> FloatArray:
-        """The most that is alive while a block runs again ahead of the backward of the unit inside; 0 of others.
-
-        It does where what comes behind that unit needs what was thrown away.
-        """
-        return np.asarray(self.table[9])
-
-    def _most(self, number: int) -> Most:
-        first = OWN_ROWS + 3 * number
-        return Most(*self.table[first : first + 3])
-
-    @property
     def backward(self) -> Most:
-        """The fullest moment of the backward, where gradients of weights stay until its end.
-
-        Of a block with a unit inside: until that one's backward is over, whose gradients are gone then; what follows is
-        in ``after_*``.
-        """
-        return self._most(0)
+        """The fullest moment of the backward, where gradients of weights stay until its end."""
+        return Most(*self.table[6:9])
 
     @property
     def adding(self) -> Most:
         """The same where each is added to earlier ones as it comes."""
-        return self._most(1)
+        return Most(*self.table[9:12])
 
     @property
     def deferring(self) -> Most:
         """The same where those of matrices are put off, and input and gradient of each are kept for them."""
-        return self._most(2)
-
-    @property
-    def after_backward(self) -> Most:
-        """``backward`` once the unit inside is through with it."""
-        return self._most(3)
-
-    @property
-    def after_adding(self) -> Most:
-        """``adding`` then."""
-        return self._most(4)
-
-    @property
-    def after_deferring(self) -> Most:
-        """``deferring`` then."""
-        return self._most(5)
+        return Most(*self.table[12:15])
 
 
 def play(tape: Tape, recompute: Recompute, num_configs: int) -> Lifetimes:
@@ -269,30 +221,20 @@ class _Play:
 
     def lifetimes(self) -> Lifetimes:
         operators = self.tape.operators
-        forward, again = self._run(operators, {0}, self.left), self.zero
-        most = [self._most() for _ in range(NUM_MOST)]
+        forward = self._run(operators, {0}, self.left)
+        backward, adding, deferring = self._most(), self._most(), self._most()
         gradient = self.zero + self.tape.gradients[operators[-1].makes]
         if self.recompute is not Recompute.NONE:
             # selective: a block's last kept output is never asked for again, and stays
             again = self._run(operators[: self.last + 1], set(self.left), {*self.left, *self.saves}, stops=True)
-            again = again + gradient
-            if self.tape.nested is None or self.last < self.tape.nested[1]:
-                for one in most[:3]:
-                    one.meet(again, self._bytes(self.left), self.zero)
-                again = self.zero
-        nested = self._backward(gradient, most)
+            for most in (backward, adding, deferring):
+                most.meet(again + gradient, self._bytes(self.left), self.zero)
+        self._backward(gradient, backward, adding, deferring)
         outputs = sum((self.tape.gradients[operator.makes] for operator in operators if operator.puts_off), self.zero)
         weights = sum((operator.weights for operator in operators if operator.weights is not None), self.zero)
         outputs = outputs + self._bytes(self.put_off - self.left)
         rows = (self._bytes(self.left), forward, self.zero + weights, self._bytes(self.put_off & self.left), outputs)
-        return Lifetimes.of((*rows, self.zero + (0 in self.left), self._before_nested(), *nested, again), most)
-
-    def _before_nested(self) -> FloatArray:
-        if self.tape.nested is None:
-            return self.zero
-        earlier = self.tape.operators[: self.tape.nested[0]]
-        made = {0} | {self.tape.storage[operator.makes] for operator in earlier}
-        return self._bytes(self.left & made)
+        return Lifetimes.of((*rows, self.zero + (0 in self.left)), (backward, adding, deferring))
 
     def _run(
         self, operators: Sequence[Operator], alive: set[int], stays: set[int], *, stops: bool = False
@@ -316,10 +258,7 @@ class _Play:
                     now = now - sizes[storage]
         return most
 
-    def _backward(self, gradient: FloatArray, most: Sequence[Most]) -> tuple[FloatArray, FloatArray]:
-        """Fills the fullest moments; returns (all, what forward left) of the end of the unit inside."""
-        backward, adding, deferring = most[:3]
-        nested = self.zero, self.zero
+    def _backward(self, gradient: FloatArray, backward: Most, adding: Most, deferring: Most) -> None:
         tape, sizes = self.tape, self.tape.sizes
         references = self.saves.copy()
         if self.recompute is not Recompute.NONE:  # the checkpoint holds its input, and kept outputs not asked for
@@ -342,14 +281,7 @@ class _Play:
             total = now + beside + other + own_other + later
             deferring.meet(total, activations + later_activations, other + own_other)
 
-        for index in reversed(range(len(tape.operators))):
-            operator = tape.operators[index]
-            if tape.nested is not None and index == tape.nested[0] - 1:
-                nested = now + later, activations + later_activations
-                inside = [one.weights for one in tape.operators[slice(*tape.nested)] if one.weights is not None]
-                weights = weights - sum(inside, self.zero)
-                other = other - sum(inside, self.zero)
-                backward, adding, deferring = most[3:]
+        for operator in reversed(tape.operators):
             number = grads.pending.pop(operator.makes, None)
             if number is None:
                 continue
@@ -380,7 +312,6 @@ class _Play:
             now = now - grads.drop(number)
             for tensor, each in new:
                 now = now + grads.take(tensor, each, meet, meet_deferring)
-        return nested
 
 
 class _Gradients:

@@ -44,11 +44,16 @@ class Band:
         return self.offset >= num_keys - 1 and not self.clips(num_queries)
 
 
+def on_cuda(x: Tensor) -> bool:
+    """Whether CUDA's kernels compute."""
+    return x.device.type == "cuda"
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, band: Band | None, scale: float) -> tuple[Tensor, Tensor]:
     """Output ``[batch, heads, queries, value_width]`` and lse of ``q`` over ``k``; each query must see some key."""
     value_width = v.shape[-1]
     q, k, v = _one_width(q, k, v)
-    if q.device.type == "cuda":
+    if on_cuda(q):
         out, lse = _cuda_forward(q, k, v, band, scale)
     else:
         causal, mask = _cpu_mask(q, k, band)
@@ -62,7 +67,7 @@ def attend_backward(
     """Gradients of ``q``, ``k`` and ``v`` of one part, from ``out`` and ``lse`` of the whole."""
     key_width, value_width = k.shape[-1], v.shape[-1]
     q, k, v, out, grad = _one_width(q, k, v, out, grad)
-    if q.device.type == "cuda":
+    if on_cuda(q):
         grads = _cuda_backward(grad, q, k, v, out, lse, band, scale)
     else:
         causal, mask = _cpu_mask(q, k, band)
@@ -82,7 +87,7 @@ def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> Non
 def _one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
     """All widened with zeros to one width, which kernels need: of 8 numbers on CUDA (latent attention, odd heads)."""
     width = max(tensor.shape[-1] for tensor in tensors)
-    if tensors[0].device.type == "cuda":
+    if on_cuda(tensors[0]):
         width = -(-width // 8) * 8
     return tuple(
         functional.pad(tensor, (0, width - tensor.shape[-1])) if tensor.shape[-1] < width else tensor

@@ -181,9 +181,13 @@ def dry_run_ranks(
 
 
 def stage_ranks(plan: Plan) -> tuple[int, ...]:
-    """For each pipeline rank the one of its ranks that holds the most: the first, of the data rank with most to do."""
-    busiest = int(np.argmax(plan.micro_batches_per_data_rank))
-    return tuple(int(rank) for rank in rank_grid(plan.config, plan.placement)[:, busiest, 0, 0])
+    """For each pipeline rank the one of its ranks that holds the most: the first, of the data rank with most to do.
+
+    Of a ring's places it is the last, whose queries all see the first half of every block that comes.
+    """
+    config, busiest = plan.config, int(np.argmax(plan.micro_batches_per_data_rank))
+    place = (config.cp_ring - 1) * config.cp_ulysses
+    return tuple(int(rank) for rank in rank_grid(config, plan.placement)[:, busiest, place, 0])
 
 
 def dry_run_peak(
