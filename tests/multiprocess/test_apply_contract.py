@@ -162,16 +162,17 @@ def squared_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return (logits.square().sum(-1) * counted).sum(), counted.sum()
 
 
-def _own_loss(rank: Rank) -> tuple[float, float]:
+def _own_loss(rank: Rank, axes: dict[str, int]) -> tuple[float, float]:
     model = build(load_model(FIELDS))
     total, count = squared_logits(model(batch(4)[0]), batch(4)[1])
-    parallel = parallelize(model, plan_of(tp=2, pp=2), squared_logits)
+    parallel = parallelize(model, plan_of(tp=2, **axes), squared_logits)
     loss = parallel.step({"input_ids": batch(4)[0], "targets": batch(4)[1]})
     return (total / count).item(), loss.item()
 
 
-def test_a_loss_of_ones_own_sees_whole_logits() -> None:
-    for expected, found in on_ranks(4, _own_loss):
+@pytest.mark.parametrize("axes", [{"pp": 2}, {"cp": 2, "cp_ring": 2}], ids=str)
+def test_a_loss_of_ones_own_sees_whole_logits(axes: dict[str, int]) -> None:
+    for expected, found in on_ranks(4, _own_loss, axes):
         assert found == pytest.approx(expected, rel=1e-12)
 
 
