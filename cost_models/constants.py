@@ -297,6 +297,13 @@ BY_HAND: tuple[ByHand, ...] = (
     ),
     ByHand(
         owner="target",
+        of="megatron-bridge",
+        name="experts.exchange_factor",
+        value=1.3,
+        read_off="steps of models with experts on H100 whose exchange crosses nodes",
+    ),
+    ByHand(
+        owner="target",
         of="deepspeed-2021",
         name="dp_factor",
         value=9.0,

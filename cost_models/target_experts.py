@@ -15,10 +15,10 @@ from meshwright.cost_models.target_megatron import MEGATRON_BRIDGE
 
 # attention, router and what prepares the dispatch in graphs (cuda_graph_scope: attn, moe_router, moe_preprocess)
 _PARTIAL = replace(MEGATRON_BRIDGE.experts, dense_in_graph=True)
-# 4,096 tokens of 7,168 numbers reach 545 GB/s over 8 ranks of an NVL72, 484 over 32, own tokens among them (branch
-# hybrid-ep of deepseek-ai/DeepEP, docs/README_Hybrid-EP.md, 32 multiprocessors, called from torch): 1.5 times the
-# seconds of an all_to_all of as many bytes
-_HYBRIDEP = replace(MEGATRON_BRIDGE.experts, dispatch=Dispatch.EACH_RANK, exchange_factor=1.5, multiprocessors=32)
+# 4,096 tokens of 7,168 numbers move at 764 (dispatch) and 737 GB/s (combine) over 8 ranks of an NVL72, 642 and 605 over
+# 32, own tokens among them (branch hybrid-ep of deepseek-ai/DeepEP, docs/README_Hybrid-EP.md: kernels on 32
+# multiprocessors): 1.1 to 1.2 times the seconds of an all_to_all of as many bytes
+_HYBRIDEP = replace(MEGATRON_BRIDGE.experts, dispatch=Dispatch.EACH_RANK, exchange_factor=1.15, multiprocessors=32)
 # forward of one micro-batch beside backward of another (overlap_moe_expert_parallel_comm)
 _OVERLAP = replace(MEGATRON_BRIDGE.experts, overlap=1.0)
 # one kernel for all experts with activation and casts in it (NVTE_CUTEDSL_FUSED_GROUPED_MLP), no counts on the host
