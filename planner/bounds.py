@@ -43,7 +43,7 @@ from meshwright.cost_models.host import launches_ahead
 from meshwright.cost_models.parts import BlockParts, block_parts
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.rank_bytes import Rank
-from meshwright.cost_models.residency import reserved_bytes, state_bytes
+from meshwright.cost_models.residency import block_numbers, reserved_bytes, state_bytes
 from meshwright.cost_models.saved import BlockBytes, block_bytes
 from meshwright.cost_models.schedules import Pass
 from meshwright.cost_models.step_states import Pipeline, states
@@ -58,6 +58,7 @@ FloatArray = NDArray[np.float64]
 
 REST = ("tp", "cp_ring", "cp_ulysses", "sequence_parallel", "vocab_parallel", "micro_batch_size", "recompute")
 ROUTED = ("tp", "cp", "sequence_parallel", "ep", "etp", "micro_batch_size", "recompute", "ep_chunks")
+_ACTIVATIONS = (*REST, "cp", "pp", "ep", "etp", "ep_chunks")
 ROUNDING = 1.0 - 1e-9  # sums in another order than the model's
 _NOTHING = PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=0)
 
@@ -229,35 +230,48 @@ class Bounds:
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
-    def held(self, batch: ConfigBatch) -> list[BlockBytes]:
-        """What each kind of block holds of one micro-batch."""
-        return [block_bytes(kind, self.workload, self.framework, batch) for kind in self.kinds.kinds]
+    def mean_state(self, batch: ConfigBatch) -> FloatArray:
+        """Least bytes at the peak, of weights and optimizer alone: all blocks spread evenly over stages.
 
-    def mean_peak(self, batch: ConfigBatch, held: list[BlockBytes]) -> FloatArray:
-        """Least bytes at the peak whatever the schedule: all blocks spread evenly over stages, one micro-batch of each.
-
-        Some rank holds at least the mean, and every one at some time a micro-batch on each of its chunks.
+        Some rank holds at least the mean.
         """
-        traits, total = self.framework.memory, np.zeros(len(batch))
-        for number, block in zip(self.numbers.tolist(), held, strict=True):
-            state = state_bytes(block.params * number, self.workload, self.framework, batch)
+        keys = ("tp", "cp", "pp", "dp", "ep", "etp", "dp_shard", "zero_stage", "vocab_parallel", "micro_batch_size")
+        few, inverse = batch.distinct(*keys)
+        total = np.zeros(len(few))
+        for number, kind in zip(self.numbers.tolist(), self.kinds.kinds, strict=True):
+            numbers = block_numbers(kind, self.framework, few) * number
+            state = state_bytes(numbers, self.workload, self.framework, few)
             total = total + state.params + state.optimizer + state.gathered
-            total = total + (0.0 if traits.offloads else number * block.saved)
-            total = total + (0.0 if traits.by_operator else state.grads)
-        return np.asarray(total / batch.pp * ROUNDING - 1.0)
+            total = total + (0.0 if self.framework.memory.by_operator else state.grads)
+        return np.asarray((total / few.pp * ROUNDING - 1.0)[inverse])
 
-    def peak(self, batch: ConfigBatch, held: list[BlockBytes], schedule: Schedule, vpp: int) -> FloatArray:
-        """Least bytes at the peak of configs with the same ``pp``, which run that schedule: those of the first rank."""
-        pipe = Pipeline(
-            kinds=self.kinds,
-            counts=self.counts(int(batch.pp[0]), vpp, schedule),
-            schedule=schedule,
-            workload=self.workload,
-            framework=self.framework,
-            batch=batch,
-        )
-        by_operator = self.framework.memory.by_operator
-        return np.asarray((self._eager(pipe, held) if by_operator else self._usual(pipe, held)) * ROUNDING - 1.0)
+    def mean_peak(self, batch: ConfigBatch) -> FloatArray:
+        """The same with activations of one micro-batch: every rank has at some time one on each of its chunks."""
+        saved = np.zeros(len(batch))
+        if not self.framework.memory.offloads:
+            few, inverse = batch.distinct(*_ACTIVATIONS)
+            for number, kind in zip(self.numbers.tolist(), self.kinds.kinds, strict=True):
+                saved = saved + number * block_bytes(kind, self.workload, self.framework, few).saved[inverse]
+        return np.asarray(self.mean_state(batch) + saved / batch.pp * ROUNDING)
+
+    def peak(self, batch: ConfigBatch) -> FloatArray:
+        """Least bytes at the peak of whole configs: those of the first rank of each."""
+        held = [block_bytes(kind, self.workload, self.framework, batch) for kind in self.kinds.kinds]
+        by_operator, shapes = self.framework.memory.by_operator, batch.distinct("pp", "vpp", "schedule")
+        least = np.zeros(len(batch))
+        for number, shape in enumerate(shapes[0].configs()):
+            rows = np.flatnonzero(shapes[1] == number)
+            pipe = Pipeline(
+                kinds=self.kinds,
+                counts=self.counts(shape.pp, shape.vpp, shape.schedule),
+                schedule=shape.schedule,
+                workload=self.workload,
+                framework=self.framework,
+                batch=batch.take(rows),
+            )
+            blocks = [block.take(rows) for block in held]
+            least[rows] = self._eager(pipe, blocks) if by_operator else self._usual(pipe, blocks)
+        return least * ROUNDING - 1.0
 
     def _usual(self, pipe: Pipeline, held: list[BlockBytes]) -> FloatArray:
         counts, (pp, vpp), batch = pipe.counts[0], pipe.counts.shape[:2], pipe.batch

@@ -1,0 +1,118 @@
+"""Families of configs that are priced at once, and what they take at least: the space from above.
+
+A *cell* is a choice of degrees but for pp and dp: with a micro-batch, a recompute choice and a number of chunks it is a
+*family*, all configs of which take at least ``Bounds.mean_step`` seconds whatever their pp, dp, schedule and ZeRO.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost_models.strategy import ConfigBatch, IntArray, rank_tokens
+from meshwright.planner.bounds import Bounds, Passes
+from meshwright.planner.space import Space
+from meshwright.planner.tables import as_batch, filtered
+
+FloatArray = NDArray[np.float64]
+
+CELL = ("tp", "cp_ring", "cp_ulysses", "sequence_parallel", "vocab_parallel", "ep", "etp")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Some families: the cell and the place of the micro-batch of each, a config of each, and what it takes."""
+
+    cell: IntArray
+    size: IntArray
+    batch: ConfigBatch
+    passes: Passes
+    least_s: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+    def take(self, rows: NDArray[np.int64]) -> Family:
+        """The families at these positions."""
+        return Family(
+            self.cell[rows], self.size[rows], self.batch.take(rows), self.passes.take(rows), self.least_s[rows]
+        )
+
+
+class Families:
+    """The cells of a space, and how they are taken apart."""
+
+    def __init__(self, space: Space, bounds: Bounds) -> None:
+        self.tails, self.bounds = space.tails, bounds
+        self.cells, cell = as_batch(space.degrees).distinct(*CELL)
+        order = np.argsort(cell, kind="stable")
+        self.rows = filtered(space.degrees, order)  # of degrees; those of a cell stand together
+        self._cell = cell[order]
+        self._start = np.searchsorted(self._cell, np.arange(len(self.cells)))
+        self._end = np.append(self._start[1:], len(self._cell))
+        self.has_size = self.tails.has_size(self.rows)  # [rows, sizes]
+        self._any_size = np.logical_or.reduceat(self.has_size, self._start, axis=0)  # [cells, sizes]
+        self._recomputes = np.unique(self.tails.recomputes.columns["recompute"]).tolist()
+        chunks = self.tails.chunks
+        self._chunks = np.unique(chunks.columns["ep_chunks"]).tolist()
+        self._chunked = {each: chunks.keys[chunks.owner][chunks.columns["ep_chunks"] == each] for each in self._chunks}
+
+    def cells_at_least(self) -> FloatArray:
+        """Least seconds of each cell: those with its largest micro-batch, or with its smallest.
+
+        From two sequences on a micro-batch takes less for each of them, the more there are: matmuls are more efficient
+        and fewer messages are longer.
+        """
+        ends = [self._any_size.argmax(axis=1), self._any_size.shape[1] - 1 - self._any_size[:, ::-1].argmax(axis=1)]
+        every = np.arange(len(self.cells))
+        return np.minimum(*(self._at_least(every, end) for end in ends))
+
+    def sized(self, cells: IntArray, limit: float) -> tuple[IntArray, IntArray]:
+        """Cells with each micro-batch with which they may take no more than ``limit``, the fastest first."""
+        place, size = np.nonzero(self._any_size[cells])
+        cell = cells[place]
+        least = self._at_least(cell, size)
+        order = np.argsort(least, kind="stable")
+        order = order[least[order] <= limit]
+        return cell[order], size[order]
+
+    def families(self, cell: IntArray, size: IntArray, limit: float) -> Family:
+        """Cells with micro-batches, recompute and chunks that may take no more than ``limit``, the fastest first."""
+        found = []
+        for recompute in self._recomputes:
+            for chunks in self._chunks:
+                batch = self._batch(cell, size, recompute, chunks)
+                divides = rank_tokens(batch, self.tails.workload) % chunks == 0
+                rows = np.flatnonzero(np.isin(batch.ep, self._chunked[chunks]) & divides)
+                found.append((cell[rows], size[rows], batch.take(rows)))
+        cells, sizes, batches = zip(*found, strict=True)
+        batch = ConfigBatch.concatenate(batches)
+        passes = self.bounds.passes(batch)
+        least = self.bounds.mean_step(batch, passes)
+        order = np.argsort(least, kind="stable")
+        order = order[least[order] <= limit]
+        return Family(np.concatenate(cells), np.concatenate(sizes), batch, passes, least).take(order)
+
+    def placed(self, family: Family) -> tuple[ConfigBatch, IntArray]:
+        """Families on every pp and dp they can have; and which family each of these is."""
+        counts = (self._end - self._start)[family.cell]
+        of = np.repeat(np.arange(len(family)), counts)
+        row = self._start[family.cell][of] + np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+        kept = np.flatnonzero(self.has_size[row, family.size[of]])
+        of, row = of[kept], row[kept]
+        return replace(family.batch.take(of), pp=self.rows["pp"][row], dp=self.rows["dp"][row]), of
+
+    def _at_least(self, cell: IntArray, size: IntArray) -> FloatArray:
+        """Least seconds under the least recompute and any chunks."""
+        batch = self._batch(cell, size, self._recomputes[0], 1)
+        return self.bounds.mean_step(batch, self.bounds.passes(batch, exchanges=len(self._chunks) == 1))
+
+    def _batch(self, cell: IntArray, size: IntArray, recompute: int, chunks: int) -> ConfigBatch:
+        return replace(
+            self.cells.take(cell),
+            micro_batch_size=self.tails.sizes[size],
+            recompute=np.full(len(cell), recompute, dtype=np.int64),
+            ep_chunks=np.full(len(cell), chunks, dtype=np.int64),
+        )
