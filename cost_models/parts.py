@@ -398,7 +398,7 @@ def _accumulation(
     block, cost = kinds.kinds[index], framework.pointwise.accumulate
     count = num_microbatches(batch, workload)
     adds = (count - 1) / np.maximum(count, 1)
-    held = _own_params(block, batch, batch.zero_stage >= 2)
+    held = _own_params(block, batch, batch.zero_stage >= 2 + framework.reduces_once)
     num_bytes = held * workload.recipe.grads.num_bytes * cost.backward_passes
     host = 0.0 if launches_ahead(cluster.device) else cluster.device.launch_s * cost.backward_kernels
     return (
