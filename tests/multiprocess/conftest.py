@@ -471,3 +471,16 @@ def on_split() -> Callable[[str, Callable[..., Any]], list[Any]]:
 def count_step(on_split: Callable[..., Any]) -> Callable[[str], list[dict[tuple[str, str], tuple[int, int]]]]:
     """The second step's (calls, bytes) by (operator, axis), of each rank; the first step of a pipeline votes."""
     return lambda line: on_split(line, _counted)
+
+
+@pytest.fixture
+def in_one_process() -> Callable[[str], tuple[Any, Plan, list[tuple[Tensor, Tensor]]]]:
+    """The model of a case as it was before it was split, its plan, and the global batches of the first two steps."""
+
+    def build(line: str) -> tuple[Any, Plan, list[tuple[Tensor, Tensor]]]:
+        case = parse(line)
+        model, fields = build_model(case)
+        plan = build_plan(case, fields)
+        return model, plan, [batch_of(case, plan, step) for step in range(2)]
+
+    return build
