@@ -26,8 +26,8 @@ _ops = torch.ops._c10d_functional  # functional forms: selective recompute can k
 class Arrived:
     """Rows that one part brings to this rank's experts: ``num_rows`` of each expert, which end at ``ends`` (int32).
 
-    ``places``: where the rows of each expert in turn lie among those that arrived, None where they lie so already. Where
-    rows are gathered, those of each rank of the etp group are padded to ``longest``.
+    ``places``: where the rows of each expert in turn lie among those that arrived, None where they lie so already.
+    Where rows are gathered, those of each rank of the etp group are padded to ``longest``.
     """
 
     num_rows: list[int]

@@ -40,7 +40,8 @@ auxiliary loss, if any      1 all_reduce of ``E`` over cp, 1 over tp    none
 
 (all figures are totals of the n parts). A forward waits once for the host to read the sizes. Recomputed in full, a
 layer issues all of its forward's collectives again (the gradient of the weights needs the rows that came back).
-Recomputed selectively it issues none again: what collectives and matrix products returned is kept.
+Recomputed selectively it issues none again: what collectives and matrix products returned is kept, but for the experts'
+second product where a collective follows it.
 
 With ``num_chunks`` above 1 the exchange of one part runs beside the experts' work on another, forward and backward:
 all_to_alls are asynchronous, the dispatch of part ``i + 1`` is issued before the work on part ``i``, whose combine is
@@ -137,7 +138,14 @@ class _Layer:
                 rows = put(rows, torch.arange(num_rows, device=rows.device), arrived.longest)
             rows = gather_sequence(rows, gathers)
         by_expert = rows if arrived.places is None else take(rows, arrived.places)
-        result = run_experts(module, self.shape, by_expert, arrived, adds_bias=self.groups.adds_bias)
+        result = run_experts(
+            module,
+            self.shape,
+            by_expert,
+            arrived,
+            adds_bias=self.groups.adds_bias,
+            leaves=self.groups.ep is not None or gathers is not None,
+        )
         if arrived.places is not None:
             result = put(result, arrived.places, rows.shape[0])
         return result if gathers is None else scatter_sequence(result, gathers)[:num_rows]
@@ -322,7 +330,7 @@ def _auxiliary(model: nn.Module, mesh: Mesh, *, alike: bool, num_microbatches: i
         across_layers=across,
     )
     changed = (
-        f"the auxiliary loss (router_aux_loss_coef={coefficient:g}) is that of each layer over one micro-batch, added up "
-        "over layers and averaged over micro-batches; Hugging Face's own takes all layers together, about one layer's"
+        f"the auxiliary loss (router_aux_loss_coef={coefficient:g}) is that of each layer over one micro-batch, added "
+        "up over layers and averaged over micro-batches; Hugging Face's own takes all layers as one, about one layer's"
     )
     return auxiliary, changed if of_hugging_face and not across else ""
