@@ -108,13 +108,14 @@ def exchange_seconds(
 def exposed(exchange: FloatArray, compute: FloatArray, chunks: FloatArray) -> FloatArray:
     """Seconds of dispatches and combines, ``exchange`` in all, that stay visible beside ``compute`` of the experts.
 
-    In ``c`` chunks each dispatch and each combine takes ``x = exchange / 2c`` on one stream and each chunk's experts
-    ``y = compute / c`` on another. Either the experts never wait but for the first dispatch, and the last combine
-    follows them; or the exchanges follow each other without a gap; or the last chunk's experts stand between the
-    combine before and their own: ``max(2x + c y, 2 c x, (2c - 1) x + y + x [c > 1])`` seconds, of which ``compute`` is
-    taken off. One chunk hides nothing.
+    In ``c`` chunks each dispatch and each combine takes ``x = exchange / 2c`` on one stream, where they run in the
+    order ``d1 d2 r1 d3 r2 ... dc r(c-1) rc``, and each chunk's experts ``y = compute / c`` on another. With ``y >= 2x``
+    the experts wait for the first dispatch alone, and the last combine for them: ``2x + cy``. With ``y <= x`` exchanges
+    follow each other without a gap: ``2cx``. In between they do but for a gap before the first combine and one before
+    the last: ``2(c - 1)x + 2y``. Whichever is longest is the time of all, of which ``compute`` is taken off. One chunk
+    hides nothing.
     """
     x, y = exchange / (2.0 * chunks), compute / chunks
     whole = np.maximum(2.0 * x + chunks * y, 2.0 * chunks * x)
-    whole = np.maximum(whole, np.where(chunks > 1, (2.0 * chunks - 1.0) * x + y, 0.0))
+    whole = np.where(chunks > 1, np.maximum(whole, 2.0 * (chunks - 1.0) * x + 2.0 * y), whole)
     return np.asarray(whole - compute)

@@ -62,6 +62,7 @@ _MEGATRON = Framework(
     vocab_multiple=128,
     torch_schedules=False,
     half_precision=True,
+    experts=ExpertTraits(calls_each_expert=1.0),
 )
 
 # Megatron-LM with --use-flash-attn (since January 2023), and its forks; dropout off. Since 2022 a column-cut matmul
