@@ -360,6 +360,8 @@ class Backward:
         )
         alone = (self.zero == 0) | (unit.owned == unit.gathered)  # divided by a factor, in a tensor of its own
         quotient = np.where(alone & self.reduces, unit.whole * rank.grad, 0.0)
+        summed = resident & (self.zero >= 2)  # into shards, in a tensor of its own until then
+        quotient = quotient + np.where(summed & self.reduces, unit.owned * rank.grad, 0.0)
         yield self._at(
             Moment.REDUCTION,
             activations,

@@ -60,7 +60,7 @@ def _routed(writer: Writer, layer: MoeLayer, x: int) -> int:
 
 def _weight_size(writer: Writer, layer: MoeLayer) -> float:
     """Bytes of a number of a token's row once it is weighted, over those before."""
-    return 1.0 if has_biases(layer) else writer.wide / writer.size
+    return 1.0 if layer.narrow_weights else writer.wide / writer.size
 
 
 def _split(writer: Writer, layer: MoeLayer, x: int, scores: int) -> int:
@@ -76,9 +76,10 @@ def _split(writer: Writer, layer: MoeLayer, x: int, scores: int) -> int:
             away.append(_send(writer, x, row))
         back.append(_receive(writer, layer, away[number], chosen))
     summed = []
+    beside = 2.0 * row * wide if wide > 1.0 else row  # both factors' gradients; that of the rows is cast
     for rows in back:
         choices = run(rows, row)
-        weighted = run((choices, scores), row * wide, saves=(choices,), backward=2.0 * row * wide - row)
+        weighted = run((choices, scores), row * wide, saves=(choices,), backward=beside)
         summed.append(run(weighted, row * wide / layer.top_k, passes=True))
     whole = writer.shard * layer.hidden * writer.size * wide
     mixed = run(tuple(summed), whole, passes=True) if chunks > 1 else summed[0]
@@ -105,7 +106,7 @@ def _receive(writer: Writer, layer: MoeLayer, rows: int, chosen: FloatArray) -> 
     else:
         out = _work(writer, layer, rows, arrived)
     if writer.gathers_rows:
-        out = run(out, row, kept=True)
+        out = run(out, row, looks=(rows,), kept=True)
     return run(out, row, kept=True) if writer.exchanges else out
 
 
@@ -120,13 +121,16 @@ def _work(writer: Writer, layer: MoeLayer, rows: int, arrived: FloatArray) -> in
         inner = _gate(writer, inner)
     else:
         inner = writer.activation(layer.activation, inner)
-    return _grouped(writer, layer, inner, arrived, ffn, layer.hidden)
+    leaves = writer.exchanges or writer.gathers_rows  # then selective recompute keeps what comes back instead
+    return _grouped(writer, layer, inner, arrived, ffn, layer.hidden, kept=not leaves)
 
 
-def _grouped(writer: Writer, layer: MoeLayer, x: int, rows: FloatArray, inputs: Bytes, outputs: Bytes) -> int:
+def _grouped(
+    writer: Writer, layer: MoeLayer, x: int, rows: FloatArray, inputs: Bytes, outputs: Bytes, *, kept: bool = True
+) -> int:
     run, size = writer.tape.run, rows * outputs * writer.size
     weights = layer.num_experts / writer.batch.ep * inputs * outputs * writer.size
-    product = run(x, size, saves=(x,), weights=weights, kept=True)
+    product = run(x, size, saves=(x,), weights=weights, kept=kept)
     if not has_biases(layer):
         return product
     biases = run((), size)  # a row for each

@@ -226,7 +226,9 @@ class _Play:
         gradient = self.zero + self.tape.gradients[operators[-1].makes]
         if self.recompute is not Recompute.NONE:
             # selective: a block's last kept output is never asked for again, and stays
-            again = self._run(operators[: self.last + 1], set(self.left), {*self.left, *self.saves}, stops=True)
+            asked = {storage for operator in operators[: self.last] for storage in operator.uses}
+            stays = {0, *self.saves, *(self.left - asked)}  # what was kept goes as it is used
+            again = self._run(operators[: self.last + 1], set(self.left), stays, stops=True)
             for most in (backward, adding, deferring):
                 most.meet(again + gradient, self._bytes(self.left), self.zero)
         self._backward(gradient, backward, adding, deferring)

@@ -49,6 +49,7 @@ def gpt_oss(fields: Fields, model_type: str) -> Parts:
         extra_params=num_experts * (2 * ffn_size + hidden + 1),
         activation=fields.word("hidden_act", "silu"),
         aux_loss=aux_loss(fields, 0.001),
+        narrow_weights=True,
     )
     windows = layer_windows(fields, num_layers, window, tuple(layer % 2 == 0 for layer in range(num_layers)))
     return Parts(

@@ -179,6 +179,7 @@ def _qwen_moe(fields: Fields, model_type: str, hidden: int, num_layers: int) -> 
         extra_params=hidden if is_qwen2 else 0,  # the gate on the shared expert
         activation=fields.word("hidden_act", "silu"),
         aux_loss=aux_loss(fields, 0.001),
+        narrow_weights=True,
     )
     return [moe if layer not in only_dense and (layer + 1) % step == 0 else dense for layer in range(num_layers)]
 

@@ -157,7 +157,10 @@ class MoeLayer:
     With a ``capacity_factor`` above 0 an expert takes at most ``ceil(capacity_factor * group_tokens * top_k /
     num_experts)`` tokens of each group and drops the rest; a group is ``group_tokens`` neighbouring tokens of one
     sequence. Without one (0) nothing is dropped and there are no groups. ``aux_loss`` is the coefficient of the loss
-    that spreads tokens over experts. A ``float32_router`` casts tokens and its weight to float32.
+    that spreads tokens over experts.
+
+    A ``float32_router`` casts tokens and its weight to float32; with ``narrow_weights`` the weights that a router gives
+    tokens come in the dtype of the activations, not in float32.
     """
 
     kind: Literal["moe"] = "moe"
@@ -173,6 +176,7 @@ class MoeLayer:
     group_tokens: int = 0
     aux_loss: float = 0.0
     float32_router: bool = False
+    narrow_weights: bool = False
 
     def __post_init__(self) -> None:
         positive = ("hidden", "num_experts", "top_k", "expert_ffn_size")
