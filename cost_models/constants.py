@@ -304,6 +304,13 @@ BY_HAND: tuple[ByHand, ...] = (
     ),
     ByHand(
         owner="target",
+        of="torchtitan",
+        name="context.step_factor",
+        value=1.5,
+        read_off="Llama 3.1 8B at 65,536 and 131,072 tokens on 8 H100 (benchmarks/llama3_h100_202412_torchtitan.md)",
+    ),
+    ByHand(
+        owner="target",
         of="deepspeed-2021",
         name="dp_factor",
         value=9.0,

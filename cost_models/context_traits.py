@@ -101,3 +101,7 @@ TORCH_2024 = ContextTraits(
         kv_float32_passes=5,
     ),
 )
+
+# deepspeed/sequence/layer.py: DistributedAttention, an all_to_all each of queries, keys, values and outputs; ZeRO shards
+# over data and sequence ranks together. It has no ring
+DEEPSPEED_ULYSSES = ContextTraits(ring=False, ulysses=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from meshwright.cost_models.context_traits import OURS, TORCH_2024
+from meshwright.cost_models.context_traits import DEEPSPEED_ULYSSES, OURS, TORCH_2024
 from meshwright.cost_models.framework import (
     AttentionKernel,
     Framework,
@@ -143,6 +143,8 @@ DEEPSPEED = replace(
     zero_stages=(0, 1, 2, 3),
     half_precision=True,
     copies_exposed=False,
+    context_parallel=True,
+    context=DEEPSPEED_ULYSSES,
 )
 
 # ZeRO-3 of early 2021 around Megatron's layers: tensors gathered one by one into lists of parts, at a ninth of what the
@@ -150,6 +152,7 @@ DEEPSPEED = replace(
 DEEPSPEED_2021 = replace(
     DEEPSPEED,
     name="deepspeed-2021",
+    context_parallel=False,
     pointwise=MEGATRON_2021,
     attention=AttentionKernel.WRITTEN_OUT,
     fused_projections=True,
