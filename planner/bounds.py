@@ -29,7 +29,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models import pipeline
-from meshwright.cost_models.backward_moments import Backward
 from meshwright.cost_models.blocks import BlockKinds, block_kinds, stage_counts
 from meshwright.cost_models.constants import as_calibrated
 from meshwright.cost_models.framework import (
@@ -42,13 +41,11 @@ from meshwright.cost_models.framework import (
 from meshwright.cost_models.host import launches_ahead
 from meshwright.cost_models.parts import BlockParts, block_parts
 from meshwright.cost_models.placement import Placement
-from meshwright.cost_models.rank_bytes import Rank
 from meshwright.cost_models.residency import block_numbers, reserved_bytes, state_bytes
-from meshwright.cost_models.saved import BlockBytes, block_bytes
+from meshwright.cost_models.saved import block_bytes
 from meshwright.cost_models.schedules import Pass
 from meshwright.cost_models.step_states import Pipeline, states
 from meshwright.cost_models.strategy import LOOPED, SPLIT_BACKWARD, V_SHAPED, ConfigBatch, Schedule
-from meshwright.cost_models.traffic import hop_bytes
 from meshwright.cost_models.workload import Workload
 from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.layers import MoeLayer
@@ -230,79 +227,78 @@ class Bounds:
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
-    def mean_state(self, batch: ConfigBatch) -> FloatArray:
-        """Least bytes at the peak, of weights and optimizer alone: all blocks spread evenly over stages.
-
-        Some rank holds at least the mean.
-        """
+    def state(self, batch: ConfigBatch) -> FloatArray:
+        """Bytes of every kind of block on a rank that are there at any peak: ``[num_kinds, num_configs]``."""
         keys = ("tp", "cp", "pp", "dp", "ep", "etp", "dp_shard", "zero_stage", "vocab_parallel", "micro_batch_size")
         few, inverse = batch.distinct(*keys)
-        total = np.zeros(len(few))
-        for number, kind in zip(self.numbers.tolist(), self.kinds.kinds, strict=True):
-            numbers = block_numbers(kind, self.framework, few) * number
+        held = np.zeros((len(self.kinds), len(few)))
+        for index, kind in enumerate(self.kinds.kinds):
+            numbers = block_numbers(kind, self.framework, few)
             state = state_bytes(numbers, self.workload, self.framework, few)
-            total = total + state.params + state.optimizer + state.gathered
-            total = total + (0.0 if self.framework.memory.by_operator else state.grads)
-        return np.asarray((total / few.pp * ROUNDING - 1.0)[inverse])
+            held[index] = state.params + state.optimizer + state.gathered
+            held[index] += 0.0 if self.framework.memory.by_operator else state.grads
+        return held[:, inverse]
+
+    def activations(self, batch: ConfigBatch) -> tuple[FloatArray, FloatArray]:
+        """Of one micro-batch what each kind of block saves, ``[num_kinds, num_configs]``; and what any works with."""
+        saved, beside = np.zeros((len(self.kinds), len(batch))), np.full(len(batch), np.inf)
+        if self.framework.memory.offloads:
+            return saved, np.zeros(len(batch))
+        few, inverse = batch.distinct(*_ACTIVATIONS)
+        for index, kind in enumerate(self.kinds.kinds):
+            block = block_bytes(kind, self.workload, self.framework, few)
+            saved[index] = block.saved[inverse]
+            if kind.kind is BlockKind.DECODER and block.lifetimes is not None:
+                lives = block.lifetimes
+                fullest = (lives.backward.total, lives.adding.total, lives.deferring.total)
+                more = np.maximum(np.minimum.reduce(fullest) - lives.saved, 0.0)
+                beside = np.minimum(beside, more[inverse])
+        return saved, np.where(np.isfinite(beside), beside, 0.0)
+
+    def mean_state(self, batch: ConfigBatch, state: FloatArray) -> FloatArray:
+        """Least bytes at the peak: weights and optimizer alone, the mean of all ranks."""
+        return np.asarray(self.numbers @ state / batch.pp * ROUNDING - 1.0)
 
     def mean_peak(self, batch: ConfigBatch) -> FloatArray:
         """The same with activations of one micro-batch: every rank has at some time one on each of its chunks."""
-        saved = np.zeros(len(batch))
-        if not self.framework.memory.offloads:
-            few, inverse = batch.distinct(*_ACTIVATIONS)
-            for number, kind in zip(self.numbers.tolist(), self.kinds.kinds, strict=True):
-                saved = saved + number * block_bytes(kind, self.workload, self.framework, few).saved[inverse]
-        return np.asarray(self.mean_state(batch) + saved / batch.pp * ROUNDING)
+        saved, _ = self.activations(batch)
+        return self.mean_state(batch, self.state(batch) + saved)
 
-    def peak(self, batch: ConfigBatch) -> FloatArray:
-        """Least bytes at the peak of whole configs: those of the first rank of each."""
-        held = [block_bytes(kind, self.workload, self.framework, batch) for kind in self.kinds.kinds]
-        by_operator, shapes = self.framework.memory.by_operator, batch.distinct("pp", "vpp", "schedule")
-        least = np.zeros(len(batch))
-        for number, shape in enumerate(shapes[0].configs()):
-            rows = np.flatnonzero(shapes[1] == number)
-            pipe = Pipeline(
-                kinds=self.kinds,
-                counts=self.counts(shape.pp, shape.vpp, shape.schedule),
-                schedule=shape.schedule,
-                workload=self.workload,
-                framework=self.framework,
-                batch=batch.take(rows),
-            )
-            blocks = [block.take(rows) for block in held]
-            least[rows] = self._eager(pipe, blocks) if by_operator else self._usual(pipe, blocks)
-        return least * ROUNDING - 1.0
+    def peak(
+        self,
+        batch: ConfigBatch,
+        state: FloatArray,
+        activations: tuple[FloatArray, FloatArray],
+        schedule: Schedule,
+        vpp: int,
+    ) -> FloatArray:
+        """Least bytes at the peak of configs with the same ``pp``, which run that schedule: those of the first rank."""
+        counts = self.counts(int(batch.pp[0]), vpp, schedule)
+        few, inverse = batch.distinct("dp", "micro_batch_size")
+        pipe = Pipeline(
+            kinds=self.kinds,
+            counts=counts,
+            schedule=schedule,
+            workload=self.workload,
+            framework=self.framework,
+            batch=few,
+        )
+        saved, beside = counts[0] @ activations[0], activations[1]
+        most = np.zeros(len(batch))
+        for flying in self._flying(pipe):  # [num_configs, vpp]
+            most = np.maximum(most, np.einsum("nc,cn->n", flying[inverse], saved))
+        if not counts[0, :, -1].any():
+            most = most + beside
+        return np.asarray((counts[0].sum(axis=0) @ state + most) * ROUNDING - 1.0)
 
-    def _usual(self, pipe: Pipeline, held: list[BlockBytes]) -> FloatArray:
-        counts, (pp, vpp), batch = pipe.counts[0], pipe.counts.shape[:2], pipe.batch
-        on_rank, total = counts.sum(axis=0), np.zeros(len(batch))
-        for number, block in zip(on_rank.tolist(), held, strict=True):
-            if number:
-                state = state_bytes(block.params * number, self.workload, self.framework, batch)
-                total = total + state.params + state.grads + state.optimizer + state.gathered
-        if self.framework.memory.offloads:
-            return total
-        per_round = microbatches_per_round(batch, self.workload)
-        count = num_microbatches(batch, self.workload)
-        flying = pipeline.held_microbatches(pipe.schedule, pp, vpp, 0, count, per_round)
-        saved = counts @ np.array([block.saved for block in held])
-        return np.asarray(total + (flying.T * saved).sum(axis=0))
-
-    def _eager(self, pipe: Pipeline, held: list[BlockBytes]) -> FloatArray:
-        """When a backward starts, and in its first block, which works with no less than the block with least work."""
-        rank = Rank(held, pipe, 0, hop_bytes(self.model, self.workload, pipe.batch))
-        beside = np.full(len(pipe.batch), 0.0 if pipe.counts[0, :, -1].any() else np.inf)
-        for kind, lives in zip(self.kinds.kinds, rank.lives, strict=True):
-            if kind.kind is BlockKind.DECODER:
-                fullest = (lives.backward.total, lives.adding.total, lives.deferring.total)
-                beside = np.minimum(beside, np.maximum(np.minimum.reduce(fullest) - lives.saved, 0.0))
-        most = np.zeros(len(pipe.batch))
-        for state in states(pipe, 0):
-            if state.kind is not Pass.WEIGHT_GRADIENT:
-                start = Backward(rank, state)
-                flying = start.in_flight + start.grads
-                most = np.maximum(most, flying.max(axis=0) if flying.ndim == 2 else flying)
-        return np.asarray(rank.params + rank.optimizer + rank.gathered + most + beside)
+    def _flying(self, pipe: Pipeline) -> list[FloatArray]:
+        """Micro-batches of each chunk in flight on the first rank, at several times: each ``[num_configs, vpp]``."""
+        if self.framework.memory.by_operator:
+            backwards = [state for state in states(pipe, 0) if state.kind is not Pass.WEIGHT_GRADIENT]
+            return [held for state in backwards for held in state.held]
+        (pp, vpp), batch = pipe.counts.shape[:2], pipe.batch
+        count, per_round = num_microbatches(batch, self.workload), microbatches_per_round(batch, self.workload)
+        return [pipeline.held_microbatches(pipe.schedule, pp, vpp, 0, count, per_round)]
 
     def usable(self, batch: ConfigBatch) -> FloatArray:
         """What a device offers to each config."""

@@ -36,7 +36,6 @@ Leaves = tuple[ConfigBatch, FloatArray]  # configs, and their least seconds
 
 DIVE = 500  # cells, and families, looked at at once for a first limit
 SCORED_FIRST = 200  # configs scored before the limit is looked at again, four times as many the next time
-SCORED_AT_ONCE = 2**14
 FAMILIES = 500  # cells with a micro-batch that are taken apart first, four times as many the next time
 NEAREST = 20  # degrees looked at at once where nothing fits
 _USUAL = SCHEDULES.index(Schedule.ONE_F_ONE_B)
@@ -56,6 +55,16 @@ class Found:
         """The configs at these positions."""
         rest = (getattr(self, field.name)[rows] for field in fields(self)[1:])
         return Found(self.batch.take(rows), *rest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sharded:
+    """Configs of one pp that lack but a schedule: their resident bytes, their seconds, and which schedules they run."""
+
+    batch: ConfigBatch
+    state: FloatArray
+    passes: Passes
+    runs: dict[tuple[int, int], BoolArray]
 
 
 class Pruned:
@@ -103,14 +112,12 @@ class Pruned:
     def _dive(self, cells: IntArray) -> None:
         """Score some promising families, under one schedule for each pp, for a first limit."""
         for start in range(0, len(cells), DIVE):
-            family = self.families.families(*self.families.sized(cells[start : start + DIVE], self.limit), self.limit)
-            for first in range(0, len(family), DIVE):
-                some = np.arange(first, min(first + DIVE, len(family)))
-                if family.least_s[first] > self.limit:
-                    break
-                before = self.limit
-                self._score(self._leaves(family.take(some), one_schedule=True), first_limit=True)
-                if np.isfinite(before) and self.limit > 0.99 * before:
+            cell, size = self.families.sized(cells[start : start + DIVE], self.limit)
+            for first in range(0, len(cell), DIVE):
+                before, some = self.limit, slice(first, first + DIVE)
+                family = self.families.families(cell[some], size[some], self.limit)
+                self._score(self._leaves(family, one_schedule=True), until_better=True)
+                if np.isfinite(before) and self.limit > 0.98 * before:
                     return
             if np.isfinite(self.limit):
                 return
@@ -118,16 +125,26 @@ class Pruned:
     # -- taken apart ------------------------------------------------------------------------------------------------
 
     def _leaves(self, family: Family, *, one_schedule: bool = False) -> Leaves:
-        """Configs of some families that may be among the best, with their least seconds."""
+        """Configs of some families that may be among the best, with their least seconds, the fastest first."""
         batch, of = self.families.placed(family)
-        batches, steps = [batch.take(np.zeros(0, dtype=np.int64))], [np.zeros(0)]
+        of_pp = []
         for pp in np.unique(batch.pp).tolist():
             rows = np.flatnonzero(batch.pp == pp)
             options = self._schedules(pp, one_schedule=one_schedule)
-            for some, least in self._scheduled(batch.take(rows), family.passes.take(of[rows]), options):
+            of_pp += self._sharded(batch.take(rows), family.passes.take(of[rows]), options)
+        batches, steps = [batch.take(np.zeros(0, dtype=np.int64))], [np.zeros(0)]
+        if of_pp:  # of all at once, since what a block saves depends on neither pp nor ZeRO
+            saved, beside = self.bounds.activations(ConfigBatch.concatenate([each.batch for each in of_pp]))
+        start = 0
+        for each in of_pp:
+            own = slice(start, start + len(each.batch))
+            start += len(each.batch)
+            for some, least in self._fitting(each, (saved[:, own], beside[own])):
                 batches.append(some)
                 steps.append(least)
-        return ConfigBatch.concatenate(batches), np.concatenate(steps)
+        step = np.concatenate(steps)
+        order = np.argsort(step, kind="stable")
+        return ConfigBatch.concatenate(batches).take(order), step[order]
 
     def _schedules(self, pp: int, *, one_schedule: bool) -> list[tuple[int, int]]:
         """Schedules, and chunks a rank, that a pipeline of ``pp`` ranks can have."""
@@ -137,41 +154,62 @@ class Pruned:
         usual = [option for option in options if option[0] == _USUAL]
         return (usual or options[:1]) if one_schedule else options
 
-    def _scheduled(self, batch: ConfigBatch, passes: Passes, options: list[tuple[int, int]]) -> Iterator[Leaves]:
-        """Of one pp: under every schedule, then with every choice of ZeRO."""
-        bounds, tails = self.bounds, self.tails
-        timed: dict[tuple[int, int], BoolArray] = {}
+    def _timed(
+        self, batch: ConfigBatch, passes: Passes, options: list[tuple[int, int]]
+    ) -> dict[tuple[int, int], BoolArray]:
+        """By schedule and chunks, which configs of one pp run them and may be fast enough."""
+        tails, timed = self.tails, {}
         for schedule, vpp in options:
             under = _under(batch, schedule, vpp)
             alive = runs_pipeline(under, tails.framework, tails.model, tails.workload)
             rows = np.flatnonzero(alive)
             if len(rows):
-                alive[rows] = bounds.step(under.take(rows), passes.take(rows), SCHEDULES[schedule], vpp) <= self.limit
+                least = self.bounds.step(under.take(rows), passes.take(rows), SCHEDULES[schedule], vpp)
+                alive[rows] = least <= self.limit
             if alive.any():
                 timed[schedule, vpp] = alive
+        return timed
+
+    def _sharded(self, batch: ConfigBatch, passes: Passes, options: list[tuple[int, int]]) -> list[_Sharded]:
+        """Of one pp, with every choice of ZeRO whose weights and optimizer may fit; a list of one, or none."""
+        bounds, tails = self.bounds, self.tails
+        timed = self._timed(batch, passes, options)
         if not timed:
-            return
+            return []
         rows = np.flatnonzero(np.logical_or.reduce(list(timed.values())))
         columns: Columns = {name: getattr(batch, name)[rows] for name in FIELDS if name not in tails.zeros.columns}
         columns = tails.zeros.cross(columns | {"origin": rows})
         origin, whole = columns.pop("origin"), as_batch(columns)
-        together = {
-            schedule: combines(_under(whole, schedule, 1), tails.framework) for schedule in {each for each, _ in timed}
-        }
-        fits = self._fits(bounds.mean_state(whole), whole)
-        ways = sum(alive[origin] & together[schedule] for (schedule, _), alive in timed.items())
-        self.num_too_large += int(np.asarray(ways)[~fits].sum())
-        kept = np.flatnonzero(fits & (np.asarray(ways) > 0))
-        whole, origin = whole.take(kept), origin[kept]
-        passes = bounds.whole_passes(whole)
-        for (schedule, vpp), alive in timed.items():
-            rows = np.flatnonzero(alive[origin] & together[schedule][kept])
+        together = {name: combines(_under(whole, name, 1), tails.framework) for name in {name for name, _ in timed}}
+        runs = {option: alive[origin] & together[option[0]] for option, alive in timed.items()}
+        state = bounds.state(whole)
+        fits = self._fits(bounds.mean_state(whole, state), whole)
+        ways = np.sum(list(runs.values()), axis=0)
+        self.num_too_large += int(ways[~fits].sum())
+        kept = np.flatnonzero(fits & (ways > 0))
+        if not len(kept):
+            return []
+        whole = whole.take(kept)
+        runs = {option: mask[kept] for option, mask in runs.items()}
+        return [_Sharded(whole, state[:, kept], bounds.whole_passes(whole), runs)]
+
+    def _fitting(self, sharded: _Sharded, activations: tuple[FloatArray, FloatArray]) -> Iterator[Leaves]:
+        """Those that may be fast enough and fit, schedule by schedule."""
+        bounds, (saved, beside) = self.bounds, activations
+        for (schedule, vpp), mask in sharded.runs.items():
+            rows = np.flatnonzero(mask)
             if not len(rows):
                 continue
-            under = _under(whole.take(rows), schedule, vpp)
-            least = bounds.step(under, passes.take(rows), SCHEDULES[schedule], vpp)
+            under = _under(sharded.batch.take(rows), schedule, vpp)
+            least = bounds.step(under, sharded.passes.take(rows), SCHEDULES[schedule], vpp)
             fast = np.flatnonzero(least <= self.limit)
-            yield under.take(fast), least[fast]
+            if not len(fast):
+                continue
+            rows, under, least = rows[fast], under.take(fast), least[fast]
+            held = bounds.peak(under, sharded.state[:, rows], (saved[:, rows], beside[rows]), SCHEDULES[schedule], vpp)
+            fits = self._fits(held, under)
+            self.num_too_large += len(fits) - int(fits.sum())
+            yield under.take(fits), least[fits]
 
     def _fits(self, least_bytes: FloatArray, batch: ConfigBatch) -> BoolArray:
         """Whether configs that hold at least so much may be recommended."""
@@ -179,25 +217,19 @@ class Pruned:
 
     # -- scored -----------------------------------------------------------------------------------------------------
 
-    def _score(self, leaves: Leaves, *, first_limit: bool = False) -> None:
-        """Score configs, those with the least seconds first, while they may be among the best."""
+    def _score(self, leaves: Leaves, *, until_better: bool = False) -> None:
+        """Score configs, in the order they are given, while they may be among the best."""
         batch, least = leaves
-        order = np.argsort(least, kind="stable")
         at, step = 0, SCORED_FIRST
-        while at < len(order) and least[order[at]] <= self.limit:
-            some = order[at : at + step]
-            at, step = at + step, min(4 * step, SCORED_AT_ONCE)
+        while at < len(batch) and least[at] <= self.limit:
+            before, some = self.limit, np.arange(at, min(at + step, len(batch)))
+            at, step = at + step, 4 * step
             self._score_some(batch.take(some[least[some] <= self.limit]))
-            if first_limit and np.isfinite(self.limit):
-                break
+            if until_better and np.isfinite(self.limit) and self.limit > 0.98 * before:
+                return
 
     def _score_some(self, batch: ConfigBatch) -> None:
         bounds, tails = self.bounds, self.tails
-        fits = self._fits(bounds.peak(batch), batch)
-        self.num_too_large += len(batch) - int(fits.sum())
-        batch = batch.take(fits)
-        if not len(batch):
-            return
         seconds = batch_seconds(tails.model, tails.workload, bounds.cluster, tails.framework, batch, tells_waits=False)
         self.num_scored += len(batch)
         step_s = np.zeros(len(batch))
