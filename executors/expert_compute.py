@@ -109,7 +109,8 @@ def _inputs_first(matrices: Tensor, shape: ExpertShape) -> Tensor:
 
 
 def _expert_of_row(arrived: Arrived, rows: Tensor) -> Tensor:
-    return torch.searchsorted(arrived.ends, torch.arange(rows.shape[0], device=rows.device), right=True)
+    places = torch.arange(rows.shape[0], dtype=arrived.ends.dtype, device=rows.device)
+    return torch.searchsorted(arrived.ends, places, right=True)
 
 
 def _activate(module: Any, shape: ExpertShape, x: Tensor) -> Tensor:

@@ -91,6 +91,10 @@ class Routing:
             self.kept = _added(self.kept, count_choices(index, self.num_experts))
 
     def _observe(self, router: nn.Module, given: object, output: Any) -> Any:
+        if not isinstance(output, tuple) or len(output) != 3:
+            raise InputError(
+                f"the router {type(router).__name__} returns {type(output).__name__}: expected logits, weights, choices"
+            )
         logits, weights, index = output
         chosen = count_choices(index, self.num_experts)
         if not _in_backward():
@@ -140,7 +144,7 @@ def _added(total: Tensor | None, more: Tensor) -> Tensor:
 
 
 def _in_backward() -> bool:
-    """Whether a forward is a recomputation, which autograd runs inside of its backward."""
+    """Whether a forward is a recomputation, which autograd runs inside of its backward: it is not counted again."""
     return torch._C._current_graph_task_id() != -1
 
 

@@ -14,7 +14,7 @@ from meshwright.cost_models.strategy import ParallelConfig
 from meshwright.executors.expert_compute import grouped_product
 from meshwright.executors.expert_dispatch import arrivals, balanced_sizes, count_choices, put, spread, take
 from meshwright.executors.expert_modules import ExpertShape, find_experts
-from meshwright.executors.expert_routing import check_token_groups
+from meshwright.executors.expert_routing import AllLayers, Routing, check_token_groups
 from meshwright.executors.tp_layout import take_part
 from meshwright.profiler.layers import MoeLayer
 
@@ -87,6 +87,13 @@ class OfTokensAlone(Stacked):
 def test_unknown_experts_are_refused(experts: nn.Module, why: str) -> None:
     with pytest.raises(InputError, match=why):
         find_experts(nn.ModuleDict({"experts": experts}))
+
+
+def test_a_router_that_returns_something_else_is_refused() -> None:
+    router = nn.Linear(8, 4)
+    Routing(router, 4, None, AllLayers())
+    with pytest.raises(InputError, match="the router Linear returns Tensor: expected logits, weights, choices"):
+        router(torch.zeros(2, 8))
 
 
 def test_balanced_sizes_add_up() -> None:
