@@ -113,8 +113,8 @@ class KernelStep:
 
     ``times`` calls over ``pairs`` of query and key for each head of each sequence, in the ``shapes`` (queries, keys as
     ``Efficiency`` counts them for a causal kernel: twice the mean number of keys that a query meets) that the call
-    has on one place of a ring or another. ``masked`` ones leave tiles of unequal length, those
-    of a ring's later steps may be ``slower`` than the device's curve.
+    has on one place of a ring or another. ``masked`` ones leave tiles of unequal length; those of a ring's later steps
+    may be ``slower`` than the device's curve.
     """
 
     times: FloatArray
@@ -160,7 +160,7 @@ def kernel_steps(
     own = KernelStep(one, n * (n + 1) / 2, ((n, n),))
     if not (ring > 1).any():
         return (own,)
-    if not (traits.balanced and traits.skips_places):
+    if not traits.balanced:
         return own, KernelStep(ring - 1.0, n * n, ((n, 2.0 * n),), masked=False, slower=traits.step_factor)
     return own, KernelStep(
         ring - 1.0, n * n / 2.0, ((n, n), (n / 2.0, 2.0 * n)), masked=False, slower=traits.step_factor

@@ -33,17 +33,12 @@ LSE_BYTES = 4.0  # log-sum-exp of a query and head
 def exchanged_kv_heads(layer: AttentionLayer, batch: ConfigBatch, framework: Framework) -> FloatArray:
     """Key/value heads of one rank after tp, as they are exchanged: ``[num_configs]``.
 
-    Where Ulysses has more ranks than a rank has heads they are repeated, to the least number that the ranks divide and
-    that divides the query heads (``executors/ulysses.py``; as often as in DeepSpeed and Transformer Engine).
+    Where Ulysses' ranks do not divide them they are repeated until they do (``executors/ulysses.py``; so in DeepSpeed
+    and Transformer Engine); that number divides the query heads, which both divide.
     """
-    heads = layer.num_heads / batch.tp
     if layer.attention_kind is AttentionKind.MLA or framework.context.whole_heads:
-        return np.asarray(heads, dtype=np.float64)
-    kv_heads = np.maximum(layer.num_kv_heads // batch.tp, 1)
-    shared = np.lcm(kv_heads, batch.cp_ulysses)
-    # a multiple that does not divide the query heads (6 heads of keys over 4 ranks) takes the next one that does
-    whole = np.maximum(layer.num_heads // batch.tp, 1)
-    return np.where(whole % shared == 0, shared, whole).astype(np.float64)
+        return np.asarray(layer.num_heads / batch.tp, dtype=np.float64)
+    return np.lcm(np.maximum(layer.num_kv_heads // batch.tp, 1), batch.cp_ulysses).astype(np.float64)
 
 
 def context_traffic(block: Block, workload: Workload, batch: ConfigBatch, framework: Framework) -> list[Collective]:

@@ -43,7 +43,6 @@ class ContextTraits:
     balanced: bool = (
         True  # a place has chunks from both ends of the sequence, so that a causal mask leaves all equal work
     )
-    skips_places: bool = True  # does not compute what a causal mask hides of another place's block
     step_factor: float = 1.0  # seconds of a ring's steps after the first over those of their kernels
     overlap: float = 1.0  # share of a ring's messages beside the kernels
     whole_heads: bool = False  # keys and values travel repeated for every query head

@@ -59,17 +59,21 @@ def test_ulysses_volume_is_constant_where_sequence_and_ranks_grow_together() -> 
 # ulysses degree -> balanced ring: USP, arXiv 2405.07719 (version 1), table 3. That those of 128K are with backward is
 # not said; forward alone they would be a third of the rate at 32K.
 NVLINK = {32: {8: 136.375, 4: 132.979, 2: 132.979, 1: 113.79}, 128: {8: 2.785, 4: 2.771, 2: 2.89, 1: 2.91}}
+# with whole pieces of the sequence in order, so that the last rank has the most to do
+UNBALANCED = {32: {8: 135.569, 4: 103.525, 2: 91.365, 1: 81.985}, 128: {8: 2.782, 4: 2.024, 2: 1.73, 1: 1.628}}
 # the same forward on 8 L20 with PCIe: table 4
 PCIE = {32: {8: 14.262, 4: 32.818, 2: 62.754, 1: 58.377}, 128: {8: 2.586, 4: 4.235, 2: 5.476, 1: 5.186}}
 
 
-def attention_rate(cluster: ClusterProfile, thousand: int, ulysses: int, *, backward: bool) -> float:
+def attention_rate(
+    cluster: ClusterProfile, thousand: int, ulysses: int, *, backward: bool, balanced: bool = True
+) -> float:
     model, workload = (
         read_model("llama3-8b"),
         Workload(seq_len=1024 * thousand, global_batch_size=1, recipe=RECIPES["bf16"]),
     )
     # ring-flash-attention, which the paper builds on, merges outputs in float32 operator by operator, as ours
-    framework = replace(framework_named("megatron-lm"), context=OURS)
+    framework = replace(framework_named("megatron-lm"), context=replace(OURS, balanced=balanced))
     config, kinds = batch(cp_ulysses=ulysses, cp_ring=8 // ulysses), block_kinds(model)
     part = block_parts(kinds, model, workload, cluster, framework, config, Placement())[1]
     kernels = block_seconds(kinds.kinds[1], workload, cluster.device, framework, config)
@@ -90,6 +94,13 @@ def test_ring_or_ulysses_on_nvlink() -> None:
     assert min(ours[32], key=ours[32].__getitem__) == 1  # the ring alone is slowest, as published
     assert ours[32][8] > 1.08 * ours[32][1]
     assert max(ours[128].values()) < 1.05 * min(ours[128].values())
+
+
+@pytest.mark.parametrize("thousand", UNBALANCED)
+def test_a_ring_whose_places_are_not_balanced(thousand: int) -> None:
+    for degree, published in UNBALANCED[thousand].items():
+        ours = attention_rate(load_preset("a100-sxm:1"), thousand, degree, backward=thousand == 128, balanced=False)
+        assert ours == pytest.approx(published, rel=0.11)
 
 
 def test_ring_or_ulysses_on_pcie() -> None:
