@@ -18,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ParallelConfig, Recompute
+from meshwright.executors import expert_parallel
 from meshwright.executors.counting import CollectiveCounter
+from meshwright.executors.expert_dispatch import Exchange
 from meshwright.executors.expert_parallel import split_experts
 from meshwright.executors.mesh import Mesh, build_mesh
 from meshwright.executors.recompute import apply_recompute
@@ -424,3 +426,49 @@ def test_types_that_have_a_grouped_kernel(dtype: torch.dtype, bound: float, reco
     layer.to(dtype).to(torch.float64)  # the same weights in both
     for apart_by in run_ranks(half, 2, dtype, recompute, layer, x, timeout_s=TIMEOUT_S):
         assert len(apart_by) == 3 and max(apart_by.values()) < bound, apart_by
+
+
+def events(rank: Rank, layer: Layer, x: Tensor) -> list[str]:
+    """What the exchanges of a layer in two parts do, in the order of forward and backward, and the experts between."""
+    mesh = mesh_of(ParallelConfig(dp=2, ep=2))
+    split_experts(layer, mesh, sequence_parallel=False, num_chunks=2, num_microbatches=1)
+    seen: list[str] = []
+    known: list[int] = []  # exchanges in the order of their first use: to experts 0 and 1, back from 0 and 1
+    names = ("to 0", "to 1", "back 0", "back 1")
+    for name in ("forward", "wait", "start_backward", "wait_backward"):
+        method = getattr(Exchange, name)
+
+        def noted(self: Exchange, *args: Any, method: Any = method, name: str = name) -> Any:
+            if id(self) not in known:
+                known.append(id(self))
+            seen.append(f"{name} {names[known.index(id(self))]}")
+            return method(self, *args)
+
+        setattr(Exchange, name, noted)
+    work = expert_parallel.run_experts
+
+    def noted_work(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append("work")
+        out = work(*args, **kwargs)
+        out.register_hook(lambda grad: seen.append("work backward"))
+        return out
+
+    expert_parallel.run_experts = noted_work  # type: ignore[assignment]
+    layer(x[rank.rank].clone().requires_grad_()).sum().backward()
+    return seen
+
+
+def test_the_next_part_travels_beside_the_experts_work_both_ways() -> None:
+    torch.set_num_threads(1)
+    x = torch.randn((2, 1, SEQUENCE, HIDDEN), dtype=torch.float64)
+    for seen in run_ranks(events, 2, build("example"), x, timeout_s=TIMEOUT_S):
+        assert seen == [
+            "forward to 0", "forward to 1",
+            "wait to 0", "work", "forward back 0",
+            "wait to 1", "work", "forward back 1",
+            "wait back 0", "wait back 1",
+            "start_backward back 1", "start_backward back 0",
+            "wait_backward back 1", "work backward", "start_backward to 1",
+            "wait_backward back 0", "work backward", "start_backward to 0",
+            "wait_backward to 1", "wait_backward to 0",
+        ]  # fmt: skip
