@@ -101,6 +101,6 @@ TORCH_2024 = ContextTraits(
     ),
 )
 
-# deepspeed/sequence/layer.py: DistributedAttention, an all_to_all each of queries, keys, values and outputs; ZeRO shards
-# over data and sequence ranks together. It has no ring
+# deepspeed/sequence/layer.py: DistributedAttention, an all_to_all each of queries, keys, values and outputs; ZeRO
+# shards over data and sequence ranks together. It has no ring
 DEEPSPEED_ULYSSES = ContextTraits(ring=False, ulysses=True)
