@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,10 @@ class BlockParts:
     dp_end: FloatArray
     optimizer: FloatArray
     optimizer_host: FloatArray
+
+    def take(self, rows: NDArray[np.int64]) -> BlockParts:
+        """The configs at these positions."""
+        return BlockParts(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 def block_parts(

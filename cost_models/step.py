@@ -8,7 +8,6 @@ same blocks and reported for the rank with the largest total.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -108,16 +107,18 @@ def batch_seconds(
     counts: FloatArray | None = None,
     *,
     tells_waits: bool = True,
+    parts: list[BlockParts] | None = None,
 ) -> dict[str, FloatArray]:
-    """The seconds of ``estimate_batch`` alone, by the fields of ``CostBreakdown``."""
+    """The seconds of ``estimate_batch`` alone, by the fields of ``CostBreakdown``.
+
+    ``parts`` are those of the configs (``parts.block_parts``), where they are known.
+    """
     cluster, framework = as_calibrated(cluster, framework)
-    parts = block_parts(block_kinds(model), model, workload, cluster, framework, batch, placement)
+    if parts is None:
+        parts = block_parts(block_kinds(model), model, workload, cluster, framework, batch, placement)
     columns = {name: np.zeros(len(batch)) for name in SECONDS}
     for rows, stages in _pipelines(model, workload, cluster, framework, batch, placement, counts):
-        taken = [
-            BlockParts(**{field.name: getattr(part, field.name)[rows] for field in fields(part)}) for part in parts
-        ]
-        for name, column in cost(stages, taken, tells_waits=tells_waits).items():
+        for name, column in cost(stages, [part.take(rows) for part in parts], tells_waits=tells_waits).items():
             columns[name][rows] = column
     return columns
 
@@ -129,10 +130,16 @@ def batch_bytes(
     framework: Framework,
     batch: ConfigBatch,
     counts: FloatArray | None = None,
+    *,
+    held: list[BlockBytes] | None = None,
 ) -> dict[str, IntArray]:
-    """The bytes of ``estimate_batch`` alone, by the fields of ``MemoryBreakdown``."""
+    """The bytes of ``estimate_batch`` alone, by the fields of ``MemoryBreakdown``.
+
+    ``held`` is what the blocks hold (``saved.block_bytes``), where it is known.
+    """
     cluster, framework = as_calibrated(cluster, framework)
-    held = [block_bytes(block, workload, framework, batch) for block in block_kinds(model).kinds]
+    if held is None:
+        held = [block_bytes(block, workload, framework, batch) for block in block_kinds(model).kinds]
     columns = {name: np.zeros(len(batch)) for name in BYTES}
     for rows, stages in _pipelines(model, workload, cluster, framework, batch, Placement(), counts):
         for name, column in _memory([block.take(rows) for block in held], stages).items():

@@ -42,7 +42,7 @@ from meshwright.cost_models.host import launches_ahead
 from meshwright.cost_models.parts import BlockParts, block_parts
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.residency import block_numbers, reserved_bytes, state_bytes
-from meshwright.cost_models.saved import block_bytes
+from meshwright.cost_models.saved import BlockBytes, block_bytes
 from meshwright.cost_models.schedules import Pass
 from meshwright.cost_models.step_states import Pipeline, states
 from meshwright.cost_models.strategy import LOOPED, SPLIT_BACKWARD, V_SHAPED, ConfigBatch, Schedule
@@ -55,7 +55,6 @@ FloatArray = NDArray[np.float64]
 
 REST = ("tp", "cp_ring", "cp_ulysses", "sequence_parallel", "vocab_parallel", "micro_batch_size", "recompute")
 ROUTED = ("tp", "cp", "sequence_parallel", "ep", "etp", "micro_batch_size", "recompute", "ep_chunks")
-_ACTIVATIONS = (*REST, "cp", "pp", "ep", "etp", "ep_chunks")
 ROUNDING = 1.0 - 1e-9  # sums in another order than the model's
 _NOTHING = PointwiseCost(forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=0)
 
@@ -141,9 +140,12 @@ class Bounds:
             micro * self.workload.global_batch_size * batch.tp * batch.cp / (ranks * batch.micro_batch_size)
         )
 
-    def whole_passes(self, batch: ConfigBatch) -> Passes:
-        """The same with data parallelism and the host, of configs that are whole but for their schedule."""
-        parts = block_parts(self.kinds, self.model, self.workload, self.cluster, self.framework, batch, Placement())
+    def parts(self, batch: ConfigBatch) -> list[BlockParts]:
+        """What every kind of block costs, of configs that are whole but for their schedule."""
+        return block_parts(self.kinds, self.model, self.workload, self.cluster, self.framework, batch, Placement())
+
+    def whole_passes(self, parts: list[BlockParts]) -> Passes:
+        """``passes`` with data parallelism and the host."""
         ahead = ("compute_forward", "host_forward", "tp_forward", "cp_forward", "ep_forward", "dp_forward")
         back = (
             "compute_backward",
@@ -164,7 +166,7 @@ class Bounds:
             ("compute_backward", "recompute"),
             ("dp_end", "optimizer", "optimizer_host"),
         )
-        nothing = np.zeros(len(batch))
+        nothing = np.zeros(len(parts[0].compute_forward))
         found: list[Any] = [
             np.array([sum((getattr(part, name) for name in names), nothing) for part in parts]) for names in wanted
         ]
@@ -239,20 +241,21 @@ class Bounds:
             held[index] += 0.0 if self.framework.memory.by_operator else state.grads
         return held[:, inverse]
 
-    def activations(self, batch: ConfigBatch) -> tuple[FloatArray, FloatArray]:
+    def held(self, batch: ConfigBatch) -> list[BlockBytes]:
+        """What every kind of block holds of one micro-batch."""
+        return [block_bytes(kind, self.workload, self.framework, batch) for kind in self.kinds.kinds]
+
+    def activations(self, held: list[BlockBytes]) -> tuple[FloatArray, FloatArray]:
         """Of one micro-batch what each kind of block saves, ``[num_kinds, num_configs]``; and what any works with."""
-        saved, beside = np.zeros((len(self.kinds), len(batch))), np.full(len(batch), np.inf)
+        saved = np.array([block.saved for block in held])
+        beside = np.full(saved.shape[1], np.inf)
         if self.framework.memory.offloads:
-            return saved, np.zeros(len(batch))
-        few, inverse = batch.distinct(*_ACTIVATIONS)
-        for index, kind in enumerate(self.kinds.kinds):
-            block = block_bytes(kind, self.workload, self.framework, few)
-            saved[index] = block.saved[inverse]
+            return np.zeros_like(saved), np.zeros_like(beside)
+        for kind, block in zip(self.kinds.kinds, held, strict=True):
             if kind.kind is BlockKind.DECODER and block.lifetimes is not None:
                 lives = block.lifetimes
                 fullest = (lives.backward.total, lives.adding.total, lives.deferring.total)
-                more = np.maximum(np.minimum.reduce(fullest) - lives.saved, 0.0)
-                beside = np.minimum(beside, more[inverse])
+                beside = np.minimum(beside, np.maximum(np.minimum.reduce(fullest) - lives.saved, 0.0))
         return saved, np.where(np.isfinite(beside), beside, 0.0)
 
     def mean_state(self, batch: ConfigBatch, state: FloatArray) -> FloatArray:
@@ -261,7 +264,7 @@ class Bounds:
 
     def mean_peak(self, batch: ConfigBatch) -> FloatArray:
         """The same with activations of one micro-batch: every rank has at some time one on each of its chunks."""
-        saved, _ = self.activations(batch)
+        saved, _ = self.activations(self.held(batch))
         return self.mean_state(batch, self.state(batch) + saved)
 
     def peak(

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from meshwright.cost_models.estimate import KINDS, SECONDS
 from meshwright.cost_models.framework import combines, runs_pipeline
 from meshwright.cost_models.margin import MemoryMargin, needed_bytes
+from meshwright.cost_models.parts import BlockParts
+from meshwright.cost_models.saved import BlockBytes
 from meshwright.cost_models.step import batch_bytes, batch_seconds
 from meshwright.cost_models.strategy import FIELDS, SCHEDULES, BoolArray, ConfigBatch, IntArray, Schedule
 from meshwright.planner.bounds import Bounds, Passes
@@ -32,11 +34,12 @@ from meshwright.planner.space import Space
 from meshwright.planner.tables import Columns, as_batch, filtered
 
 FloatArray = NDArray[np.float64]
-Leaves = tuple[ConfigBatch, FloatArray]  # configs, and their least seconds
 
-DIVE = 500  # cells, and families, looked at at once for a first limit
-SCORED_FIRST = 200  # configs scored before the limit is looked at again, four times as many the next time
+DIVE = 500  # cells, and of them cells with a micro-batch, looked at at once for a first limit
+SCORED_FIRST = 100  # configs of each pp that are scored of them
 FAMILIES = 500  # cells with a micro-batch that are taken apart first, four times as many the next time
+ENOUGH = 2000  # configs left of families before they are scored
+SCORED_AT_ONCE = 2**14
 NEAREST = 20  # degrees looked at at once where nothing fits
 _USUAL = SCHEDULES.index(Schedule.ONE_F_ONE_B)
 
@@ -59,12 +62,30 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class _Sharded:
-    """Configs of one pp that lack but a schedule: their resident bytes, their seconds, and which schedules they run."""
+    """Configs of one pp that lack a schedule: what is resident, what blocks cost, and which schedules they run."""
 
     batch: ConfigBatch
     state: FloatArray
-    passes: Passes
+    parts: list[BlockParts]
     runs: dict[tuple[int, int], BoolArray]
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaves:
+    """Configs of one pp and schedule that may be among the best: what is known of them, their least seconds."""
+
+    batch: ConfigBatch
+    parts: list[BlockParts]
+    held: list[BlockBytes]
+    least_s: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def take(self, rows: NDArray[np.int64]) -> _Leaves:
+        """The configs at these positions."""
+        parts = [part.take(rows) for part in self.parts]
+        return _Leaves(self.batch.take(rows), parts, [block.take(rows) for block in self.held], self.least_s[rows])
 
 
 class Pruned:
@@ -102,12 +123,15 @@ class Pruned:
         self._dive(np.argsort(least, kind="stable"))
         self._begin()
         cell, size = self.families.sized(np.flatnonzero(least <= self.limit), self.limit)
-        at, step = 0, FAMILIES
+        at, step, leaves = 0, FAMILIES, list[_Leaves]()
         while at < len(cell):
             some = slice(at, at + step)
             at, step = at + step, 4 * step
-            family = self.families.families(cell[some], size[some], self.limit)
-            self._score(self._leaves(family))
+            leaves += self._leaves(self.families.families(cell[some], size[some], self.limit))
+            if sum(map(len, leaves)) > ENOUGH:
+                self._score(leaves)
+                leaves = []
+        self._score(leaves)
 
     def _dive(self, cells: IntArray) -> None:
         """Score some promising families, under one schedule for each pp, for a first limit."""
@@ -116,7 +140,8 @@ class Pruned:
             for first in range(0, len(cell), DIVE):
                 before, some = self.limit, slice(first, first + DIVE)
                 family = self.families.families(cell[some], size[some], self.limit)
-                self._score(self._leaves(family, one_schedule=True), until_better=True)
+                leaves = self._leaves(family, one_schedule=True)
+                self._score([each.take(np.argsort(each.least_s)[:SCORED_FIRST]) for each in leaves])
                 if np.isfinite(before) and self.limit > 0.98 * before:
                     return
             if np.isfinite(self.limit):
@@ -124,27 +149,24 @@ class Pruned:
 
     # -- taken apart ------------------------------------------------------------------------------------------------
 
-    def _leaves(self, family: Family, *, one_schedule: bool = False) -> Leaves:
-        """Configs of some families that may be among the best, with their least seconds, the fastest first."""
+    def _leaves(self, family: Family, *, one_schedule: bool = False) -> list[_Leaves]:
+        """Configs of some families that may be among the best."""
         batch, of = self.families.placed(family)
         of_pp = []
         for pp in np.unique(batch.pp).tolist():
             rows = np.flatnonzero(batch.pp == pp)
             options = self._schedules(pp, one_schedule=one_schedule)
             of_pp += self._sharded(batch.take(rows), family.passes.take(of[rows]), options)
-        batches, steps = [batch.take(np.zeros(0, dtype=np.int64))], [np.zeros(0)]
-        if of_pp:  # of all at once, since what a block saves depends on neither pp nor ZeRO
-            saved, beside = self.bounds.activations(ConfigBatch.concatenate([each.batch for each in of_pp]))
-        start = 0
+        if not of_pp:
+            return []
+        # of all at once, since what a block saves depends on neither pp nor ZeRO
+        held, start = self.bounds.held(ConfigBatch.concatenate([each.batch for each in of_pp])), 0
+        leaves: list[_Leaves] = []
         for each in of_pp:
-            own = slice(start, start + len(each.batch))
-            start += len(each.batch)
-            for some, least in self._fitting(each, (saved[:, own], beside[own])):
-                batches.append(some)
-                steps.append(least)
-        step = np.concatenate(steps)
-        order = np.argsort(step, kind="stable")
-        return ConfigBatch.concatenate(batches).take(order), step[order]
+            own = np.arange(start, start + len(each.batch))
+            start += len(own)
+            leaves += self._fitting(each, [block.take(own) for block in held])
+        return leaves
 
     def _schedules(self, pp: int, *, one_schedule: bool) -> list[tuple[int, int]]:
         """Schedules, and chunks a rank, that a pipeline of ``pp`` ranks can have."""
@@ -191,25 +213,29 @@ class Pruned:
             return []
         whole = whole.take(kept)
         runs = {option: mask[kept] for option, mask in runs.items()}
-        return [_Sharded(whole, state[:, kept], bounds.whole_passes(whole), runs)]
+        return [_Sharded(whole, state[:, kept], bounds.parts(whole), runs)]
 
-    def _fitting(self, sharded: _Sharded, activations: tuple[FloatArray, FloatArray]) -> Iterator[Leaves]:
+    def _fitting(self, sharded: _Sharded, held: list[BlockBytes]) -> Iterator[_Leaves]:
         """Those that may be fast enough and fit, schedule by schedule."""
-        bounds, (saved, beside) = self.bounds, activations
-        for (schedule, vpp), mask in sharded.runs.items():
-            rows = np.flatnonzero(mask)
+        bounds, passes = self.bounds, self.bounds.whole_passes(sharded.parts)
+        saved, beside = bounds.activations(held)
+        for (name, vpp), mask in sharded.runs.items():
+            rows, schedule = np.flatnonzero(mask), SCHEDULES[name]
             if not len(rows):
                 continue
-            under = _under(sharded.batch.take(rows), schedule, vpp)
-            least = bounds.step(under, sharded.passes.take(rows), SCHEDULES[schedule], vpp)
+            under = _under(sharded.batch.take(rows), name, vpp)
+            least = bounds.step(under, passes.take(rows), schedule, vpp)
             fast = np.flatnonzero(least <= self.limit)
             if not len(fast):
                 continue
             rows, under, least = rows[fast], under.take(fast), least[fast]
-            held = bounds.peak(under, sharded.state[:, rows], (saved[:, rows], beside[rows]), SCHEDULES[schedule], vpp)
-            fits = self._fits(held, under)
+            peak = bounds.peak(under, sharded.state[:, rows], (saved[:, rows], beside[rows]), schedule, vpp)
+            fits = self._fits(peak, under)
             self.num_too_large += len(fits) - int(fits.sum())
-            yield under.take(fits), least[fits]
+            rows = rows[fits]
+            if len(rows):
+                parts = [part.take(rows) for part in sharded.parts]
+                yield _Leaves(under.take(fits), parts, [block.take(rows) for block in held], least[fits])
 
     def _fits(self, least_bytes: FloatArray, batch: ConfigBatch) -> BoolArray:
         """Whether configs that hold at least so much may be recommended."""
@@ -217,20 +243,19 @@ class Pruned:
 
     # -- scored -----------------------------------------------------------------------------------------------------
 
-    def _score(self, leaves: Leaves, *, until_better: bool = False) -> None:
-        """Score configs, in the order they are given, while they may be among the best."""
-        batch, least = leaves
-        at, step = 0, SCORED_FIRST
-        while at < len(batch) and least[at] <= self.limit:
-            before, some = self.limit, np.arange(at, min(at + step, len(batch)))
-            at, step = at + step, 4 * step
-            self._score_some(batch.take(some[least[some] <= self.limit]))
-            if until_better and np.isfinite(self.limit) and self.limit > 0.98 * before:
-                return
+    def _score(self, leaves: list[_Leaves]) -> None:
+        """Score configs while they may be among the best, those of the most promising schedule first."""
+        for each in sorted(leaves, key=lambda each: float(each.least_s.min())):
+            fast = np.flatnonzero(each.least_s <= self.limit)
+            for start in range(0, len(fast), SCORED_AT_ONCE):
+                self._score_some(each.take(fast[start : start + SCORED_AT_ONCE]))
 
-    def _score_some(self, batch: ConfigBatch) -> None:
-        bounds, tails = self.bounds, self.tails
-        seconds = batch_seconds(tails.model, tails.workload, bounds.cluster, tails.framework, batch, tells_waits=False)
+    def _score_some(self, leaves: _Leaves) -> None:
+        tails, cluster, batch = self.tails, self.bounds.cluster, leaves.batch
+        parts = None if tails.framework.broadcasts_weights else leaves.parts  # which depends on the schedule's stages
+        seconds = batch_seconds(
+            tails.model, tails.workload, cluster, tails.framework, batch, tells_waits=False, parts=parts
+        )
         self.num_scored += len(batch)
         step_s = np.zeros(len(batch))
         for name in SECONDS:  # in the order of ``BatchEstimate.step_s``
@@ -238,16 +263,16 @@ class Pruned:
                 step_s = step_s + seconds[name]
         fast = np.flatnonzero(step_s <= self.limit)
         if len(fast):
-            self._hold(batch.take(fast), step_s[fast])
+            self._hold(batch.take(fast), step_s[fast], [block.take(fast) for block in leaves.held])
             feasible = [each.step_s[each.needed_bytes <= each.usable_bytes] for each in self._found]
             every = np.concatenate(feasible)
             if len(every) >= self.wanted:
                 self.limit = float(np.partition(every, self.wanted - 1)[self.wanted - 1]) * (1.0 + TIE)
 
-    def _hold(self, batch: ConfigBatch, step_s: FloatArray) -> None:
+    def _hold(self, batch: ConfigBatch, step_s: FloatArray, blocks: list[BlockBytes] | None = None) -> None:
         """Score configs in memory."""
         tails = self.tails
-        held = batch_bytes(tails.model, tails.workload, self.bounds.cluster, tails.framework, batch)
+        held = batch_bytes(tails.model, tails.workload, self.bounds.cluster, tails.framework, batch, held=blocks)
         peak = np.asarray(sum(held[f"{name}_bytes"] for name in KINDS), dtype=np.float64)
         needs = needed_bytes(peak, held["fragmentation_bytes"], self.margin)
         offers = np.asarray(held["capacity_bytes"] - held["reserved_bytes"], dtype=np.float64)
