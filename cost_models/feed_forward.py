@@ -40,6 +40,7 @@ def add_experts(ops: Operators, layer: MoeLayer) -> None:
     rows, experts = rows_of(layer, ops.workload, batch), layer.num_experts / batch.ep
     width, chunks = layer.expert_ffn_size / batch.etp, batch.ep_chunks.astype(np.float64)
     ops.matmul(ops.stream_tokens, float(layer.num_experts), layer.hidden, whole=True)
+    ops.pointwise(table.router, ops.stream_tokens * layer.num_experts)
     before = ops.marks()
     ops.pointwise(table.routing, _moved(ops, layer, rows.sent, rows.here) * layer.hidden)
     ops.only_experts(before)

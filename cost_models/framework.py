@@ -83,6 +83,9 @@ class Pointwise:
     dropout: PointwiseCost = PointwiseCost(
         forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=0
     )  # the residual stream, after each attention and feed-forward layer
+    router: PointwiseCost = PointwiseCost(
+        forward_kernels=0, forward_passes=0, backward_kernels=0, backward_passes=0
+    )  # the router's scores, a number for each token and expert, where ``routing`` does not hold it
     squared_relu: PointwiseCost | None = None  # the same tensor as ``activation``, where it is that and costs another
     softmax: PointwiseCost | None = None  # the scores, where attention is written out
     quantize: PointwiseCost = PointwiseCost(

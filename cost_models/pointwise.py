@@ -115,6 +115,16 @@ FUSED = Pointwise(
         backward_casts=1,
     ),
     routing=P(forward_kernels=12, forward_passes=1, backward_kernels=8, backward_passes=1),
+    # scores, choice, weights, auxiliary loss, counts of rows and their places (megatron/core/transformer/moe/router.py,
+    # moe_utils.py, token_dispatcher.py: preprocess), each a kernel over [tokens, experts] in float32, about
+    router=P(
+        forward_kernels=18,
+        forward_passes=0,
+        forward_float32_passes=18,
+        backward_kernels=22,
+        backward_passes=0,
+        backward_float32_passes=22,
+    ),
     adamw=P(forward_kernels=4, forward_passes=11, backward_kernels=0, backward_passes=0),
     sgd=P(forward_kernels=1, forward_passes=3, backward_kernels=0, backward_passes=0),
     accumulate=P(forward_kernels=0, forward_passes=0, backward_kernels=1, backward_passes=2),

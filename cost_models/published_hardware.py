@@ -213,7 +213,7 @@ def _variant(row: Row, target: str) -> str:
         return f"{target}-nccl"  # recipes without userbuffers: see target_megatron.MEGATRON_BRIDGE_NCCL
     if target == "nemo" and re.search(r"nemo ?24\.0[1-7]", f"{notes} {row.text('framework').lower()}"):
         return "nemo-2024"
-    if target == "megatron-bridge" and row.number("experts") and expert_variant(row):
+    if target in ("megatron-bridge", "nemo") and row.number("experts") and expert_variant(row):
         return f"{target}-{expert_variant(row)}"
     if target == "megatron-bridge" and "bridge" in row.text("framework").lower() and row.number("zero_stage") == 3:
         return "megatron-bridge-offload"  # as its recipes with FSDP do

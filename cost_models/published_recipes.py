@@ -51,18 +51,28 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(gpu="(?<!g)b200", model="qwen3-30b", variant="partial"),
     Recipe(gpu="(?<!g)b200", model="qwen3-235b", since=25.11, until=25.11, variant="overlap"),
 )
+# NVIDIA/NeMo: scripts/performance/llm/pretrain_deepseek_v3.py; NVIDIA/dgxc-benchmarking: grok1/grok1_314b.yaml
+# (moe_expert_capacity_factor, moe_pad_expert_input_to_capacity)
+NEMO_RECIPES: tuple[Recipe, ...] = (
+    Recipe(gpu="h100", model="deepseek", variant="deepep"),
+    Recipe(model="deepseek|grok", variant="dropping"),
+)
+DROPS = re.compile(r"token-drop training")  # beyond an expert's even share, as in arXiv 2504.14960
 RELEASE = re.compile(r"\b(2\d\.\d\d)(?:\.\d\d)? nemo container")
 
 
 def expert_variant(row: Row) -> str:
-    """The variant of ``megatron-bridge`` that a row with experts ran; empty where no recipe says."""
-    release = RELEASE.search(row.text("notes").lower())
-    if not release:
+    """The variant of ``megatron-bridge`` or ``nemo`` that a row with experts ran; empty where no recipe says."""
+    notes, framework = row.text("notes").lower(), row.text("framework").lower()
+    if DROPS.search(notes):
+        return "dropping"
+    release = RELEASE.search(notes)
+    if not release and not framework.startswith("nemo"):
         return ""
     said = [row.text(name).lower() for name in ("model", "gpu_type", "precision")]
-    for recipe in RECIPES:
+    for recipe in RECIPES if release else NEMO_RECIPES:
         patterns = (recipe.model, recipe.gpu, recipe.precision)
         known = all(re.search(pattern, text) for pattern, text in zip(patterns, said, strict=True))
-        if known and recipe.since <= float(release[1]) <= recipe.until:
+        if known and (not release or recipe.since <= float(release[1]) <= recipe.until):
             return recipe.variant
     return ""

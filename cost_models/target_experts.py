@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from meshwright.cost_models.expert_traits import Dispatch, ExpertTraits
 from meshwright.cost_models.framework import Framework, HostCost
-from meshwright.cost_models.target_megatron import MEGATRON_BRIDGE
+from meshwright.cost_models.target_megatron import MEGATRON_BRIDGE, NEMO
 
 # attention, router and what prepares the dispatch in graphs (cuda_graph_scope: attn, moe_router, moe_preprocess)
 _PARTIAL = replace(MEGATRON_BRIDGE.experts, dense_in_graph=True)
@@ -31,14 +31,15 @@ _GRAPH = replace(
     pads_rows=False,
     fused=True,
 )
-_PADDED = replace(MEGATRON_BRIDGE.experts, reads_counts=False, pads_rows=False)
+# every expert gets as many rows, its even share, so that nobody counts them (moe_pad_expert_input_to_capacity)
+_DROPPING = replace(MEGATRON_BRIDGE.experts, reads_counts=False, pads_rows=False)
 
 _IN_GRAPH = HostCost(launch_factor=0.02, collective_s=1e-6, microbatch_s=1e-5)
 _HOST = ("host.launch_factor", "host.collective_s", "host.microbatch_s")
 
 
-def _variant(name: str, experts: ExpertTraits, *, in_graph: bool = False) -> Framework:
-    target = replace(MEGATRON_BRIDGE, name=f"megatron-bridge-{name}", version_of="megatron-bridge", experts=experts)
+def _variant(name: str, experts: ExpertTraits, *, in_graph: bool = False, of: Framework = MEGATRON_BRIDGE) -> Framework:
+    target = replace(of, name=f"{of.name}-{name}", version_of="megatron-bridge", experts=experts)
     target = replace(target, sinks_written_out=not experts.fused)  # with fp8_dot_product_attention, by cuDNN
     return replace(target, host=_IN_GRAPH, differs_in=_HOST) if in_graph else target
 
@@ -46,8 +47,11 @@ def _variant(name: str, experts: ExpertTraits, *, in_graph: bool = False) -> Fra
 EXPERT_TARGETS: tuple[Framework, ...] = (
     _variant("partial", _PARTIAL),
     _variant("overlap", _OVERLAP),
-    _variant("padded", _PADDED, in_graph=True),
+    _variant("padded", _DROPPING, in_graph=True),
     _variant("hybridep", replace(_HYBRIDEP, dense_in_graph=True)),
     _variant("hybridep-eager", _HYBRIDEP),
     _variant("graph", _GRAPH, in_graph=True),
+    _variant("dropping", _DROPPING),
+    _variant("dropping", _DROPPING, of=NEMO),
+    _variant("deepep", _HYBRIDEP, of=NEMO),
 )

@@ -66,7 +66,7 @@ def run(architecture: dict[str, str], devices: int, degrees: str, mfu: float, to
         "gpu_type": "H100-80GB-SXM", "gpus_per_node": "8", "num_gpus": str(devices), "framework": "Megatron-Core",
         "interconnect": "NVLink4 450GB/s uni; IB 400Gb/s per GPU (Eos)", "arch_family": "moe", "precision": "bf16",
         "seq_len": str(tokens), "global_batch": str(batch), "zero_stage": split["zero"], "sp": "True",
-        "mfu_pct": str(mfu), "usable_for": "util",
+        "mfu_pct": str(mfu), "usable_for": "util", "notes": "token-drop training, capacity factor 1",
     }  # fmt: skip
     return run_of(Row(columns, 2))
 

@@ -143,14 +143,13 @@ def test_collectives_of_a_layer() -> None:
 def played(x: float, y: float, chunks: int) -> float:
     """Seconds of dispatches and combines on one stream, in the order that the executor issues them, beside experts."""
     stream = worker = 0.0
-    arrived, done = {}, {}
+    arrived: dict[int, float] = {}
     order: list[tuple[str, int]] = [("d", 0)]
     for chunk in range(chunks):
         order += [("d", chunk + 1)] * (chunk + 1 < chunks) + [("r", chunk)]
     for kind, chunk in order:
         if kind == "r":
             worker = max(worker, arrived[chunk]) + y
-            done[chunk] = worker
             stream = max(stream, worker)
         stream += x
         arrived[chunk] = stream
@@ -187,8 +186,8 @@ def test_chunks_pay_where_rows_are_many_and_streams_exist(toy: Any) -> None:
 
 def test_another_micro_batch_hides_the_exchange(toy: Any) -> None:
     hiding = replace(FRAMEWORK, experts=replace(FRAMEWORK.experts, overlap=1.0))
-    large = {"workload": replace(WORKLOAD, seq_len=4096), "layer": replace(LAYER, expert_ffn_size=8192)}
-    alone, beside = (parts_of(toy, "gpu", target, dp=8, ep=4, **large) for target in (FRAMEWORK, hiding))
+    long, wide = replace(WORKLOAD, seq_len=4096), replace(LAYER, expert_ffn_size=8192)
+    alone, beside = (parts_of(toy, "gpu", target, long, wide, dp=8, ep=4) for target in (FRAMEWORK, hiding))
     assert alone.ep_forward[0] > 0 == beside.ep_forward[0]
     assert beside.hidden[0] - alone.hidden[0] == pytest.approx((alone.ep_forward + alone.ep_backward)[0])
 
