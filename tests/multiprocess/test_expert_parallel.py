@@ -8,6 +8,7 @@ import importlib
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -453,8 +454,8 @@ def events(rank: Rank, layer: Layer, x: Tensor) -> list[str]:
         out.register_hook(lambda grad: seen.append("work backward"))
         return out
 
-    vars(expert_parallel)["run_experts"] = noted_work
-    layer(x[rank.rank].clone().requires_grad_()).sum().backward()
+    with patch.object(expert_parallel, "run_experts", noted_work):
+        layer(x[rank.rank].clone().requires_grad_()).sum().backward()
     return seen
 
 
