@@ -24,7 +24,7 @@ from meshwright.executors.checks import check_cluster, check_environment, check_
 from meshwright.executors.clip import global_grad_norm, scale_grads
 from meshwright.executors.context_parallel import ContextParallel
 from meshwright.executors.data_parallel import DataParallel, local, torch_dtype
-from meshwright.executors.expert_parallel import ExpertStatistics, split_experts
+from meshwright.executors.expert_parallel import ExpertParallel, ExpertStatistics, split_experts
 from meshwright.executors.expert_routing import check_token_groups
 from meshwright.executors.loss import IGNORED, LossFunction, loss_on_shards
 from meshwright.executors.mesh import Mesh, build_mesh
@@ -107,15 +107,7 @@ def _split_stage(
     if rules:
         tp_mesh = mesh.axis("tp")
         split = apply_tensor_parallel(module.model, rules, tp_mesh, sequence_parallel=config.sequence_parallel)
-    experts = None
-    if plan.model.moe is not None:
-        experts = split_experts(
-            module.model,
-            mesh,
-            sequence_parallel=config.sequence_parallel,
-            num_chunks=config.ep_chunks,
-            num_microbatches=sum(plan.micro_batches_per_data_rank),
-        )
+    experts = _split_experts(module.model, plan, mesh) if plan.model.moe else None
     put_off = None
     if config.schedule in SPLIT_BACKWARD:
         put_off = WeightGradients(
@@ -128,6 +120,24 @@ def _split_stage(
     routed = list(experts.modules.values()) if experts else []
     sharded = DataParallel(module, list(module.blocks.values()), mesh, config.zero_stage, recipe, experts=routed)
     return Chunk(index, module, split, sharded, put_off, experts)
+
+
+def _split_experts(model: nn.Module, plan: Plan, mesh: Mesh) -> ExpertParallel | None:
+    """A stage's experts over ep and etp; None for experts built otherwise, which run as they are where nothing cuts
+    them."""
+    config = plan.config
+    try:
+        return split_experts(
+            model,
+            mesh,
+            sequence_parallel=config.sequence_parallel,
+            num_chunks=config.ep_chunks,
+            num_microbatches=sum(plan.micro_batches_per_data_rank),
+        )
+    except InputError:
+        if config.tp * config.ep * config.etp > 1:
+            raise
+        return None
 
 
 def _own_stages(
@@ -369,7 +379,8 @@ class ParallelModel:
         return owner.copies(name) * (1 if self.plan.config.zero_stage else replicas)
 
     def expert_statistics(self) -> ExpertStatistics | None:
-        """What the routers of the whole model did in the last step, on every rank; None for a model without experts.
+        """What the routers of the whole model did in the last step, on every rank; None for a model without experts, or
+        with experts that are not known (``expert_modules``).
 
         Tokens that chose each expert, choices dropped for want of room, and the auxiliary loss, which ``step`` trains
         on but does not return. It is worked out for each layer over one micro-batch and averaged over micro-batches and
@@ -377,7 +388,7 @@ class ParallelModel:
         number of micro-batches are 1.
         """
         own = [chunk.experts.statistics() for chunk in self._chunks if chunk.experts]
-        if self.plan.model.moe is None:
+        if not own:
             return None
         return gather_statistics(own, self._mesh)
 

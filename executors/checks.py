@@ -11,12 +11,12 @@ from meshwright import InputError
 from meshwright.cost_models.schedules import stage_indices
 from meshwright.cost_models.strategy import SPLIT_BACKWARD, ParallelConfig, Schedule
 from meshwright.executors.data_parallel import torch_dtype
+from meshwright.executors.expert_modules import find_experts
 from meshwright.executors.expert_routing import check_token_groups
 from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy
 from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.environment import capture_environment, environment_differences
-from meshwright.profiler.skeleton import find_experts
 
 
 def check_plan(plan: Plan) -> None:

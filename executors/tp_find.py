@@ -35,11 +35,12 @@ import torch
 from torch import Tensor, nn
 
 from meshwright import InputError
+from meshwright.executors.expert_modules import find_experts
 from meshwright.executors.tp_dataflow import BlockRun, BoolArray, depends, tensors_in
 from meshwright.executors.tp_graph import Group, group_matrices
 from meshwright.executors.tp_rules import Attribute, IntArray, Region, Share, TensorParallelRules
 from meshwright.profiler.anatomy import Anatomy, find_anatomy
-from meshwright.profiler.skeleton import Matrix, call_with_tokens, find_experts, find_matrices, hollow
+from meshwright.profiler.skeleton import Matrix, call_with_tokens, find_matrices, hollow
 
 MAX_PROBED_TP = 64
 MAX_CHANGED_ATTRIBUTES = 4
@@ -57,7 +58,7 @@ def find_tensor_parallel_rules(model: nn.Module) -> TensorParallelRules:
 
 def _find(model: nn.Module) -> TensorParallelRules:
     anatomy = find_anatomy(model)
-    matrices, experts = find_matrices(model), tuple(find_experts(model))
+    matrices, experts = find_matrices(model), tuple(place.name for place in find_experts(model))
     _refuse_unknown(model, anatomy, matrices, experts)
     table = model.get_submodule(anatomy.token_embedding)
     assert isinstance(table, nn.Embedding)

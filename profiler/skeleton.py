@@ -107,7 +107,7 @@ def _is_transposed(module: nn.Module) -> bool | None:
         expected = x @ matrix + (bias if bias is not None and bias.shape[0] == matrix.shape[1] else 0.0)
         try:
             output = trial(x)
-        except (RuntimeError, ValueError):  # the other orientation: shapes do not match
+        except (RuntimeError, ValueError, TypeError, IndexError):  # the other orientation, or called otherwise
             continue
         if isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected):
             return transposed
@@ -154,6 +154,9 @@ def hollow(model: nn.Module, blocks_name: str) -> nn.Module:
     Blocks answer in a tuple while the skeleton's ``blocks_in_tuple`` is true.
     """
     copied = skeleton(model)
+    config: Any = getattr(copied, "config", None)
+    if getattr(config, "use_cache", False):  # keys of one run would be there in the next
+        config.use_cache = False
     copied.blocks_in_tuple = False  # type: ignore[assignment]
 
     def hidden_states(*args: Any, **kwargs: Any) -> Any:

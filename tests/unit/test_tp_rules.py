@@ -250,6 +250,14 @@ def test_attention_sinks_are_split_with_their_heads() -> None:
     assert attention.entries_of(attention.vectors[0], 2, 1).tolist() == [2, 3]
 
 
+def test_experts_built_otherwise_are_refused_by_name() -> None:
+    sizes = {"num_local_experts": 4, "intermediate_size": 16, "num_key_value_heads": 2, "pad_token_id": 0}
+    with pytest.raises(
+        InputError, match=r"block_sparse_moe\.\w+ .* not built as known experts|beside model\.layers\.0"
+    ):
+        find_tensor_parallel_rules(hugging_face("GraniteMoe", **sizes))
+
+
 def test_an_attribute_of_the_config_is_refused() -> None:
     # Phi-3 cuts its fused projection at config.num_attention_heads, which belongs to the whole model
     model = hugging_face("Phi3", intermediate_size=48, num_key_value_heads=2, pad_token_id=0)
