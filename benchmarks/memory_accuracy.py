@@ -1,20 +1,24 @@
 """Predicted peaks of plans for our own executors against the dry run's: per plan, per kind of tensor, and by axis.
 
-Run it with ``python benchmarks/memory_accuracy.py [--ends] [WORDS...]``; with words only plans whose description has,
-for each, a word that starts so (``llama pp zero1``). Every plan's model is Hugging Face's, built on the meta device.
-The dry run is of a rank of the stage predicted to hold the most, with ``--ends`` also of the first and the last stage.
-About six minutes on two cores, twice that with ``--ends``.
+Run it with ``python benchmarks/memory_accuracy.py [--ends] [--drawn N] [WORDS...]``; with words only plans whose
+description has, for each, a word that starts so (``llama pp zero1``). Every plan's model is Hugging Face's, built on
+the meta device. The dry run is of a rank of the stage predicted to hold the most, with ``--ends`` also of the first and
+the last stage. About seven minutes on two cores, twice that with ``--ends``. With ``--drawn`` it is ``N`` plans drawn
+at random, always the same, from all that are legal for a small Llama and a small Mixtral on 16 GPUs, every stage run.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from statistics import median
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -22,13 +26,16 @@ from meshwright.cost_models.estimate import KINDS, MemoryBreakdown
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.step import estimate
 from meshwright.cost_models.strategy import ParallelConfig, Recompute, Schedule
+from meshwright.cost_models.targets import framework_named
 from meshwright.cost_models.workload import Workload, recipe_named
 from meshwright.executors.dry_run import DryRun, dry_run_ranks, stage_ranks
 from meshwright.planner.plan import Plan, default_stages
+from meshwright.planner.space import legal_space
 from meshwright.profiler.cluster import load_cluster
 from meshwright.profiler.model import load_model
 from meshwright.profiler.record import record
 
+SEED, DRAWN_GPUS, DRAWN_BATCH = 11, 16, 32
 RESIDENT = ("params", "grads", "optimizer", "activations")
 
 LLAMA_8B = {
@@ -64,6 +71,20 @@ MODELS: dict[str, dict[str, Any]] = {
                       "moe_intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 32,
                       "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
                       "tie_word_embeddings": False},
+    "qwen2-57b-a14b": {"model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 3584, "intermediate_size": 18944,
+                       "moe_intermediate_size": 2560, "shared_expert_intermediate_size": 20480,
+                       "num_hidden_layers": 4, "num_attention_heads": 28, "num_key_value_heads": 4, "num_experts": 64,
+                       "num_experts_per_tok": 8, "tie_word_embeddings": False},
+    "deepseek-v3": {"model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+                    "moe_intermediate_size": 2048, "num_hidden_layers": 4, "first_k_dense_replace": 1,
+                    "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256,
+                    "num_local_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
+                    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
+                    "v_head_dim": 128, "tie_word_embeddings": False},
+    "drawn-llama": {**LLAMA_8B, "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
+                    "num_hidden_layers": 8, "num_attention_heads": 16},
+    "drawn-mixtral": {**MIXTRAL, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
+                      "num_attention_heads": 16},
 }  # fmt: skip
 
 
@@ -85,7 +106,7 @@ class Case:
 
 
 def case(model: str, words: str, **options: Any) -> Case:
-    """``tp8 pp4 dp2 1f1b zero1 mbs1 sp full``: axes with their degrees, schedule, switches."""
+    """``tp8 pp4 dp2 1f1b zero1 mbs1 sp full``: axes with their degrees, schedule, switches; cp as its two degrees."""
     fields: dict[str, Any] = {}
     names = {"zero": "zero_stage", "mbs": "micro_batch_size"}
     for word in words.split():
@@ -101,8 +122,9 @@ def case(model: str, words: str, **options: Any) -> Case:
         else:
             fields[names.get(letters, letters)] = int(word[len(letters) :])
     fields["vocab_parallel"] = fields.get("tp", 1) > 1
+    fields["cp"] = fields.get("cp_ring", 1) * fields.get("cp_ulysses", 1)
     if fields.get("zero_stage", 0):
-        fields["dp_shard"] = fields["dp"]
+        fields["dp_shard"] = fields.get("dp", 1) * fields["cp"]
     return Case(model=model, config=ParallelConfig(**fields), **options)
 
 
@@ -147,6 +169,46 @@ def cases() -> Iterator[Case]:
         yield case("gpt2-xl", "tp5 dp8 zero3", microbatches=2, recipe=recipe)
 
 
+def five_dimensions() -> Iterator[Case]:
+    """Context and expert parallelism, apart and folded, beside all else."""
+    yield case("llama-8b", "cp_ring8 zero3 full", seq_len=65536, microbatches=1)
+    yield case("llama-8b", "cp_ulysses8 zero3 selective", seq_len=32768, microbatches=1)
+    yield case("llama-8b", "cp_ring4 cp_ulysses2 dp4 zero1", seq_len=32768, microbatches=2)
+    yield case("llama-8b", "tp4 cp_ring2 dp2 zero2 sp full mbs2", seq_len=8192, microbatches=2)
+    yield case("llama-70b", "tp8 cp_ring16 pp4 dp2 1f1b zero1 sp full", seq_len=131072, microbatches=4)
+    yield case("llama-70b", "tp8 cp_ulysses4 pp2 dp2 interleaved zero1 sp selective", seq_len=16384, microbatches=4)
+    yield case("qwen3-4b", "cp_ring2 cp_ulysses2 dp2 zero3", seq_len=16384, microbatches=2)
+    for zero, recompute in zip((0, 1, 2, 3), (Recompute.NONE, *Recompute), strict=True):
+        yield case("mixtral-8x7b", f"dp16 ep8 zero{zero} {recompute}", microbatches=2)
+    yield case("mixtral-8x7b", "tp2 dp8 ep4 etp2 sp zero1", seq_len=4096, microbatches=2)
+    yield case("mixtral-8x7b", "tp4 dp4 ep8 sp zero3 full", seq_len=4096, microbatches=2)
+    yield case("mixtral-8x7b", "tp2 dp8 ep8 etp2 zero1 full", microbatches=2)
+    yield case("mixtral-8x7b", "dp8 ep8 ep_chunks4 zero1 selective mbs2", microbatches=2)
+    yield case("mixtral-8x7b", "tp2 cp_ring2 pp2 dp2 ep8 sp 1f1b zero1 full", seq_len=8192, microbatches=4)
+    yield case("mixtral-8x7b", "pp4 dp8 ep4 zb-h1 zero1", microbatches=6)
+    yield case("mixtral-8x7b", "pp2 dp8 ep8 zbv zero1 full", microbatches=4)
+    yield case("qwen3-30b-a3b", "tp2 cp_ulysses2 dp4 ep16 sp zero2", seq_len=8192, microbatches=2)
+    yield case("qwen3-30b-a3b", "pp2 dp16 ep16 interleaved zero2 full", microbatches=4)
+    yield case("qwen2-57b-a14b", "tp2 dp16 ep8 etp2 sp zero1 selective", seq_len=4096, microbatches=2)
+    yield case("qwen2-57b-a14b", "dp32 ep8 zero3 full ep_chunks2", seq_len=4096, microbatches=2)
+    yield case("deepseek-v3", "dp64 ep64 zero1 full", seq_len=4096, microbatches=2)
+    yield case("deepseek-v3", "pp2 dp32 ep32 1f1b zero1", seq_len=4096, microbatches=4)
+    yield case("deepseek-v3", "tp4 dp16 ep16 sp zero1 selective", seq_len=4096, microbatches=2)
+    yield case("deepseek-v3", "tp2 cp_ring4 dp8 ep64 sp zero3 full", seq_len=16384, microbatches=2)
+
+
+def drawn(number: int) -> Iterator[Case]:
+    """As many plans at random, the same each time."""
+    generator = np.random.default_rng(SEED)
+    for model in ("drawn-llama", "drawn-mixtral"):
+        workload = Workload(seq_len=2048, global_batch_size=DRAWN_BATCH, recipe=recipe_named("bf16"))
+        legal = legal_space(load_model(MODELS[model]), workload, DRAWN_GPUS, framework_named("meshwright")).batch
+        chosen = generator.choice(len(legal), number // 2 + number % 2 * (model == "drawn-llama"), replace=False)
+        for config in legal.take(chosen).configs():
+            microbatches = DRAWN_BATCH // (config.dp * config.micro_batch_size)
+            yield Case(model=model, config=config, microbatches=microbatches)
+
+
 def plan_of(given: Case) -> Plan:
     """The plan of a case, for which no search is needed."""
     config, spec = given.config, load_model(MODELS[given.model])
@@ -170,13 +232,14 @@ def hugging_face(fields: dict[str, Any]) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
-def compare(given: Case, *, ends: bool = False) -> tuple[MemoryBreakdown, DryRun]:
-    """What is predicted of the fullest stage, and what the dry run of the fullest rank finds."""
+def compare(given: Case, *, ends: bool = False, everywhere: bool = False) -> tuple[MemoryBreakdown, DryRun]:
+    """What is predicted of the fullest stage, and what the dry run of the fullest rank finds, of those that are run."""
     plan = plan_of(given)
     nodes = -(-given.config.world_size // 8)
     predicted = estimate(plan.model, plan.workload, load_cluster(f"h100-sxm:{max(nodes, 1) * 8}"), given.config).memory
     ranks = stage_ranks(plan)
     chosen = sorted({ranks[predicted.stage], *((ranks[0], ranks[-1]) if ends else ())})
+    chosen = list(ranks) if everywhere else chosen
     found = dry_run_ranks(partial(hugging_face, MODELS[given.model]), plan, chosen)
     return predicted, max(found, key=lambda run: run.peak_bytes)
 
@@ -222,6 +285,12 @@ def axes(given: Case) -> Iterator[str]:
     yield f"recompute {config.recompute}"
     yield f"schedule {config.schedule if config.pp > 1 else 'none'}"
     yield f"tp {'sp' if config.sequence_parallel else config.tp > 1}"
+    if config.cp > 1:
+        yield f"cp {'ring' * (config.cp_ring > 1)}{'x' * (1 < config.cp_ring < config.cp)}" + (
+            "ulysses" * (config.cp_ulysses > 1)
+        )
+    if config.ep * config.etp > 1:
+        yield f"ep{' x etp' * (config.etp > 1)}{' in chunks' * (config.ep_chunks > 1)}"
     yield f"recipe {given.recipe}"
 
 
@@ -229,13 +298,20 @@ def main() -> None:
     import torch  # noqa: F401  # before ranks are forked
     import transformers  # noqa: F401
 
-    wanted, ends = [word for word in sys.argv[1:] if word != "--ends"], "--ends" in sys.argv
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument("--ends", action="store_true")
+    parser.add_argument("--drawn", type=int, default=0, metavar="N")
+    given_words = parser.parse_args()
+    everything = drawn(given_words.drawn) if given_words.drawn else chain(cases(), five_dimensions())
     chosen = [
-        given for given in cases() if all(any(said.startswith(word) for said in given.words.split()) for word in wanted)
+        given
+        for given in everything
+        if all(any(said.startswith(word) for said in given.words.split()) for word in given_words.words)
     ]
     results = []
     for number, given in enumerate(chosen, start=1):
-        predicted, found = compare(given, ends=ends)
+        predicted, found = compare(given, ends=given_words.ends, everywhere=bool(given_words.drawn))
         results.append((given, predicted, found))
         said = f"{number}/{len(chosen)} {given.words}: {100 * error_of(predicted, found):+.2f} %"
         print(said, file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from meshwright.cost_models.workload import RECIPES, Workload
 from meshwright.executors.apply import parallelize
 from meshwright.executors.data_parallel import torch_dtype
 from meshwright.executors.dry_run import dry_run_ranks
+from meshwright.executors.expert_modules import find_experts
 from meshwright.executors.memory_peak import Peak
 from meshwright.executors.memory_steps import track_steps
 from meshwright.executors.spec_model import build_spec_model
@@ -36,6 +38,10 @@ LLAMA: dict[str, Any] = {
 HUGGING_FACE: dict[str, dict[str, Any]] = {
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
     "mixtral": {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek": {**LLAMA, "model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32,
+                 "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 8,
+                 "num_local_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+                 "moe_intermediate_size": 32, "first_k_dense_replace": 1, "num_hidden_layers": 2},
     "opt": {"model_type": "opt", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 4, "ffn_dim": 160,
             "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 64, "dropout": 0.0},
 }  # fmt: skip
@@ -47,10 +53,8 @@ CASES = [
     "bf16 n2 dp2 zero2",
     "bf16 n2 dp2 zero3 full",
     "fp32 n1 dp2 zero3 tp2 sp",
-    "fp32 n3 tp2",
     "bf16 n2 tp2 sp selective",
     "bf16 n4 pp2 dp2 zero1 1f1b",
-    "fp32 n4 pp2 gpipe full",
     "fp32 n4 pp2 dp2 zero3 1f1b selective",
     "bf16 n4 pp2 interleaved full",
     "fp32 n4 pp2 tp2 sp 1f1b",
@@ -60,6 +64,12 @@ CASES = [
     "mixtral bf16 n2 dp2 zero2",
     "qwen3 fp32 n4 pp2 1f1b",
     "opt bf16 n2 full",
+    "fp32 n2 cp_ring2 tp2 sp",
+    "bf16 n2 cp_ring2 cp_ulysses2 zero1 selective",
+    "bf16 n4 cp_ulysses2 pp2 1f1b full",
+    "mixtral bf16 n2 dp2 ep2 zero1",
+    "mixtral fp32 n2 tp2 dp2 ep2 etp2 sp zero2 full",
+    "deepseek bf16 n2 dp2 cp_ring2 ep4 ep_chunks2 zero3 full",
 ]
 
 
@@ -84,7 +94,8 @@ def plan_of(line: str) -> tuple[Plan, Callable[[], nn.Module]]:
             micro_batches = int(word[1:])
         else:
             axes[{"zero": "zero_stage"}.get(name, name)] = int(word.removeprefix(name))
-    axes["dp_shard"] = axes.get("dp", 1) if axes.get("zero_stage") else 1
+    axes["cp"] = axes.get("cp_ring", 1) * axes.get("cp_ulysses", 1)
+    axes["dp_shard"] = axes.get("dp", 1) * axes["cp"] if axes.get("zero_stage") else 1
     config = ParallelConfig(vocab_parallel=axes.get("tp", 1) > 1, **axes)
     fields = HUGGING_FACE.get(kind, LLAMA)
     spec = load_model(fields)
@@ -111,10 +122,19 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
+def _chooses_evenly(num_experts: int, router: nn.Module, given: Any, output: Any) -> Any:
+    """As a dry run takes it: values it does not have."""
+    logits, weights, index = output
+    return logits, weights, torch.arange(index.numel()).view(index.shape) % num_experts
+
+
 def _really(rank: Rank, plan: Plan, build: Callable[[], nn.Module]) -> Peak:
     recipe = plan.workload.recipe
     torch.manual_seed(0)
     model = build().to(torch_dtype(recipe.master or recipe.params))
+    if plan.model.moe is not None:
+        for place in find_experts(model):
+            model.get_submodule(place.router).register_forward_hook(partial(_chooses_evenly, place.shape.num_experts))
     trained = Trained(parallelize(model, plan), plan, torch.device("cpu"))
     return track_steps(trained, 2, kernels="cpu")
 
