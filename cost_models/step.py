@@ -227,7 +227,8 @@ def assumptions(model: ModelSpec, workload: Workload, cluster: ClusterProfile, f
     if not cluster.collectives:
         said.append("collectives follow from latency and bandwidth, none was measured")
     if model.moe is not None:
-        said.append("tokens spread evenly over experts")
+        how = "evenly over experts" if workload.routing is None else "over experts as measured, in order on their ranks"
+        said.append(f"tokens spread {how}")
     if model.windows and not framework.windowed_attention:
         said.append(f"{framework.name} works out what a sliding window masks")
     if not framework.memory.fragmentation and framework.memory.blocks is None:
