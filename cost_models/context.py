@@ -50,6 +50,8 @@ def context_traffic(block: Block, workload: Workload, batch: ConfigBatch, framew
     are.
     """
     entries: list[Collective] = []
+    if not (batch.cp > 1).any():
+        return entries
     for layer in block.layers:
         if isinstance(layer, AttentionLayer):
             entries += _of_attention(layer, workload, batch, framework)
@@ -66,7 +68,7 @@ def _of_attention(
     queries, output = size * tokens * heads * query, size * tokens * heads * value
     # of a place: Ulysses makes tokens U times as many and heads U times fewer
     keys = size * tokens * kv_heads * (query + value)
-    gradients = keys * (max(size, 4.0) / size if traits.float32_grads else 1.0)
+    gradients = keys * _width(workload, framework)
     handed_on = keys
     if traits.bidirectional:  # the larger of what goes one way and what comes back
         handed_on = np.maximum(queries, output + LSE_BYTES * tokens * heads)
@@ -95,6 +97,24 @@ def _of_attention(
     else:
         entries.append(Collective("cp_ring", "send", "backward", hops, gradients))
     return entries
+
+
+def _width(workload: Workload, framework: Framework) -> float:
+    """Bytes of a gradient of a key on its way over those of the key."""
+    size = workload.recipe.compute.num_bytes
+    return max(size, 4) / size if framework.context.float32_grads else 1.0
+
+
+def hideable(workload: Workload, batch: ConfigBatch, framework: Framework) -> FloatArray:
+    """Share of a ring's messages backward that have a kernel beside them: ``[num_configs]``.
+
+    All, or all but one of R - 1 messages of gradients, each ``w`` times as long as one of keys and values, of which
+    there are as many: ``1 - w / ((1 + w) (R - 1))``.
+    """
+    if not framework.context.last_waits:
+        return np.ones(len(batch))
+    width = _width(workload, framework)
+    return np.asarray(1.0 - width / ((1.0 + width) * np.maximum(batch.cp_ring - 1.0, 1.0)), dtype=np.float64)
 
 
 def hop_seconds(cluster: ClusterProfile, groups: Groups, num_bytes: Any) -> FloatArray:

@@ -45,6 +45,7 @@ class ContextTraits:
     )
     step_factor: float = 1.0  # seconds of a ring's steps after the first over those of their kernels
     overlap: float = 1.0  # share of a ring's messages beside the kernels
+    last_waits: bool = False  # the last message of gradients has no kernel beside it: a rank's own block comes first
     whole_heads: bool = False  # keys and values travel repeated for every query head
     float32_grads: bool = False  # their gradients travel in float32
     exchanges_together: bool = False  # Ulysses: queries, keys and values in one all_to_all
@@ -55,6 +56,7 @@ class ContextTraits:
 # executors/ring_attention.py and attention_kernels.merge, operator by operator, sums in float32
 OURS = ContextTraits(
     ulysses=True,
+    last_waits=True,
     float32_grads=True,
     exchanges_together=True,
     merge=Merge(
@@ -85,6 +87,7 @@ TRANSFORMER_ENGINE = ContextTraits(
 # account for, why is not known: step_factor is from Llama 3.1 8B at 65,536 and 131,072 tokens on 8 H100 (torchtitan,
 # benchmarks/llama3_h100_202412_torchtitan.md, table 2)
 TORCH_2024 = ContextTraits(
+    last_waits=True,
     whole_heads=True,
     float32_grads=True,
     ring_windows=False,

@@ -186,7 +186,7 @@ def _parts(
     tp_backward, hidden_tp_backward = hide(spent.get(("tp", "backward"), zero), more, behind, cluster)
     tp_again, hidden_tp_again = hide(spent.get(("tp", "recompute"), zero), hidden_tp, kernels.recompute, cluster)
     tp_backward, hidden_tp_backward = tp_backward + tp_again, hidden_tp_backward + hidden_tp_again
-    cp_forward, cp_backward, hidden_cp = _context(spent, inside, kernels, cluster, framework, batch)
+    cp_forward, cp_backward, hidden_cp = _context(spent, inside, kernels, workload, cluster, framework, batch)
     each_rank_s = framework.host.checked_collective_s + (batch.pp > 1) * framework.host.pipelined_collective_s
     call_s = framework.host.collective_s + batch.tp * each_rank_s
     back_calls = calls.get("backward", zero) + calls.get("recompute", zero)
@@ -286,6 +286,7 @@ def _context(
     spent: dict[tuple[str, str], FloatArray],
     inside: dict[tuple[str, str], FloatArray],
     kernels: BlockSeconds,
+    workload: Workload,
     cluster: ClusterProfile,
     framework: Framework,
     batch: ConfigBatch,
@@ -303,7 +304,8 @@ def _context(
         ("recompute", kernels.attention_forward),
     ):
         near, behind = inside.get(("cp_ring", phase), zero), context.beside(kernel, batch)
-        visible, beside = hide(spent.get(("cp_ring", phase), zero), share, behind, cluster, near)
+        possible = share * context.hideable(workload, batch, framework) if phase == "backward" else share
+        visible, beside = hide(spent.get(("cp_ring", phase), zero), possible, behind, cluster, near)
         exposed.append(visible + spent.get(("cp_ulysses", phase), zero))
         hidden = hidden + beside
     return exposed[0], exposed[1] + exposed[2], hidden

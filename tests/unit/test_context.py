@@ -182,6 +182,16 @@ def test_messages_hide_behind_all_steps_but_the_last(toy: Any) -> None:
     assert exposed.hidden == pytest.approx([0.0])
 
 
+def test_the_last_message_of_gradients_may_have_no_kernel_beside_it(toy: Any) -> None:
+    # in 16 bits gradients travel in 32: messages of 1 and 2, three of each; fast links, so that all others hide
+    workload = Workload(seq_len=4096, global_batch_size=1, recipe=RECIPES["bf16"])
+    framework = toy.framework(context=ContextTraits(last_waits=True, float32_grads=True))
+    found = parts(toy, framework, workload, cp_ring=4)
+    keys = 2 * 1024 * 4 * 16
+    assert found.cp_forward == pytest.approx([0.0])
+    assert found.cp_backward == pytest.approx([2 / 9 * (6e-6 + 9 * keys / 1e10)])
+
+
 def test_ulysses_waits_for_its_exchange_and_its_copies(toy: Any) -> None:
     framework = toy.framework(context=ContextTraits(ulysses=True, exchanges_together=True, exchange_copies=0.0))
     found = parts(toy, framework, cp_ulysses=2)
