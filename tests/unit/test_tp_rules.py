@@ -251,11 +251,10 @@ def test_attention_sinks_are_split_with_their_heads() -> None:
 
 
 def test_experts_built_otherwise_are_refused_by_name() -> None:
-    sizes = {"num_local_experts": 4, "intermediate_size": 16, "num_key_value_heads": 2, "pad_token_id": 0}
-    with pytest.raises(
-        InputError, match=r"block_sparse_moe\.\w+ .* not built as known experts|beside model\.layers\.0"
-    ):
-        find_tensor_parallel_rules(hugging_face("GraniteMoe", **sizes))
+    sizes = {"num_local_experts": 4, "intermediate_size": 16, "intermediate_size_mlp": 24, "num_experts_per_tok": 1}
+    model = hugging_face("Llama4Text", num_key_value_heads=2, head_dim=8, pad_token_id=0, **sizes)
+    with pytest.raises(InputError, match=r"layers\.0\.feed_forward\.experts .* not built as known experts"):
+        find_tensor_parallel_rules(model)
 
 
 def test_an_attribute_of_the_config_is_refused() -> None:
