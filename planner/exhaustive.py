@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from meshwright.cost_models.estimate import Estimate
 from meshwright.cost_models.margin import MemoryMargin, needed_bytes
 from meshwright.cost_models.strategy import BoolArray, ConfigBatch, IntArray
+from meshwright.planner.plan import RejectedCount
 
 FloatArray = NDArray[np.float64]
 
@@ -123,7 +124,7 @@ EXHAUSTIVE, PRUNED = "exhaustive", "branch and bound"
 class Scored:
     """A ranking that holds the ``wanted`` best configs of a space, and what became of the others.
 
-    ``num_scored`` configs were scored, those of the ranking also in memory; ``num_too_slow`` and ``num_too_large`` were
+    ``num_scored`` configs were scored, of which ``unfit`` hold too much; ``num_too_slow`` and ``num_too_large`` were
     ruled out by bounds.
     """
 
@@ -131,6 +132,7 @@ class Scored:
     method: str
     wanted: int
     num_scored: int
+    unfit: tuple[RejectedCount, ...] = ()
     num_too_slow: int = 0
     num_too_large: int = 0
 

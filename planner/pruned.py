@@ -26,10 +26,11 @@ from meshwright.cost_models.margin import MemoryMargin, needed_bytes
 from meshwright.cost_models.parts import BlockParts
 from meshwright.cost_models.saved import BlockBytes
 from meshwright.cost_models.step import batch_bytes, batch_seconds
-from meshwright.cost_models.strategy import FIELDS, SCHEDULES, BoolArray, ConfigBatch, IntArray, Schedule
+from meshwright.cost_models.strategy import FIELDS, SCHEDULES, BoolArray, ConfigBatch, IntArray, Reason, Schedule
 from meshwright.planner.bounds import Bounds, Passes
 from meshwright.planner.exhaustive import PRUNED, TIE, Scored, Scorer, ranked
 from meshwright.planner.families import Families, Family
+from meshwright.planner.plan import RejectedCount
 from meshwright.planner.space import Space
 from meshwright.planner.tables import Columns, as_batch, filtered
 
@@ -37,7 +38,7 @@ FloatArray = NDArray[np.float64]
 
 DIVE = 500  # cells, and of them cells with a micro-batch, looked at at once for a first limit
 SCORED_FIRST = 100  # configs of each pp that are scored of them
-FAMILIES = 500  # cells with a micro-batch that are taken apart first, four times as many the next time
+FAMILIES = 2000  # cells with a micro-batch that are taken apart first, four times as many the next time
 ENOUGH = 2000  # configs left of families before they are scored
 SCORED_AT_ONCE = 2**14
 NEAREST = 20  # degrees looked at at once where nothing fits
@@ -62,11 +63,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class _Sharded:
-    """Configs of one pp that lack a schedule: what is resident, what blocks cost, and which schedules they run."""
+    """Configs of one pp that lack a schedule: what is resident, and which schedules they run."""
 
     batch: ConfigBatch
     state: FloatArray
-    parts: list[BlockParts]
     runs: dict[tuple[int, int], BoolArray]
 
 
@@ -98,24 +98,29 @@ class Pruned:
         self._begin()
 
     def _begin(self) -> None:
-        self.num_scored = self.num_too_large = 0
+        self.num_scored = self.num_too_large = self.num_unfit = self.num_narrow = 0
         self._found: list[Found] = []
 
     def run(self, scorer: Scorer) -> Scored:
         """Find them, or where nothing fits what is nearest to it; ``scorer`` is for those that are shown."""
         self._search()
-        found = self._together()
-        num_scored, num_too_large = self.num_scored, self.num_too_large
-        found = found.take(found.step_s <= self.limit)
-        if not (found.needed_bytes <= found.usable_bytes).any():
-            found = self._nearest()
+        found, unfit = (
+            self._together(),
+            {
+                Reason.OUT_OF_MEMORY: self.num_unfit,
+                Reason.MEMORY_MARGIN: self.num_narrow,
+            },
+        )
+        nothing, counts = not self._found, (self.num_scored, self.num_too_large)
+        found = self._nearest() if nothing else found.take(found.step_s <= self.limit)
         return Scored(
             ranking=ranked(found.batch, found.step_s, found.peak_bytes, found.needed_bytes, found.usable_bytes, scorer),
             method=PRUNED,
             wanted=self.wanted,
-            num_scored=num_scored,
-            num_too_slow=self.space.num_legal - num_scored - num_too_large,
-            num_too_large=num_too_large,
+            num_scored=counts[0],
+            unfit=tuple(RejectedCount(reason=reason, count=count) for reason, count in unfit.items() if count),
+            num_too_slow=self.space.num_legal - sum(counts),
+            num_too_large=counts[1],
         )
 
     def _search(self) -> None:
@@ -137,12 +142,14 @@ class Pruned:
         """Score some promising families, under one schedule for each pp, for a first limit."""
         for start in range(0, len(cells), DIVE):
             cell, size = self.families.sized(cells[start : start + DIVE], self.limit)
-            for first in range(0, len(cell), DIVE):
-                before, some = self.limit, slice(first, first + DIVE)
+            first, step = 0, DIVE
+            while first < len(cell):
+                before, some = self.limit, slice(first, first + step)
+                first, step = first + step, 4 * step
                 family = self.families.families(cell[some], size[some], self.limit)
                 leaves = self._leaves(family, one_schedule=True)
                 self._score([each.take(np.argsort(each.least_s)[:SCORED_FIRST]) for each in leaves])
-                if np.isfinite(before) and self.limit > 0.98 * before:
+                if np.isfinite(before):
                     return
             if np.isfinite(self.limit):
                 return
@@ -159,13 +166,13 @@ class Pruned:
             of_pp += self._sharded(batch.take(rows), family.passes.take(of[rows]), options)
         if not of_pp:
             return []
-        # of all at once, since what a block saves depends on neither pp nor ZeRO
-        held, start = self.bounds.held(ConfigBatch.concatenate([each.batch for each in of_pp])), 0
+        every = ConfigBatch.concatenate([each.batch for each in of_pp])
+        parts, held, start = self.bounds.parts(every), self.bounds.held(every), 0
         leaves: list[_Leaves] = []
         for each in of_pp:
             own = np.arange(start, start + len(each.batch))
             start += len(own)
-            leaves += self._fitting(each, [block.take(own) for block in held])
+            leaves += self._fitting(each, [part.take(own) for part in parts], [block.take(own) for block in held])
         return leaves
 
     def _schedules(self, pp: int, *, one_schedule: bool) -> list[tuple[int, int]]:
@@ -213,11 +220,11 @@ class Pruned:
             return []
         whole = whole.take(kept)
         runs = {option: mask[kept] for option, mask in runs.items()}
-        return [_Sharded(whole, state[:, kept], bounds.parts(whole), runs)]
+        return [_Sharded(whole, state[:, kept], runs)]
 
-    def _fitting(self, sharded: _Sharded, held: list[BlockBytes]) -> Iterator[_Leaves]:
+    def _fitting(self, sharded: _Sharded, parts: list[BlockParts], held: list[BlockBytes]) -> Iterator[_Leaves]:
         """Those that may be fast enough and fit, schedule by schedule."""
-        bounds, passes = self.bounds, self.bounds.whole_passes(sharded.parts)
+        bounds, passes = self.bounds, self.bounds.whole_passes(parts)
         saved, beside = bounds.activations(held)
         for (name, vpp), mask in sharded.runs.items():
             rows, schedule = np.flatnonzero(mask), SCHEDULES[name]
@@ -234,8 +241,8 @@ class Pruned:
             self.num_too_large += len(fits) - int(fits.sum())
             rows = rows[fits]
             if len(rows):
-                parts = [part.take(rows) for part in sharded.parts]
-                yield _Leaves(under.take(fits), parts, [block.take(rows) for block in held], least[fits])
+                costs, bytes_ = [part.take(rows) for part in parts], [block.take(rows) for block in held]
+                yield _Leaves(under.take(fits), costs, bytes_, least[fits])
 
     def _fits(self, least_bytes: FloatArray, batch: ConfigBatch) -> BoolArray:
         """Whether configs that hold at least so much may be recommended."""
@@ -251,32 +258,44 @@ class Pruned:
                 self._score_some(each.take(fast[start : start + SCORED_AT_ONCE]))
 
     def _score_some(self, leaves: _Leaves) -> None:
-        tails, cluster, batch = self.tails, self.bounds.cluster, leaves.batch
-        parts = None if tails.framework.broadcasts_weights else leaves.parts  # which depends on the schedule's stages
+        """Score configs of one schedule in memory, and in time those that may be recommended."""
+        self.num_scored += len(leaves)
+        found = self._in_memory(leaves.batch, leaves.held)
+        self.num_unfit += int((found.peak_bytes > found.usable_bytes).sum())
+        fits = np.flatnonzero(found.needed_bytes <= found.usable_bytes)
+        self.num_narrow += int((found.peak_bytes <= found.usable_bytes).sum()) - len(fits)
+        if not len(fits):
+            return
+        tails, batch = self.tails, leaves.batch.take(fits)
+        known = not tails.framework.broadcasts_weights  # else parts depend on the schedule's stages
         seconds = batch_seconds(
-            tails.model, tails.workload, cluster, tails.framework, batch, tells_waits=False, parts=parts
+            tails.model,
+            tails.workload,
+            self.bounds.cluster,
+            tails.framework,
+            batch,
+            tells_waits=False,
+            parts=[part.take(fits) for part in leaves.parts] if known else None,
         )
-        self.num_scored += len(batch)
         step_s = np.zeros(len(batch))
         for name in SECONDS:  # in the order of ``BatchEstimate.step_s``
             if name != "hidden_s":
                 step_s = step_s + seconds[name]
-        fast = np.flatnonzero(step_s <= self.limit)
-        if len(fast):
-            self._hold(batch.take(fast), step_s[fast], [block.take(fast) for block in leaves.held])
-            feasible = [each.step_s[each.needed_bytes <= each.usable_bytes] for each in self._found]
-            every = np.concatenate(feasible)
+        fast = step_s <= self.limit
+        if fast.any():
+            self._found.append(replace(found.take(fits), step_s=step_s).take(fast))
+            every = np.concatenate([each.step_s for each in self._found])
             if len(every) >= self.wanted:
                 self.limit = float(np.partition(every, self.wanted - 1)[self.wanted - 1]) * (1.0 + TIE)
 
-    def _hold(self, batch: ConfigBatch, step_s: FloatArray, blocks: list[BlockBytes] | None = None) -> None:
-        """Score configs in memory."""
+    def _in_memory(self, batch: ConfigBatch, blocks: list[BlockBytes] | None = None) -> Found:
+        """Configs with their memory, and no time yet."""
         tails = self.tails
         held = batch_bytes(tails.model, tails.workload, self.bounds.cluster, tails.framework, batch, held=blocks)
         peak = np.asarray(sum(held[f"{name}_bytes"] for name in KINDS), dtype=np.float64)
         needs = needed_bytes(peak, held["fragmentation_bytes"], self.margin)
         offers = np.asarray(held["capacity_bytes"] - held["reserved_bytes"], dtype=np.float64)
-        self._found.append(Found(batch, step_s, peak, needs, offers))
+        return Found(batch, np.zeros(len(batch)), peak, needs, offers)
 
     def _together(self) -> Found:
         none = self.families.cells.take(np.zeros(0, dtype=np.int64))
@@ -304,8 +323,8 @@ class Pruned:
                 chosen = nearest[start : start + 1000]
                 if each[chosen[0]] >= least:
                     break
-                self._hold(batch.take(chosen), np.zeros(len(chosen)))
-                last = self._found[-1]
+                last = self._in_memory(batch.take(chosen))
+                self._found.append(last)
                 least = min(least, float((last.needed_bytes - last.usable_bytes).min()))
         return self._together()
 

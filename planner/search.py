@@ -62,7 +62,7 @@ class Search:
             num_too_slow=scored.num_too_slow,
             num_too_large=scored.num_too_large,
             num_feasible=len(ranking.order),
-            rejected=(*self.space.rejected, *_without_memory(ranking)),
+            rejected=(*self.space.rejected, *scored.unfit),
             runners_up=best[1:],
             pareto=ranking.estimates(ranking.pareto()),
             optimality_gap=0.0,
@@ -148,7 +148,13 @@ def scored_best(
     if space.num_legal <= WHOLE:
         ranking = rank(space.batch, partial(scorer, tells_waits=False), margin=margin)
         ranking = replace(ranking, scorer=scorer)  # the few that are shown, with everything told
-        return Scored(ranking=ranking, method=EXHAUSTIVE, wanted=space.num_legal, num_scored=space.num_legal)
+        return Scored(
+            ranking=ranking,
+            method=EXHAUSTIVE,
+            wanted=space.num_legal,
+            num_scored=space.num_legal,
+            unfit=_without_memory(ranking),
+        )
     return Pruned(space, Bounds(model, workload, cluster, framework), margin, wanted).run(scorer)
 
 
@@ -284,7 +290,7 @@ def _plan(
 
 
 def _without_memory(ranking: Ranking) -> tuple[RejectedCount, ...]:
-    """Of what was scored in time and memory, what does not fit, and what fits without the margin."""
+    """What does not fit, and what fits without the margin."""
     fits = int(ranking.fits.sum())
     counts = {
         Reason.OUT_OF_MEMORY: len(ranking.batch) - fits,
