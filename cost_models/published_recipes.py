@@ -57,6 +57,12 @@ NEMO_RECIPES: tuple[Recipe, ...] = (
     Recipe(gpu="h100", model="deepseek", variant="deepep"),
     Recipe(model="deepseek|grok", variant="dropping"),
 )
+# where no container is named: HybridEP is what Megatron-Core offers on NVL72 systems, DeepEP what it recommends for
+# DeepSeek-V3 on others (megatron/core/transformer/moe/README.md)
+USUAL: tuple[Recipe, ...] = (
+    Recipe(gpu="gb[23]00", variant="hybridep"),
+    Recipe(gpu=r"\bh[128]00", model="deepseek|kimi", variant="hybridep-eager"),
+)
 DROPS = re.compile(r"token-drop training")  # beyond an expert's even share, as in arXiv 2504.14960
 RELEASE = re.compile(r"\b(2\d\.\d\d)(?:\.\d\d)? nemo container")
 
@@ -67,10 +73,8 @@ def expert_variant(row: Row) -> str:
     if DROPS.search(notes):
         return "dropping"
     release = RELEASE.search(notes)
-    if not release and not framework.startswith("nemo"):
-        return ""
     said = [row.text(name).lower() for name in ("model", "gpu_type", "precision")]
-    for recipe in RECIPES if release else NEMO_RECIPES:
+    for recipe in RECIPES if release else NEMO_RECIPES if framework.startswith("nemo") else USUAL:
         patterns = (recipe.model, recipe.gpu, recipe.precision)
         known = all(re.search(pattern, text) for pattern, text in zip(patterns, said, strict=True))
         if known and (not release or recipe.since <= float(release[1]) <= recipe.until):

@@ -306,7 +306,15 @@ def test_the_recipe_of_a_row(gpu: str, model: str, precision: str, release: str,
     columns = {"gpu_type": gpu, "model": model, "precision": precision, "notes": f"{release} NeMo Container; MoE"}
     assert expert_variant(Row(columns, 2)) == variant
     assert framework_named(f"megatron-bridge-{variant}" if variant else "megatron-bridge").experts.exchange_factor > 1
-    assert expert_variant(Row(columns | {"notes": "tag v25.05.05"}, 2)) == ""
+
+
+def test_the_recipe_where_no_container_is_named() -> None:
+    columns = {"gpu_type": "GB200", "model": "deepseek-v3", "notes": "", "framework": "Megatron-Core"}
+    assert expert_variant(Row(columns, 2)) == "hybridep"
+    assert expert_variant(Row(columns | {"gpu_type": "H800"}, 2)) == "hybridep-eager"
+    assert expert_variant(Row(columns | {"gpu_type": "H100", "model": "mixtral-8x7b"}, 2)) == ""
+    assert expert_variant(Row(columns | {"framework": "NeMo / Megatron-Core"}, 2)) == "dropping"
+    assert expert_variant(Row(columns | {"notes": "token-drop training, capacity factor 1"}, 2)) == "dropping"
 
 
 def test_float8_experts_are_cast_and_fused_ones_are_not(toy: Any) -> None:
