@@ -11,7 +11,8 @@ what is sent. Collectives over a group of one rank move nothing and are not coun
 
 What one rank issues in one ``ParallelModel.step``: ``n`` micro-batches of ``b`` sequences of ``s`` tokens, hidden size
 ``h``, activations of ``a`` bytes a number, weights and gradients of ``w``; ``P`` is the weights of a unit that this
-rank holds after tp. A unit is a block, or what a stage has outside its blocks (``data_parallel``).
+rank holds after tp. A unit is a block, or what a stage has outside its blocks (``data_parallel``). The experts of a
+block are a unit of their own, and what is said of ``dp`` is theirs over ``edp`` (as ``dp`` where tp, ep and etp are 1).
 
 ==============  =====  ===============================================================================
 operator        axis   calls, and bytes of each
@@ -28,7 +29,7 @@ all_reduce      world  1 of 16 bytes: the loss; ``clip_grad_norm_`` adds 1 of 8 
 FSDP pads the first dimension of each weight to a multiple of the group, and its messages hold the padding. Interleaved
 chunks count each for itself. The first step of a pipeline adds torch's vote, two sends of 4 bytes a stage. What tensor
 parallelism issues within blocks is written in ``tensor_parallel``, what attention over cp issues in
-``context_parallel``; ``recompute`` says what of it is issued again. All of ``dp`` is over dp and cp together.
+``context_parallel``, what layers of experts exchange in ``expert_parallel``; ``recompute`` says what of it is issued again. All of ``dp`` is over dp and cp together.
 """
 
 from __future__ import annotations

@@ -106,5 +106,7 @@ class Moe(nn.Module):
         out: Tensor = self.experts(tokens, index, weights).view_as(x)
         if self.shared is None:
             return out
-        beside = self.shared(x)
-        return out + (beside if self.shared_gate is None else self.shared_gate(x).sigmoid() * beside)
+        beside: Tensor = self.shared(x)
+        if self.shared_gate is not None:
+            beside = self.shared_gate(x).sigmoid() * beside
+        return out + beside

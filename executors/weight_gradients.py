@@ -3,8 +3,9 @@
 The first part is an ordinary backward in which the matrices of decoder blocks work out the gradients of their inputs
 alone, and keep what the second part needs: input and gradient of the output. The second part is one product for each
 matrix (Qi et al. 2023, arXiv 2401.10241, section 2; ``dw_builder`` of ``torch.distributed.pipelining.PipelineStage``
-is made for it). Norms, biases, tables and the head have their gradients in the first part: they cost little, or, as the
-head, would keep gradients of logits.
+is made for it). Norms, biases, tables, routers and the head have their gradients in the first part: they cost little,
+or, as the head, would keep gradients of logits. So do routed experts, whose matrices are multiplied in groups: a
+schedule gains less from splitting the backward of a model with many.
 
 torch's own split (``pipelining/_backward.py``) is not used. It walks the graph of the stage again for each weight,
 which takes time with the square of the number of blocks (16 small blocks on a CPU: 31 ms instead of 5), keeps all that
