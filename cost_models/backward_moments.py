@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost_models.estimate import Moment
+from meshwright.cost_models.framework import num_microbatches
 from meshwright.cost_models.rank_bytes import KindBytes, Rank
 from meshwright.cost_models.residency import Numbers
 from meshwright.cost_models.schedules import Pass
@@ -65,8 +66,16 @@ class Backward:
         self.in_flight, self.outer_gathered = self._in_flight(), self._outer_gathered()
         self.grads = self._resident_grads()
         self.sent_back = self._sent_back()
-        carried = self.outer if self.outer.whole.any() else rank.blocks[self.last_kind].params
-        self.carried = np.where((self.zero >= 2) & self.resident, carried.gathered * rank.grad, 0.0)
+        self.carried = self._carried(state.chunk)
+        others = (number for number in range(len(rank.chunks)) if number != state.chunk)
+        self.elsewhere = sum((self._carried(number) for number in others), self.nothing)
+
+    def _carried(self, number: int) -> FloatArray:
+        """ZeRO 2 and 3: flat buffers of the gradients that a chunk's backward reduced last, there until its next."""
+        rank, chunk = self.rank, self.rank.chunks[number]
+        unit = chunk.outer if chunk.outer.whole.any() else rank.blocks[chunk.order[0]].params
+        back, count = self.state.back[..., number], num_microbatches(rank.pipe.batch, rank.pipe.workload)
+        return np.where((self.zero >= 2) & (back > 0) & (back < count), unit.gathered * rank.grad, 0.0)
 
     # -- what is there throughout -----------------------------------------------------------------------------------
 
@@ -139,7 +148,7 @@ class Backward:
             activations=activations,
             gathered=rank.gathered + gathered,
             working=working + self.sent_back,
-            communication=self.nothing + communication,
+            communication=self.elsewhere + communication,
         )
 
     # -- moments ----------------------------------------------------------------------------------------------------
@@ -246,7 +255,7 @@ class Backward:
     def _loss_backward(self, head: Lifetimes) -> tuple[Moment, KindBytes]:
         """The same backward; ZeRO 3 gathers the last block already."""
         activations, grads, working = self._parted(head)
-        gathered = np.where(self.zero == 3, self._flats(self.first_kind), 0.0) + self.outer_gathered
+        gathered = np.where(self.zero == 3, self._last_gathered(), 0.0) + self.outer_gathered
         return self._at(
             Moment.LOSS,
             self.in_flight - head.saved + activations,
