@@ -29,7 +29,8 @@ all_reduce      world  1 of 16 bytes: the loss; ``clip_grad_norm_`` adds 1 of 8 
 FSDP pads the first dimension of each weight to a multiple of the group, and its messages hold the padding. Interleaved
 chunks count each for itself. The first step of a pipeline adds torch's vote, two sends of 4 bytes a stage. What tensor
 parallelism issues within blocks is written in ``tensor_parallel``, what attention over cp issues in
-``context_parallel``, what layers of experts exchange in ``expert_parallel``; ``recompute`` says what of it is issued again. All of ``dp`` is over dp and cp together.
+``context_parallel``, what layers of experts exchange in ``expert_parallel``; ``recompute`` says what of it is issued
+again. All of ``dp`` is over dp and cp together.
 """
 
 from __future__ import annotations
