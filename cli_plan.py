@@ -59,21 +59,25 @@ def plan(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score every legal way to split MODEL over the cluster, and pick the fastest that fits with a margin."""
+    """Search every legal way to split MODEL over the cluster, and pick the fastest that fits with a margin."""
     from meshwright.planner.constraints import parse_constraints
     from meshwright.planner.plan import save_candidates, save_plan
     from meshwright.planner.search import search
+    from meshwright.terminal.console import working
 
     profile = meshwright.load_cluster(cluster)
-    found = search(
-        meshwright.load_model(model),
-        _workload(global_batch, seq_len, dtype_recipe, optimizer),
-        profile,
-        framework=framework,
-        constraints=parse_constraints(fix or []),
-        memory_margin=memory_margin,
-        gpus=gpus,
-    )
+    with working() as on_progress:
+        found = search(
+            meshwright.load_model(model),
+            _workload(global_batch, seq_len, dtype_recipe, optimizer),
+            profile,
+            framework=framework,
+            constraints=parse_constraints(fix or []),
+            memory_margin=memory_margin,
+            gpus=gpus,
+            wanted=max(top, count if emit else 1),
+            on_progress=on_progress,
+        )
     best = found.plan(top)
     if output:
         save_plan(best, output)

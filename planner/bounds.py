@@ -78,8 +78,9 @@ class Passes:
 
     def take(self, rows: NDArray[np.int64]) -> Passes:
         """The configs at these positions."""
-        found: list[Any] = [getattr(self, field.name) for field in fields(self)]
-        return Passes(*(None if each is None else each[:, rows] for each in found))
+        found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        found = {name: None if each is None else each[:, rows] for name, each in found.items()}
+        return Passes(**found)
 
 
 class Bounds:

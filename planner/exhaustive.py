@@ -1,4 +1,4 @@
-"""Score every legal config: the default way of choosing, and the oracle that any other way is compared with.
+"""Score every legal config: the way to choose in small spaces, and the oracle that ``pruned`` is compared with.
 
 Ranking: by step time; configs within 0.1 % of the fastest of them count as equal and go by free memory, then by
 simplicity (fewer axes in use, fewer chunks, lower ZeRO stage, less recompute), so that a difference far below what any

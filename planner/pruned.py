@@ -13,7 +13,7 @@ Pareto front of time and memory as far as the slowest of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -91,8 +91,16 @@ class _Leaves:
 class Pruned:
     """The search for the ``wanted`` best configs of a space."""
 
-    def __init__(self, space: Space, bounds: Bounds, margin: MemoryMargin | None, wanted: int) -> None:
+    def __init__(
+        self,
+        space: Space,
+        bounds: Bounds,
+        margin: MemoryMargin | None,
+        wanted: int,
+        on_progress: Callable[[str], None] = lambda words: None,
+    ) -> None:
         self.space, self.bounds, self.margin, self.wanted = space, bounds, margin, wanted
+        self.on_progress = on_progress
         self.tails, self.families = space.tails, Families(space, bounds)
         self.limit = np.inf
         self._begin()
@@ -124,6 +132,8 @@ class Pruned:
         )
 
     def _search(self) -> None:
+        number = f"{self.space.num_legal:,} legal configs"
+        self.on_progress(f"{number}: a first good one")
         least = self.families.cells_at_least()
         self._dive(np.argsort(least, kind="stable"))
         self._begin()
@@ -131,6 +141,7 @@ class Pruned:
         at, step, leaves = 0, FAMILIES, list[_Leaves]()
         while at < len(cell):
             some = slice(at, at + step)
+            self.on_progress(f"{number}: {at:,} of {len(cell):,} families that may be faster than the best so far")
             at, step = at + step, 4 * step
             leaves += self._leaves(self.families.families(cell[some], size[some], self.limit))
             if sum(map(len, leaves)) > ENOUGH:
@@ -307,6 +318,7 @@ class Pruned:
 
     def _nearest(self) -> Found:
         """Scored configs, the one that lacks least memory among them."""
+        self.on_progress("nothing fits: looking for what is nearest")
         rows = self.families.rows
         smallest = self.tails.sizes[self.families.has_size.argmax(axis=1)]
         columns = rows | {"micro_batch_size": smallest, "row": np.arange(len(smallest))}

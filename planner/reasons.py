@@ -14,8 +14,11 @@ from meshwright.cost_models.strategy import (
     Recompute,
     Schedule,
     legal,
+    rank_tokens,
+    sequence_piece,
 )
 from meshwright.cost_models.workload import Workload
+from meshwright.profiler.layers import AttentionLayer, MoeLayer
 from meshwright.profiler.model import ModelSpec
 
 SENTENCES: dict[Reason, str] = {
@@ -24,7 +27,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.HEADS: "tp times cp_ulysses does not divide the attention heads",
     Reason.KV_HEADS: "neither tp divides the key/value heads nor the reverse",
     Reason.FFN: "tp does not divide the feed-forward width",
-    Reason.EXPERTS: "the experts do not divide, or need sequence_parallel",
+    Reason.EXPERTS: "the experts or their tokens do not divide, or need sequence_parallel",
     Reason.SEQUENCE: "the sequence does not divide",
     Reason.LAYERS: "fewer layers than pipeline chunks",
     Reason.SCHEDULE: "the schedule does not run with these chunks",
@@ -62,7 +65,7 @@ def _broken_rule(reason: Reason, config: ParallelConfig, model: ModelSpec, workl
     if reason is Reason.FFN:
         return f"tp={config.tp} does not divide the feed-forward width {model.ffn_size}"
     if reason is Reason.EXPERTS:
-        return _broken_experts(config, model)
+        return _broken_experts(config, model, workload)
     if reason is Reason.SEQUENCE:
         return _broken_sequence(config, workload)
     if reason is Reason.LAYERS:
@@ -78,15 +81,28 @@ def _broken_rule(reason: Reason, config: ParallelConfig, model: ModelSpec, workl
     )
 
 
-def _broken_experts(config: ParallelConfig, model: ModelSpec) -> str:
-    moe = model.moe
-    if moe is None:
+def _broken_experts(config: ParallelConfig, model: ModelSpec, workload: Workload) -> str:
+    layers = [layer for layer in model.layers() if isinstance(layer, MoeLayer)]
+    if not layers:
         return f"ep={config.ep} and etp={config.etp} split experts, and {model.name} has none"
-    if moe.num_experts % config.ep:
-        return f"ep={config.ep} does not divide {moe.num_experts} experts"
-    if moe.expert_ffn_size % config.etp:
-        return f"etp={config.etp} does not divide the experts' width {moe.expert_ffn_size}"
-    return f"experts with etp={config.etp} unlike tp={config.tp} need sequence_parallel"
+    for layer in layers:
+        if layer.num_experts % config.ep:
+            return f"ep={config.ep} does not divide {layer.num_experts} experts"
+        if layer.expert_ffn_size % config.etp:
+            return f"etp={config.etp} does not divide the experts' width {layer.expert_ffn_size}"
+    if config.tp > 1 and config.etp != config.tp and not config.sequence_parallel:
+        return f"experts with etp={config.etp} unlike tp={config.tp} need sequence_parallel"
+    batch = ConfigBatch.from_configs([config])
+    tokens = int(rank_tokens(batch, workload)[0])
+    if tokens % config.ep_chunks:
+        return f"ep_chunks={config.ep_chunks} does not divide the {tokens} tokens that a rank sends to experts"
+    piece = int(sequence_piece(batch, workload, model.attention.causal)[0])
+    group = max(layer.group_tokens for layer in layers)
+    cut = f", cut by tp={config.tp}" if config.sequence_parallel else ""
+    return (
+        f"experts have a capacity for each {group} neighbouring tokens, and with cp={config.cp} a rank holds {piece} "
+        f"of a sequence together{cut}"
+    )
 
 
 def _broken_sequence(config: ParallelConfig, workload: Workload) -> str:
@@ -133,6 +149,16 @@ def _unsupported(config: ParallelConfig, model: ModelSpec, workload: Workload, f
         return f"{name} does not run recompute={config.recompute.value}: it runs {known}"
     if config.cp > 1 and not framework.context_parallel:
         return f"{name} does not run context parallelism, found cp={config.cp}"
+    if config.cp_ring > 1 and not framework.context.ring:
+        return f"{name} exchanges heads and runs no ring, found cp_ring={config.cp_ring}"
+    if config.cp_ulysses > 1 and not framework.context.ulysses:
+        return f"{name} runs a ring and exchanges no heads, found cp_ulysses={config.cp_ulysses}"
+    windows = any(isinstance(layer, AttentionLayer) and layer.window for layer in model.layers())
+    if config.cp_ring > 1 and windows and not framework.context.ring_windows:
+        return f"{name} runs no ring over sliding windows, found cp_ring={config.cp_ring}: take cp_ulysses"
+    if config.ep_chunks not in framework.expert_chunks or (config.ep_chunks > 1 and config.ep == 1):
+        known = ", ".join(str(chunks) for chunks in framework.expert_chunks)
+        return f"with ep={config.ep}, {name} does not run ep_chunks={config.ep_chunks}: it runs {known} where ep > 1"
     if config.ep * config.etp > 1 and not framework.expert_parallel:
         return f"{name} does not run expert parallelism, found ep={config.ep} and etp={config.etp}"
     if config.zero_stage and config.dp_shard != config.dp * config.cp and not framework.partial_sharding:

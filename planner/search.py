@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -97,12 +97,14 @@ def search(
     memory_margin: float | None = None,
     gpus: int | None = None,
     wanted: int = 10,
+    on_progress: Callable[[str], None] = lambda words: None,
 ) -> Search:
     """Find the ``wanted`` best of all that is legal on ``gpus`` devices (default: all of the cluster).
 
     A small space is scored whole; of a larger one what can be proven to be slower, or too large, is not scored
     (``planner.pruned``): the best are the same. ``constraints`` fixes fields of the config (``{"tp": 8}``);
     ``memory_margin`` stands in for the target's own share (``cost_models.margin``), and with 0 what fits is enough.
+    ``on_progress`` is told what a longer search is at.
 
     Raises:
         InputError: a constraint, the margin or ``gpus`` makes no sense for this cluster, or a rate is not known.
@@ -118,7 +120,7 @@ def search(
     space = legal_space(model, workload, num_devices, target, constraints)
     if not space.num_legal:
         raise InfeasibleError(_nothing_legal(model, num_devices, space))
-    scored = scored_best(space, model, workload, cluster, target, margin=margin, wanted=wanted)
+    scored = scored_best(space, model, workload, cluster, target, margin=margin, wanted=wanted, on_progress=on_progress)
     if not len(scored.ranking.order):
         raise InfeasibleError(nothing_recommended(scored, margin, constraints or {}))
     return Search(
@@ -142,6 +144,7 @@ def scored_best(
     *,
     margin: MemoryMargin | None,
     wanted: int,
+    on_progress: Callable[[str], None] = lambda words: None,
 ) -> Scored:
     """Score what may be among the ``wanted`` best of a space; where nothing is recommended, what is nearest."""
     scorer = partial(_score, model, workload, cluster, framework)
@@ -155,7 +158,8 @@ def scored_best(
             num_scored=space.num_legal,
             unfit=_without_memory(ranking),
         )
-    return Pruned(space, Bounds(model, workload, cluster, framework), margin, wanted).run(scorer)
+    bounds = Bounds(model, workload, cluster, framework)
+    return Pruned(space, bounds, margin, wanted, on_progress).run(scorer)
 
 
 def make_plan(

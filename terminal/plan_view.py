@@ -79,6 +79,7 @@ def _headline(plan: Plan, cluster: ClusterProfile, console: Console) -> None:
     used = f"{summary.peak_bytes / summary.usable_bytes:.0%}"
     rows = [
         ("run", plan.config.describe()),
+        *_layout(plan),
         ("step", format_seconds(summary.step_s)),
         (
             "tokens",
@@ -94,14 +95,34 @@ def _headline(plan: Plan, cluster: ClusterProfile, console: Console) -> None:
         ("bubble", f"{summary.bubble_share:.1%} of the step"),
     ]
     if plan.search is not None:
-        report = plan.search
-        taken = f"{report.num_feasible:,} {'fit' if plan.memory_margin is None else 'recommended'}"
-        scored = f"{report.num_scored:,} legal configs in {format_seconds(report.seconds)}, {taken}"
-        rows.append(("scored", scored))
+        rows.append(("scored", _scored(plan.search, margin=plan.memory_margin is not None)))
     grid = plain_table(None, ("", "cyan"), ("", "bold"))
     for row in rows:
         grid.add_row(*row)
     console.print(grid)
+
+
+def _scored(report: SearchReport, *, margin: bool) -> str:
+    """What became of the legal configs, and how long that took."""
+    seconds = format_seconds(report.seconds)
+    taken = f"{report.num_feasible:,} {'recommended' if margin else 'fit'}"
+    if report.num_too_slow + report.num_too_large == 0:
+        return f"{report.num_scored:,} legal configs in {seconds}, {taken}"
+    return (
+        f"{report.num_legal:,} legal configs in {seconds}: {report.num_scored:,} scored; by bounds "
+        f"{report.num_too_slow:,} are slower than those below, {report.num_too_large:,} too large"
+    )
+
+
+def _layout(plan: Plan) -> list[tuple[str, str]]:
+    """How attention and experts lie over the same ranks, where these differ."""
+    config = plan.config
+    if config.ep * config.etp == 1:
+        return []
+    sizes = f"tp {config.tp} x cp {config.cp} x dp {config.dp}"
+    experts = f"etp {config.etp} x ep {config.ep} x edp {config.edp}"
+    each = f" on each of {config.pp} stages" if config.pp > 1 else ""
+    return [("mesh", f"attention {sizes} beside experts {experts}{each}")]
 
 
 def _runners_up(report: SearchReport, pick_s: float, console: Console) -> None:
@@ -133,7 +154,8 @@ def _time(cost: CostBreakdown, console: Console) -> None:
 def _rejected(report: SearchReport, console: Console) -> None:
     if not report.rejected:
         return
-    table = plain_table("Not taken", (">configs", ""), ("because", ""), ("reason", "dim"))
+    title = "Not taken" if report.num_too_slow + report.num_too_large == 0 else "Not legal, or scored and too large"
+    table = plain_table(title, (">configs", ""), ("because", ""), ("reason", "dim"))
     for rejected in report.rejected:
         table.add_row(f"{rejected.count:,}", SENTENCES[rejected.reason], rejected.reason.value)
     console.print(table)
