@@ -76,7 +76,8 @@ def _split(writer: Writer, layer: MoeLayer, x: int, scores: int) -> int:
             away.append(_send(writer, x, row))
         back.append(_receive(writer, layer, away[number], chosen))
     summed = []
-    beside = 2.0 * row * wide if wide > 1.0 else row  # both factors' gradients; that of the rows is cast
+    # both factors' gradients; that of the rows is cast, when what was worked out again for it is gone
+    beside = (2.0 * wide - writer.recomputes) * row if wide > 1.0 else row
     for rows in back:
         choices = run(rows, row)
         weighted = run((choices, scores), row * wide, saves=(choices,), backward=beside)

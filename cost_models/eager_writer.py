@@ -16,8 +16,8 @@ FloatArray = NDArray[np.float64]
 class Writer:
     """Writes the operators of one block, for configs whose lists of operators are the same.
 
-    They are all split over the same axes, and have as many ``ep_chunks``. ``tokens`` are those of one micro-batch on
-    one rank (a part of the sequence under cp), ``shard`` those between the regions that tp splits.
+    They are all split over the same axes, recompute alike, and have as many ``ep_chunks``. ``tokens`` are those of one
+    micro-batch on one rank (a part of the sequence under cp), ``shard`` those between the regions that tp splits.
     """
 
     def __init__(self, workload: Workload, batch: ConfigBatch) -> None:
@@ -34,6 +34,7 @@ class Writer:
         self.exchanges = bool((batch.ep > 1).any())  # rows of tokens go to other ranks' experts
         self.gathers_rows = bool((batch.etp > 1).any()) and (self.sequence_parallel or not self.split)
         self.expert_chunks = int(batch.ep_chunks.max(initial=1))
+        self.recomputes = bool(batch.recompute.any())
         self.in_decoder = False
         self.tape = Tape(0.0)
 
