@@ -154,7 +154,7 @@ class TestTight:
             ),
             ("activations", ParallelConfig(dp=16), "nanotron", ("recompute full", "more tp")),
             ("activations", ParallelConfig(dp=16), "torchtitan", ("recompute selective or full", "more cp", "more tp")),
-            ("activations", ParallelConfig(dp=16, recompute=Recompute.FULL), "deepspeed", ()),
+            ("activations", ParallelConfig(dp=16, recompute=Recompute.FULL), "deepspeed", ("more cp",)),
             ("optimizer", ParallelConfig(dp=16), "megatron-lm", ("ZeRO 1", "more pp", "more tp")),
             ("optimizer", ParallelConfig(dp=16, dp_shard=16, zero_stage=1), "megatron-lm", ("more pp", "more tp")),
             ("grads", ParallelConfig(dp=16, dp_shard=16, zero_stage=1), "meshwright", ("ZeRO 2", "more pp", "more tp")),
