@@ -29,7 +29,7 @@ from meshwright.planner.space import Space, legal_space
 from meshwright.profiler.cluster import ClusterProfile
 from meshwright.profiler.model import ModelSpec
 
-WHOLE = 30_000  # spaces up to so many legal configs are scored whole, which is as fast as ruling most of them out
+WHOLE = 2000  # spaces up to so many legal configs are scored whole, which is as fast as ruling most of them out
 
 
 @dataclass(frozen=True, slots=True)
