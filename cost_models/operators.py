@@ -169,11 +169,15 @@ class Operators:
         )
 
     def _grouped(self, rows: Any, busy: Any, m: Any, n: Any, k: Any, order: tuple[int, int, int]) -> FloatArray:
-        """Seconds of a grouped matmul of sizes ``(m, n, k)`` each, taken in ``order`` for one of its gradients."""
+        """Seconds of a grouped matmul of sizes ``(m, n, k)`` each, taken in ``order`` for one of its gradients.
+
+        Where each expert has a kernel of its own it is the library's matmul, several at a time on as many streams.
+        """
         dtype, sizes = self.narrow or self.dtype, (m, n, k)
         num_bytes = dtype.num_bytes * (rows * k + busy * n * k) + self.size * rows * n
         shape = (sizes[order[0]], sizes[order[1]], sizes[order[2]])
-        seconds = self.roofline("grouped_matmul", 2.0 * rows * n * k, num_bytes, *shape, dtype)
+        op = "matmul" if self.framework.experts.calls_each_expert else "grouped_matmul"
+        seconds = self.roofline(op, 2.0 * rows * n * k, num_bytes, *shape, dtype)
         return self._slower(narrow=self.narrow is not None) * seconds
 
     def _slower(self, *, narrow: bool) -> float:

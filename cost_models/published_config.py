@@ -144,6 +144,8 @@ _RECIPE_CHUNKS: tuple[tuple[str, int], ...] = (
     (r"llama-?3(\.\d)?-70b", 5),
     (r"llama-?3(\.\d)?-405b", 8),
     (r"gpt-?3-175b", 12),
+    (r"mixtral-?8x22b", 7),  # a layer a chunk, whatever pp
+    (r"mixtral-?8x22b", 14),
 )
 
 

@@ -1,8 +1,9 @@
 """Mappings of experts that MoE Parallel Folding timed, in their order (Liu et al. 2025, arXiv 2504.14960, tables 3, 5).
 
 Published is model FLOPs utilisation on H100 as Megatron-Core counts it: half of causal attention, bf16 peak. Micro
-batches, recompute and chunks of pipelines are not published: 1, none and none. Tokens beyond an expert's even share
-are dropped there, which is even routing here.
+batches, recompute and chunks of pipelines are not published: 1, none, and for Mixtral a layer a chunk as in NVIDIA's
+recipe (NVIDIA/NeMo, nemo/collections/llm/recipes/mixtral_8x22b.py). Tokens beyond an expert's even share are dropped
+there, which is even routing here.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def test_mappings_come_out_in_the_published_order(name: str) -> None:
     found = utilisations(name)
     ours = [utilisation for _, _, utilisation in found]
     assert ours == sorted(ours)
-    assert max(abs(mine / published - 1) for _, published, mine in found) <= 0.16
+    assert max(abs(mine / published - 1) for _, published, mine in found) <= 0.13
 
 
 @pytest.mark.parametrize(("name", "published"), [("Mixtral-8x22B", 49.3 / 46.3), ("Qwen2-57B-A14B", 39.0 / 35.3),

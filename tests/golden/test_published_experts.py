@@ -16,8 +16,8 @@ from meshwright.cost_models.scorecard import Part, validate
 FOLDER = Path(os.environ.get("MESHWRIGHT_VALIDATION", Path(__file__).parents[2] / ".." / "shared" / "validation"))
 BOUNDS = {  # median and mean error of the step, or of the utilisation
     ("megatron_bridge", "MoE"): (0.12, 0.15),
-    ("dgxc_benchmarking", "MoE"): (0.13, 0.17),
-    ("moe_parallel_folding", "MoE, utilisation"): (0.08, 0.10),
+    ("dgxc_benchmarking", "MoE"): (0.12, 0.15),
+    ("moe_parallel_folding", "MoE, utilisation"): (0.08, 0.09),
 }
 
 
