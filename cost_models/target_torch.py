@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from meshwright.cost_models.context_traits import DEEPSPEED_ULYSSES, OURS, TORCH_2024
 from meshwright.cost_models.framework import (
@@ -35,11 +36,12 @@ MESHWRIGHT = Framework(
     defers_products=True,
     zero_stages=(0, 1, 2, 3),
     recomputes=(Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL),
-    context_parallel=False,
-    expert_parallel=False,
+    context_parallel=True,
+    expert_parallel=True,
+    expert_chunks=(1, 2, 4),
     partial_sharding=False,
     vocab_parallel=True,
-    tensor_parallel_moe=False,
+    tensor_parallel_moe=True,
     fused_projections=False,
     windowed_attention=False,
     masters_are_parameters=True,
@@ -57,13 +59,16 @@ MESHWRIGHT = Framework(
     context=OURS,
 )
 
+# what the targets below do not run, or are not modelled to run
+_DENSE: dict[str, Any] = {"expert_parallel": False, "expert_chunks": (1,), "tensor_parallel_moe": False}
+
 TORCHTITAN = replace(
     MESHWRIGHT,
     name="torchtitan",
     defers_products=False,
     memory=TORCHTITAN_MEMORY,
-    context_parallel=True,
     context=TORCH_2024,
+    **_DENSE,
     partial_sharding=True,
     pointwise=COMPILED,
     eager_rms_norm=False,
@@ -109,6 +114,8 @@ LLM_FOUNDRY = replace(
     MESHWRIGHT,
     name="llm-foundry",
     memory=LLM_FOUNDRY_MEMORY,
+    context_parallel=False,
+    **_DENSE,
     shards_rows=False,
     schedules=(Schedule.ONE_F_ONE_B,),
     tensor_parallel=False,
@@ -135,6 +142,7 @@ DEEPSPEED = replace(
     MESHWRIGHT,
     name="deepspeed",
     memory=DEEPSPEED_MEMORY,
+    **_DENSE,
     masters_are_parameters=False,
     shards_rows=False,
     schedules=(Schedule.ONE_F_ONE_B,),

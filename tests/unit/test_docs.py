@@ -204,7 +204,7 @@ def names_in(path: Path) -> set[str]:
 
 @lru_cache
 def parallel_names() -> set[str]:
-    tree = ast.parse((ROOT / "executors" / "apply.py").read_text())
+    tree = ast.parse((ROOT / "executors" / "parallel_model.py").read_text())
     (record,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "ParallelModel")
     methods = {node.name for node in record.body if isinstance(node, ast.FunctionDef)}
     return methods | {node.attr for node in ast.walk(record) if isinstance(node, ast.Attribute)}
@@ -249,7 +249,7 @@ def test_a_wrong_name_would_be_seen() -> None:
         ("plan llama3-8b --clutser x", 2),
         ("plan llama3-8b --cluster h100-sxm:8 --global-batch 512 --seq-len 8192 --gpus 12", 2),
         ("plan llama3-8b --cluster h100-sxm:8 --global-batch 512 --seq-len 8192 --fix tp=3", 2),
-        ("estimate llama3-8b --cluster h100-sxm:8 --global-batch 512 --seq-len 8192 --tp 8 --cp 2", 2),
+        ("estimate llama3-8b --cluster h100-sxm:8 --global-batch 512 --seq-len 8192 --cp 2 --framework llm-foundry", 2),
         ("plan gpt2-small --cluster h100-sxm:8 --global-batch 512 --seq-len 8192", 2),
         ("plan gpt3-175b --cluster h100-sxm:1 --global-batch 512 --seq-len 2048", 3),
     ],

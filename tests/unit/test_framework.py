@@ -34,10 +34,22 @@ def test_the_default_config_runs(toy: Any) -> None:
     assert runs(toy.model())
 
 
-def test_context_and_expert_parallel_are_not_there_yet(toy: Any) -> None:
-    assert not runs(toy.model(), cp=2, cp_ring=2)
-    assert not runs(toy.model(), dp=2, ep=2)
-    assert not runs(toy.model(), tp=2, etp=2, vocab_parallel=True)
+def test_targets_without_context_or_expert_parallelism_say_so(toy: Any) -> None:
+    alone = replace(MESHWRIGHT, context_parallel=False, expert_parallel=False)
+    splits: tuple[dict[str, Any], ...] = (
+        {"cp": 2, "cp_ring": 2},
+        {"dp": 2, "ep": 2},
+        {"tp": 2, "etp": 2, "vocab_parallel": True},
+    )
+    for changes in splits:
+        assert runs(toy.model(), **changes)
+        assert not supported(ConfigBatch.from_configs([ParallelConfig(**changes)]), alone, toy.model(), WORKLOAD)[0]
+
+
+def test_exchanges_in_parts_need_an_exchange(toy: Any) -> None:
+    assert runs(toy.model(), dp=2, ep=2, ep_chunks=4)
+    assert not runs(toy.model(), dp=2, ep=2, ep_chunks=3)
+    assert not runs(toy.model(), dp=2, ep_chunks=2)
 
 
 def test_the_vocabulary_is_split_exactly_where_tensors_are(toy: Any) -> None:
@@ -102,15 +114,17 @@ def test_a_batch_that_does_not_divide_has_a_reason_of_its_own(toy: Any) -> None:
     assert runs(toy.model(), pp=4, dp=5)  # 24 sequences over 5 ranks: BATCH says so, not the target
 
 
-def test_experts_are_not_cut_by_tensor_parallelism(toy: Any) -> None:
+def test_a_target_may_leave_models_with_experts_to_data_parallelism(toy: Any) -> None:
     dense = toy.model()
     block = dense.blocks[1]
     moe = MoeLayer(hidden=64, num_experts=4, top_k=2, expert_ffn_size=32)
     model = replace(
         dense, blocks=(dense.blocks[0], Block(kind=block.kind, layers=(*block.layers[:3], moe)), dense.blocks[2])
     )
-    assert runs(model, dp=2)
-    assert not runs(model, tp=2, vocab_parallel=True)
+    batch = ConfigBatch.from_configs([ParallelConfig(dp=2), ParallelConfig(tp=2, vocab_parallel=True)])
+    target = replace(MESHWRIGHT, tensor_parallel_moe=False)
+    assert supported(batch, target, model, WORKLOAD).tolist() == [True, False]
+    assert supported(batch, MESHWRIGHT, model, WORKLOAD).tolist() == [True, True]
 
 
 def test_micro_batches_and_rounds() -> None:

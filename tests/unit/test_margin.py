@@ -145,12 +145,12 @@ class TestTight:
     @pytest.mark.parametrize(
         ("kind", "config", "target", "changes"),
         [
-            ("activations", ParallelConfig(dp=16), "meshwright", ("recompute selective or full", "more tp")),
+            ("activations", ParallelConfig(dp=16), "meshwright", ("recompute selective or full", "more cp", "more tp")),
             (
                 "activations",
                 ParallelConfig(tp=2, dp=8, micro_batch_size=2, recompute=Recompute.FULL, vocab_parallel=True),
                 "meshwright",
-                ("a smaller micro batch", "sequence parallelism", "more tp"),
+                ("a smaller micro batch", "sequence parallelism", "more cp"),
             ),
             ("activations", ParallelConfig(dp=16), "nanotron", ("recompute full", "more tp")),
             ("activations", ParallelConfig(dp=16), "torchtitan", ("recompute selective or full", "more cp", "more tp")),
@@ -176,7 +176,7 @@ class TestTight:
     def test_backward_that_is_split_is_not_recomputed(self) -> None:
         config = ParallelConfig(pp=2, dp=8, vpp=2, schedule=Schedule.ZBV)
         plan = plan_for(config, load_model("llama3-8b"), Workload(seq_len=4096, global_batch_size=64), CLUSTER)
-        assert what_helps(plan, "activations") == ("more tp",)
+        assert what_helps(plan, "activations") == ("more cp", "more tp")
 
     def test_a_target_of_ones_own_has_no_levers(self) -> None:
         plan = replace(priced(ParallelConfig(dp=16), activations=80), framework="my-trainer")
@@ -227,7 +227,9 @@ class TestShown:
 
     def test_a_tight_plan_says_what_would_help(self) -> None:
         text = self.shown(priced(ParallelConfig(dp=16), params=20, activations=60))
-        assert "tight: most of it is activations; less of it with recompute selective or full or more tp" in text
+        assert (
+            "tight: most of it is activations; less of it with recompute selective or full, more cp or more tp" in text
+        )
 
     @pytest.mark.parametrize(
         ("activations", "asked", "words"),
