@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from meshwright.cost_models.residency import block_numbers, expert_shards, reserved_bytes, state_bytes
+from meshwright.cost_models.residency import block_numbers, expert_numbers, expert_shards, reserved_bytes, state_bytes
 from meshwright.cost_models.strategy import ConfigBatch, ParallelConfig
 from meshwright.cost_models.targets import FRAMEWORKS
 from meshwright.cost_models.weights import layer_weights
@@ -71,13 +71,34 @@ def test_what_fits_is_not_padded() -> None:
 def test_few_experts_over_many_ranks() -> None:
     experts = MoeLayer(hidden=64, num_experts=8, top_k=2, expert_ffn_size=32)
     matrices = 3 * 64 * 32
-    # a stack of 8 over 32 ranks keeps one on each; the router's 8 rows one each
-    assert numbers(decoder(experts), sharded(32))[1:] == (matrices + 64, 32 * (matrices + 64))
+    # FSDP2 by itself: a stack of 8 over 32 ranks keeps one on each; the router's 8 rows one each
+    assert numbers(decoder(experts), sharded(32), "torchtitan")[1:] == (matrices + 64, 32 * (matrices + 64))
+    # ours: along the first dimension that the ranks divide, here rows
+    assert numbers(decoder(experts), sharded(32))[1:] == (8 * matrices / 32 + 64, 8 * matrices + 32 * 64)
     assert numbers(decoder(experts), sharded(4))[1] == 2 * matrices + 2 * 64
     # 3 shards of 4 experts: two on the fullest rank
     assert numbers(decoder(experts), sharded(6, ep=2), "torchtitan")[1] == 2 * matrices + 2 * 64
     # 16 shards of 4 experts: cut along the next dimension
     assert numbers(decoder(experts), sharded(32, ep=2), "torchtitan")[1] == 4 * matrices / 16 + 64
+
+
+def test_experts_apart_from_the_rest_of_their_block() -> None:
+    experts = MoeLayer(hidden=64, num_experts=8, top_k=2, expert_ffn_size=32)
+    block, matrices = decoder(experts), 3 * 64 * 32
+    # edp = 8 * 2 / (4 * 2) = 2 ranks share two experts of half a width
+    batch = sharded(8, tp=2, ep=4, etp=2, sequence_parallel=True)
+    found = expert_numbers(block, FRAMEWORKS["meshwright"], batch)
+    assert found is not None
+    assert (found.whole[0], found.owned[0], found.gathered[0]) == (matrices, matrices / 2, matrices)
+    assert expert_numbers(block, FRAMEWORKS["torchtitan"], batch) is None
+    assert numbers(block, batch)[0] == matrices + 8 * 64
+
+
+def test_biases_of_experts_are_cut_with_their_matrices() -> None:
+    # gpt-oss: [8, 2 * 32] and [8, 64] beside the matrices, 8 of the router; ep cuts both, etp the first alone
+    moe = MoeLayer(hidden=64, num_experts=8, top_k=2, expert_ffn_size=32, extra_params=8 * (2 * 32 + 64 + 1))
+    held = numbers(decoder(moe), one(tp=2, dp=2, ep=2, etp=2, sequence_parallel=True))[0]
+    assert held == 4 * 3 * 64 * 16 + 8 * 64 + 4 * 2 * 16 + 4 * 64 + 8
 
 
 def test_the_gate_of_a_shared_expert_is_one_row() -> None:
