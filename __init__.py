@@ -63,7 +63,7 @@ _PUBLIC = {
     "load_plan": "meshwright.planner.plan",
     "make_plan": "meshwright.planner.search",
     "parallelize": "meshwright.executors.apply",
-    "ParallelModel": "meshwright.executors.apply",
+    "ParallelModel": "meshwright.executors.parallel_model",
     "DryRun": "meshwright.executors.dry_run",
     "dry_run": "meshwright.executors.dry_run",
 }

@@ -38,8 +38,6 @@ from meshwright.planner.plan import Plan
 from meshwright.profiler.anatomy import Anatomy, find_anatomy
 from meshwright.profiler.cluster import ClusterProfile
 
-__all__ = ["ParallelModel", "parallelize"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -48,7 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from meshwright.profiler.record import record
 
 if TYPE_CHECKING:
-    from meshwright.executors.apply import ParallelModel
+    from meshwright.executors.parallel_model import ParallelModel
 
 # operator -> (its name here, which argument holds the whole tensor)
 _C10D = {

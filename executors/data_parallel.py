@@ -27,7 +27,7 @@ Schedules that split backward run with stages 0 and 1: gradients of matrices the
 sight of FSDP's hooks, and ``after_weight_gradients`` does what these would; after a backward that is whole the hooks
 have done it.
 
-Gradients are sums: the loss is already divided by the global token count (``apply.ParallelModel.step``), so FSDP2,
+Gradients are sums: the loss is already divided by the global token count (``ParallelModel.step``), so FSDP2,
 which would average, is told to divide by 1, experts too: each has seen all tokens of its ep group. Stages 1 to 3 are
 FSDP2 (``torch.distributed.fsdp.fully_shard``). Stage 0 is ours: after the last backward one all_reduce of each unit's
 gradients, flattened; no second copy of weights or gradients remains, unlike with DDP's buckets, and DTensor parameters

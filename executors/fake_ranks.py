@@ -28,7 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from meshwright import InputError
 
 if TYPE_CHECKING:
-    from meshwright.executors.apply import ParallelModel
+    from meshwright.executors.parallel_model import ParallelModel
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from meshwright.executors import pipeline
 from meshwright.executors.data_parallel import local
 
 if TYPE_CHECKING:
-    from meshwright.executors.apply import ParallelModel
+    from meshwright.executors.parallel_model import ParallelModel
 
 IGNORED = "ignored"
 

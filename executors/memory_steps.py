@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from meshwright import Error, InputError
 from meshwright.cost_models.strategy import Schedule
-from meshwright.executors.apply import ParallelModel
 from meshwright.executors.data_parallel import torch_dtype
 from meshwright.executors.memory_peak import Peak
 from meshwright.executors.memory_tracker import MemoryTracker
+from meshwright.executors.parallel_model import ParallelModel
 from meshwright.executors.trained import Trained
 
 

@@ -43,7 +43,7 @@ from meshwright.executors.memory_peak import Block, Peak, find_peak
 from meshwright.executors.memory_places import IGNORED, Places
 
 if TYPE_CHECKING:
-    from meshwright.executors.apply import ParallelModel
+    from meshwright.executors.parallel_model import ParallelModel
 
 ROUNDING = 512
 

@@ -27,7 +27,7 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.zeros(layer.num_experts)) if bias else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose."""
+        """Softmax over all experts, in float32; of it the largest, and their shares of what they sum to."""
         logits = functional.linear(x, self.weight, self.bias)
         weights, index = logits.softmax(dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
         return logits, (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype), index

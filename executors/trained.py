@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from meshwright.cost_models.workload import Optimizer
-from meshwright.executors.apply import ParallelModel
+from meshwright.executors.parallel_model import ParallelModel
 from meshwright.planner.plan import Plan
 
 MAX_NORM = 1.0

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from meshwright.cost_models.placement import Placement
 from meshwright.cost_models.strategy import ParallelConfig, Recompute, Schedule
 from meshwright.cost_models.workload import RECIPES, Workload
-from meshwright.executors.apply import ParallelModel, parallelize
+from meshwright.executors.apply import parallelize
 from meshwright.executors.counting import count_collectives
+from meshwright.executors.parallel_model import ParallelModel
 from meshwright.planner.plan import Plan, default_stages
 from meshwright.profiler.launch import Rank, RankError, run_ranks
 from meshwright.profiler.layers import MoeLayer

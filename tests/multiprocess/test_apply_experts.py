@@ -17,7 +17,7 @@ from moe import run_with_routing
 from torch import Tensor
 
 from meshwright import InputError
-from meshwright.executors.apply import ParallelModel
+from meshwright.executors.parallel_model import ParallelModel
 
 pytestmark = pytest.mark.multiprocess
 
