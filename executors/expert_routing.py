@@ -76,7 +76,7 @@ class Routing:
         router.register_forward_hook(self._observe)
 
     def begin_step(self) -> None:
-        """Forget."""
+        """Forget what was chosen and kept in the step before."""
         self.load: Tensor | None = None  # choices, [experts]
         self.kept: Tensor | None = None  # of them, those that were not dropped
         self._losses: list[Callable[[], Tensor]] = []
