@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 
 from meshwright.cost_models import context, expert_exchange
 from meshwright.cost_models.blocks import BlockKinds, num_tensors, rank_params, routed_params
-from meshwright.cost_models.collectives import Groups, groups_of, seconds
+from meshwright.cost_models.collectives import Groups
 from meshwright.cost_models.compute import BlockSeconds, block_seconds
-from meshwright.cost_models.expert_traffic import moe_layer
 from meshwright.cost_models.framework import Framework, num_microbatches, reduce_overlap
 from meshwright.cost_models.host import host_wait, launches_ahead, slowest
-from meshwright.cost_models.issued import PER_MICROBATCH, Collective
 from meshwright.cost_models.placement import Placement
+from meshwright.cost_models.priced import groups_by_axis, price_all
 from meshwright.cost_models.residency import expert_shards
 from meshwright.cost_models.strategy import ConfigBatch
 from meshwright.cost_models.traffic import block_traffic
@@ -26,10 +25,6 @@ from meshwright.profiler.units import MIB
 
 FloatArray = NDArray[np.float64]
 
-# local copies around an all_reduce of data parallelism after the last backward, in passes over the whole tensor: it
-# flattens and copies back
-_COPIES_AT_END = 4.0
-_ALIKE = {"edp": "dp", "etp": "ep"}  # axes of experts that overlap as another does
 _BUCKET_BYTES = 25 * MIB  # torch/nn/parallel/distributed.py: bucket_cap_mb
 
 
@@ -83,57 +78,10 @@ def block_parts(
     placement: Placement,
 ) -> list[BlockParts]:
     """The parts of every kind of block, in the order of ``kinds``."""
-    groups = {
-        "tp": groups_of(batch, cluster, placement, "tp"),
-        "dp": groups_of(batch, cluster, placement, "dp", "cp"),
-        "shard": groups_of(_one_shard(batch), cluster, placement, "dp", "cp"),
-    }
-    if (batch.cp > 1).any():
-        groups |= {axis: groups_of(batch, cluster, placement, axis) for axis in ("cp_ring", "cp_ulysses")}
-    if model.moe is not None:
-        groups |= {axis: groups_of(batch, cluster, placement, axis) for axis in ("ep", "etp", "edp")}
-        groups["eshard"] = groups_of(_one_shard(batch), cluster, placement, "edp")
+    groups = groups_by_axis(model, cluster, batch, placement)
     return [
         _parts(kinds, index, model, workload, cluster, framework, batch, groups) for index in range(len(kinds.kinds))
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Priced:
-    """A block's collectives: seconds by (axis, phase), and calls by phase."""
-
-    spent: dict[tuple[str, str], FloatArray]
-    inside: dict[tuple[str, str], FloatArray]  # what the same bytes would take inside a node
-    copied: dict[tuple[str, str], FloatArray]  # local copies among the kernels
-    calls: dict[str, FloatArray]
-
-
-def _priced(
-    traffic: list[Collective],
-    block: Block,
-    workload: Workload,
-    cluster: ClusterProfile,
-    groups: dict[str, Groups],
-    framework: Framework,
-    batch: ConfigBatch,
-) -> _Priced:
-    zero, found = np.zeros(len(batch)), _Priced({}, {}, {}, {})
-    for entry in traffic:
-        if not entry.calls.any():
-            continue
-        axis = _ALIKE.get(entry.axis, entry.axis)
-        key, factor = (axis, entry.phase), framework.dp_factor if axis == "dp" else 1.0
-        once, copies = _price(entry, block, workload, cluster, groups, framework, batch)
-        if axis == "dp" and entry.phase != "end" and framework.copies_exposed:
-            after = (axis, entry.phase if entry.phase in PER_MICROBATCH else "end")
-            found.copied[after] = found.copied.get(after, zero) + cluster.device.memory_factor * copies
-        else:
-            once = once + copies
-        waiting = entry.calls * framework.host.skew_s if entry.axis == "tp" else 0.0
-        found.spent[key] = found.spent.get(key, zero) + factor * once + waiting
-        found.inside[key] = found.inside.get(key, zero) + np.minimum(_inside(entry, cluster), factor * once)
-        found.calls[entry.phase] = found.calls.get(entry.phase, zero) + entry.calls
-    return found
 
 
 def _parts(
@@ -163,7 +111,7 @@ def _parts(
         )
     zero = np.zeros(len(batch))
     block, traffic = kinds.kinds[index], block_traffic(kinds, index, model, workload, batch, framework)
-    priced = _priced(traffic, block, workload, cluster, groups, framework, batch)
+    priced = price_all(traffic, block, workload, cluster, groups, framework, batch)
     spent, inside, copied, calls = priced.spent, priced.inside, priced.copied, priced.calls
     on_streams = launches_ahead(device)  # a CPU runs collectives and compute one after the other
     gather, reduce = framework.overlap_dp_gather * on_streams, reduce_overlap(framework, batch) * on_streams
@@ -345,51 +293,6 @@ def hide(
     busy = hidden if inside is None else hidden * inside / np.maximum(communication, 1e-30)
     slowdown = cluster.device.communication_slowdown if slower is None else slower
     return communication - hidden + busy * min(slowdown, 1.0), hidden
-
-
-def _one_shard(batch: ConfigBatch) -> ConfigBatch:
-    """Configs whose data ranks are those of one shard group: neighbours, since a group that fits takes one node."""
-    return replace(batch, dp=np.maximum(batch.dp_shard // batch.cp, 1))
-
-
-def _price(
-    entry: Collective,
-    block: Block,
-    workload: Workload,
-    cluster: ClusterProfile,
-    groups: dict[str, Groups],
-    framework: Framework,
-    batch: ConfigBatch,
-) -> tuple[FloatArray, FloatArray]:
-    """Seconds of the collective and of the local copies around it."""
-    axis, message = entry.axis, np.where(entry.calls > 0, entry.message_bytes, 0.0)
-    layer = moe_layer(block) if axis in ("ep", "etp") else None
-    if layer is not None:
-        slower = expert_exchange.rows_of(layer, workload, batch).slower
-        one = expert_exchange.exchange_seconds(cluster, entry.op, groups[axis], message, layer, framework.experts)
-        return np.asarray(entry.calls * slower * one), np.zeros(len(batch))
-    if entry.op == "send":
-        return np.asarray(entry.calls * context.hop_seconds(cluster, groups[axis], message)), np.zeros(len(batch))
-    shard = {"dp": "shard", "edp": "eshard"}
-    once = seconds(cluster, entry.op, groups[shard[axis] if entry.in_shard else axis], message)
-    # what is laid out by sequences is no row of shards
-    passes = np.where(batch.sequence_parallel & (batch.micro_batch_size > 1), framework.sequence_copies, 0.0)
-    if axis in ("dp", "edp"):
-        moves = entry.op in ("all_gather", "broadcast")
-        each = framework.gather_copies if moves else framework.reduce_copies
-        passes = np.full(len(batch), _COPIES_AT_END if entry.phase == "end" else each)
-    elif axis in ("cp_ring", "cp_ulysses"):
-        passes = np.full(len(batch), framework.context.exchange_copies * (axis == "cp_ulysses"))
-    copies = passes * entry.message_bytes / cluster.device.memory_bytes_per_s
-    return np.asarray(entry.calls * once), np.asarray(entry.calls * copies)
-
-
-def _inside(entry: Collective, cluster: ClusterProfile) -> FloatArray:
-    """Seconds of the same bytes over the innermost links."""
-    if not cluster.tiers:
-        return np.zeros_like(entry.calls)
-    rounds = 2.0 if entry.op == "all_reduce" else 1.0
-    return np.asarray(entry.calls * rounds * entry.message_bytes / cluster.tiers[0].contended_bytes_per_s)
 
 
 def _puts_off(kinds: BlockKinds, index: int, framework: Framework) -> bool:
