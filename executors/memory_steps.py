@@ -64,7 +64,7 @@ def _step(trained: Trained, tracker: MemoryTracker, num_microbatches: int, left_
     whole, rows = parallel.num_microbatches, num_microbatches * parallel.plan.config.micro_batch_size
     parallel.num_microbatches = num_microbatches
     if left_out and parallel.plan.config.pp > 1:
-        _hold_left_out(parallel, tracker, left_out, trained.batch[0].shape[1])
+        _hold_left_out(parallel, tracker, left_out, trained.batch[0].shape[1] // parallel.plan.config.cp)
     parallel.step((trained.batch[0][:rows], trained.batch[1][:rows]))
     if num_microbatches != whole:
         parallel._pipelines.clear()  # they are made for a number of micro-batches
@@ -81,7 +81,7 @@ def _step(trained: Trained, tracker: MemoryTracker, num_microbatches: int, left_
 def _hold_left_out(parallel: ParallelModel, tracker: MemoryTracker, count: int, sequence: int) -> None:
     """Let the pipeline hold, while it runs, what it would have kept of ``count`` more micro-batches.
 
-    That is the losses, and under all schedules but 1F1B what the stages sent.
+    That is the losses, and under all schedules but 1F1B what the stages sent, of ``sequence`` tokens before tp cuts it.
     """
     plan, pipeline = parallel.plan, parallel._pipeline(sequence)
     run, config = pipeline.run, plan.config
