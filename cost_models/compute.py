@@ -52,7 +52,8 @@ class BlockSeconds:
     Backward is apart by what it is for, the gradient of inputs or of weights. ``*_host`` is what the host spends on
     launching the kernels: see ``host_wait`` for what of it a step waits for. ``experts_*`` are the parts of forward and
     backward that exchanges of other chunks may run beside, ``attention_*`` those that a ring's messages may;
-    ``experts_*_host`` is what of the launches comes after the host has read how many rows each expert has.
+    ``experts_*_host`` is what of the launches comes after the host has read how many rows each expert has;
+    ``experts_weight`` what of ``backward_weight`` is the routed experts'.
     """
 
     forward: FloatArray
@@ -68,6 +69,7 @@ class BlockSeconds:
     experts_backward_host: FloatArray
     attention_forward: FloatArray
     attention_backward: FloatArray
+    experts_weight: FloatArray
 
 
 def block_seconds(
@@ -147,5 +149,6 @@ def _total(ops: Operators, inverse: NDArray[np.int64], *, recomputes: bool) -> B
         ops.routed_backward_calls * launch_s,
         ops.core,
         ops.core_backward,
+        ops.experts_weight,
     )
     return BlockSeconds(*(np.broadcast_to(array, (len(ops.batch),))[inverse] for array in arrays))

@@ -43,6 +43,7 @@ class Operators:
         self.stream_tokens = np.where(batch.sequence_parallel, self.tokens / self.tp, self.tokens)
         zero = np.zeros(len(batch))
         self.forward, self.by_input, self.by_weight = zero.copy(), zero.copy(), zero.copy()
+        self.experts_weight = zero.copy()  # of by_weight, that of routed experts
         self.projections, self.core, self.rest = zero.copy(), zero.copy(), zero.copy()  # what forward is made of
         self.forward_calls, self.backward_calls = zero.copy(), zero.copy()
         self.core_calls, self.rest_calls = zero.copy(), zero.copy()
@@ -94,7 +95,8 @@ class Operators:
         self.last = chunks * self._grouped(rows, busy, *sizes, (0, 1, 2))
         self.forward, self.projections = self.forward + self.last, self.projections + self.last
         self.by_input = self.by_input + chunks * self._grouped(rows, busy, *sizes, (0, 2, 1))
-        self.by_weight = self.by_weight + chunks * self._grouped(rows, busy, *sizes, (2, 1, 0))
+        weights = chunks * self._grouped(rows, busy, *sizes, (2, 1, 0))
+        self.by_weight, self.experts_weight = self.by_weight + weights, self.experts_weight + weights
         traits = self.framework.experts
         one = np.maximum(chunks * experts * traits.calls_each_expert, chunks)
         if self.narrow is not None:

@@ -108,6 +108,7 @@ def _parts(
             experts_backward=kernels.experts_backward * slower,
             attention_forward=kernels.attention_forward * slower,
             attention_backward=kernels.attention_backward * slower,
+            experts_weight=kernels.experts_weight * slower,
         )
     zero = np.zeros(len(batch))
     block, traffic = kinds.kinds[index], block_traffic(kinds, index, model, workload, batch, framework)
@@ -156,10 +157,12 @@ def _parts(
     )
     accumulate, accumulate_host = _accumulation(kinds, index, workload, cluster, framework, batch)
     optimizer, optimizer_host = _optimizer(kinds, index, workload, cluster, framework, batch)
+    # our executors leave gradients of routed experts to the first part of a split backward
+    put_off = kernels.backward_weight - framework.defers_products * kernels.experts_weight
     return BlockParts(
         compute_forward=kernels.forward,
         compute_backward=backward + accumulate,
-        compute_weights=(kernels.backward_weight + accumulate) * _puts_off(kinds, index, framework),
+        compute_weights=(put_off + accumulate) * _puts_off(kinds, index, framework),
         recompute=kernels.recompute,
         host_forward=host_forward,
         host_backward=host_backward + accumulate_host,
