@@ -47,6 +47,7 @@ edp = 1 are sharded over one rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,8 +82,9 @@ class DataParallel:
     ) -> None:
         self.zero_stage = zero_stage
         self._module = module
+        self._stacked = {id(weight): weight for unit in experts for weight in unit.parameters()}
         with_block = mesh.size("tp") * mesh.size("ep") * mesh.size("etp") == 1
-        routed = {} if with_block else {id(weight): weight for unit in experts for weight in unit.parameters()}
+        routed = {} if with_block else self._stacked
         self._units = _units(module, blocks, routed, mesh)
         self._policy = MixedPrecisionPolicy()
         if recipe.has_master:
@@ -109,6 +111,8 @@ class DataParallel:
             options["ignored_params"] = set(routed.values())
         elif routed:
             options["shard_placement_fn"] = _placement(routed, expert_mesh)
+        if self._stacked and not routed:  # experts over the ranks of their block
+            options["shard_placement_fn"] = partial(_cut, self._stacked, mesh.size(-1))
         for block in blocks:
             block.register_forward_hook(_without_views)  # ahead of FSDP's own
             fully_shard(block, reshard_after_forward=self.zero_stage == 3, **options)
@@ -168,6 +172,14 @@ def _units(
     return [(unit, group) for unit, group in units if unit]
 
 
+def _cut(stacked: Mapping[int, nn.Parameter], num_shards: int, weight: nn.Parameter) -> Shard | None:
+    """Along which dimension a weight among ``stacked`` experts is cut, as the module says; None for any other."""
+    if id(weight) not in stacked:
+        return None
+    dims = [dim for dim, size in enumerate(local(weight).shape) if size % num_shards == 0]
+    return Shard(dims[0] if dims else 0)
+
+
 def _placement(routed: Mapping[int, nn.Parameter], mesh: DeviceMesh) -> Callable[[nn.Parameter], Any]:
     """Tells FSDP2 where and how the ``routed`` weights are cut: over ``mesh``, as the module says."""
     try:
@@ -184,10 +196,8 @@ def _placement(routed: Mapping[int, nn.Parameter], mesh: DeviceMesh) -> Callable
     )
 
     def placed(weight: nn.Parameter) -> ShardPlacementResult | None:
-        if id(weight) not in routed:
-            return None
-        dims = [dim for dim, size in enumerate(local(weight).shape) if size % place.shard_mesh_size == 0]
-        return ShardPlacementResult(placement=Shard(dims[0] if dims else 0), mesh_info=place)
+        cut = _cut(routed, place.shard_mesh_size, weight)
+        return None if cut is None else ShardPlacementResult(placement=cut, mesh_info=place)
 
     return placed
 
