@@ -191,13 +191,13 @@ class Bounds:
             forward, backward = on_rank[rank] @ passes.forward, on_rank[rank] @ passes.backward
             start = before[rank] @ passes.forward
             to_end = after[rank] @ passes.forward
-            back = before[rank] @ passes.backward if whole else 0.0
-            ends = (
+            ends = [
                 start + count * (forward + backward) + edges[rank],
                 all_forward + count * backward + edges[rank] + (after[rank] @ passes.backward if whole else 0.0),
-                start + count * (forward + backward) + back + edges[0],
                 start + count * forward + to_end + (all_backward if whole else 0.0) + edges[0],
-            )
+            ]
+            if whole:  # gradients of weights that are put off hold no other rank
+                ends.append(start + count * (forward + backward) + before[rank] @ passes.backward + edges[0])
             least = np.maximum.reduce([least, *ends])
         return least * ROUNDING
 

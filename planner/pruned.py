@@ -329,20 +329,27 @@ class Pruned:
         self._found = []
         while at < len(order) and lacking[order[at]] < least:
             batch = self.tails.configs(filtered(rows, order[at : at + NEAREST]))
-            at, each = at + NEAREST, self._lacking(batch)
-            nearest = np.argsort(each, kind="stable")
-            for start in range(0, len(nearest), 1000):
-                chosen = nearest[start : start + 1000]
-                if each[chosen[0]] >= least:
-                    break
-                last = self._in_memory(batch.take(chosen))
+            at, each = at + NEAREST, self._lacking(batch, by_schedule=True)
+            nearest, start, step = np.argsort(each, kind="stable"), 0, 50
+            while start < len(nearest) and each[nearest[start]] < least:
+                chosen = nearest[start : start + step]
+                start, step = start + step, 2 * step
+                last = self._in_memory(batch.take(chosen[each[chosen] < least]))
                 self._found.append(last)
                 least = min(least, float((last.needed_bytes - last.usable_bytes).min()))
         return self._together()
 
-    def _lacking(self, batch: ConfigBatch) -> FloatArray:
-        held = self.bounds.mean_peak(batch)
-        return needed_bytes(held, np.zeros(len(batch)), self.margin) - self.bounds.usable(batch)
+    def _lacking(self, batch: ConfigBatch, *, by_schedule: bool = False) -> FloatArray:
+        """What configs lack at least: of any schedule, or of their own."""
+        bounds = self.bounds
+        state, activations = bounds.state(batch), bounds.activations(bounds.held(batch))
+        peak = bounds.mean_state(batch, state + activations[0])
+        shapes, of = batch.distinct("pp", "vpp", "schedule")
+        for number, shape in enumerate(shapes.configs() if by_schedule else ()):
+            rows = np.flatnonzero(of == number)
+            own = (activations[0][:, rows], activations[1][rows])
+            peak[rows] = bounds.peak(batch.take(rows), state[:, rows], own, shape.schedule, shape.vpp)
+        return needed_bytes(peak, np.zeros(len(batch)), self.margin) - bounds.usable(batch)
 
 
 def _under(batch: ConfigBatch, schedule: int, vpp: int) -> ConfigBatch:
