@@ -143,13 +143,14 @@ def _flash_backward(writer: Writer, heads: Heads, rows: Bytes, keys: Bytes, widt
     """What flash attention's backward takes for itself: ``rows`` padded queries of each head, over ``keys``."""
     columns = np.ceil(width / FLASH_COLUMNS) * FLASH_COLUMNS
     repeated = 2.0 * keys * heads.queries * width * writer.size
-    return rows * heads.queries * (columns + 1.0) * 4.0 + np.where(heads.queries > heads.keys, repeated, 0.0)
+    taken = rows * heads.queries * (columns + 1.0) * 4.0 + np.where(heads.queries > heads.keys, repeated, 0.0)
+    return np.asarray(taken)
 
 
 def _rows(writer: Writer) -> FloatArray:
     """Queries of each head that one rank's kernel works on, in the whole micro-batch, padded."""
     length = writer.seq_len / writer.batch.cp_ring
-    return np.asarray(writer.batch.micro_batch_size * np.ceil(length / FLASH_ROWS) * FLASH_ROWS)
+    return np.asarray(writer.batch.micro_batch_size * np.ceil(length / FLASH_ROWS) * FLASH_ROWS, dtype=np.float64)
 
 
 def _kernel(writer: Writer, reads: tuple[int, int, int], heads: Heads) -> int:

@@ -156,7 +156,8 @@ def _played(schedule: Schedule, pp: int, vpp: int, rank: int, microbatches: int)
     inputs, weights = before(Pass.INPUT_GRADIENT), before(Pass.WEIGHT_GRADIENT)
     back = whole + inputs
     resident, outer = whole + weights > 0, back > 0
-    states_of = np.stack([forward - back, inputs - weights, forward, back, resident, outer], axis=1)
+    flags = resident.astype(np.float64), outer.astype(np.float64)
+    states_of = np.stack([forward - back, inputs - weights, forward, back, *flags], axis=1)
     found = {}
     for chunk in range(vpp):
         for kind in (Pass.BACKWARD, Pass.INPUT_GRADIENT, Pass.WEIGHT_GRADIENT):
