@@ -83,6 +83,18 @@ class Passes:
         return Passes(**found)
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """Bytes of each kind of block on a rank, ``[num_kinds, num_configs]``: there at any peak, and gradients."""
+
+    steady: FloatArray
+    grads: FloatArray
+
+    def take(self, rows: NDArray[np.int64]) -> State:
+        """The configs at these positions."""
+        return State(self.steady[:, rows], self.grads[:, rows])
+
+
 class Bounds:
     """The bounds for one model, workload, cluster and target."""
 
@@ -230,17 +242,21 @@ class Bounds:
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
-    def state(self, batch: ConfigBatch) -> FloatArray:
-        """Bytes of every kind of block on a rank that are there at any peak: ``[num_kinds, num_configs]``."""
+    def state(self, batch: ConfigBatch) -> State:
+        """Bytes of every kind of block on a rank between micro-batches."""
         keys = ("tp", "cp", "pp", "dp", "ep", "etp", "dp_shard", "zero_stage", "vocab_parallel", "micro_batch_size")
         few, inverse = batch.distinct(*keys)
-        held = np.zeros((len(self.kinds), len(few)))
+        steady, grads = np.zeros((len(self.kinds), len(few))), np.zeros((len(self.kinds), len(few)))
+        recipe = self.workload.recipe
+        reduced = recipe.master.num_bytes / recipe.grads.num_bytes if recipe.master and recipe.has_master else 1.0
         for index, kind in enumerate(self.kinds.kinds):
             numbers = block_numbers(kind, self.framework, few)
             state = state_bytes(numbers, self.workload, self.framework, few)
-            held[index] = state.params + state.optimizer + state.gathered
-            held[index] += 0.0 if self.framework.memory.by_operator else state.grads
-        return held[:, inverse]
+            steady[index] = state.params + state.optimizer + state.gathered
+            grads[index] = state.grads * min(reduced, 1.0)
+        if not self.framework.memory.by_operator:  # a buffer for all of them throughout
+            steady, grads = steady + grads, np.zeros_like(grads)
+        return State(steady[:, inverse], grads[:, inverse])
 
     def held(self, batch: ConfigBatch) -> list[BlockBytes]:
         """What every kind of block holds of one micro-batch."""
@@ -266,12 +282,12 @@ class Bounds:
     def mean_peak(self, batch: ConfigBatch) -> FloatArray:
         """The same with activations of one micro-batch: every rank has at some time one on each of its chunks."""
         saved, _ = self.activations(self.held(batch))
-        return self.mean_state(batch, self.state(batch) + saved)
+        return self.mean_state(batch, self.state(batch).steady + saved)
 
     def peak(
         self,
         batch: ConfigBatch,
-        state: FloatArray,
+        state: State,
         activations: tuple[FloatArray, FloatArray],
         schedule: Schedule,
         vpp: int,
@@ -287,22 +303,31 @@ class Bounds:
             framework=self.framework,
             batch=few,
         )
-        saved, beside = counts[0] @ activations[0], activations[1]
+        saved, grads, beside = counts[0] @ activations[0], counts[0] @ state.grads, activations[1]
         most = np.zeros(len(batch))
-        for flying in self._flying(pipe):  # [num_configs, vpp]
-            most = np.maximum(most, np.einsum("nc,cn->n", flying[inverse], saved))
+        for flying, resident in self._backwards(pipe):  # [num_configs, vpp]
+            now = np.einsum("nc,cn->n", flying[inverse], saved) + np.einsum("nc,cn->n", resident[inverse], grads)
+            most = np.maximum(most, now)
         if not counts[0, :, -1].any():
             most = most + beside
-        return np.asarray((counts[0].sum(axis=0) @ state + most) * ROUNDING - 1.0)
+        return np.asarray((counts[0].sum(axis=0) @ state.steady + most) * ROUNDING - 1.0)
 
-    def _flying(self, pipe: Pipeline) -> list[FloatArray]:
-        """Micro-batches of each chunk in flight on the first rank, at several times: each ``[num_configs, vpp]``."""
+    def _backwards(self, pipe: Pipeline) -> list[tuple[FloatArray, FloatArray]]:
+        """On the first rank, when some backwards start: micro-batches of each chunk in flight, chunks with gradients.
+
+        Each ``[num_configs, vpp]``.
+        """
         if self.framework.memory.by_operator:
-            backwards = [state for state in states(pipe, 0) if state.kind is not Pass.WEIGHT_GRADIENT]
-            return [held for state in backwards for held in state.held]
+            found = []
+            for state in states(pipe, 0):
+                if state.kind is not Pass.WEIGHT_GRADIENT:
+                    resident = (state.resident & state.outer).astype(np.float64)
+                    found += list(zip(*np.broadcast_arrays(state.held, resident), strict=True))
+            return found
         (pp, vpp), batch = pipe.counts.shape[:2], pipe.batch
         count, per_round = num_microbatches(batch, self.workload), microbatches_per_round(batch, self.workload)
-        return [pipeline.held_microbatches(pipe.schedule, pp, vpp, 0, count, per_round)]
+        held = pipeline.held_microbatches(pipe.schedule, pp, vpp, 0, count, per_round)
+        return [(held, np.zeros_like(held))]
 
     def usable(self, batch: ConfigBatch) -> FloatArray:
         """What a device offers to each config."""

@@ -27,7 +27,7 @@ from meshwright.cost_models.parts import BlockParts
 from meshwright.cost_models.saved import BlockBytes
 from meshwright.cost_models.step import batch_bytes, batch_seconds
 from meshwright.cost_models.strategy import FIELDS, SCHEDULES, BoolArray, ConfigBatch, IntArray, Reason, Schedule
-from meshwright.planner.bounds import Bounds, Passes
+from meshwright.planner.bounds import Bounds, Passes, State
 from meshwright.planner.exhaustive import PRUNED, TIE, Scored, Scorer, ranked
 from meshwright.planner.families import Families, Family
 from meshwright.planner.plan import RejectedCount
@@ -66,7 +66,7 @@ class _Sharded:
     """Configs of one pp that lack a schedule: what is resident, and which schedules they run."""
 
     batch: ConfigBatch
-    state: FloatArray
+    state: State
     runs: dict[tuple[int, int], BoolArray]
 
 
@@ -223,7 +223,7 @@ class Pruned:
         together = {name: combines(_under(whole, name, 1), tails.framework) for name in {name for name, _ in timed}}
         runs = {option: alive[origin] & together[option[0]] for option, alive in timed.items()}
         state = bounds.state(whole)
-        fits = self._fits(bounds.mean_state(whole, state), whole)
+        fits = self._fits(bounds.mean_state(whole, state.steady), whole)
         ways = np.sum(list(runs.values()), axis=0)
         self.num_too_large += int(ways[~fits].sum())
         kept = np.flatnonzero(fits & (ways > 0))
@@ -231,7 +231,7 @@ class Pruned:
             return []
         whole = whole.take(kept)
         runs = {option: mask[kept] for option, mask in runs.items()}
-        return [_Sharded(whole, state[:, kept], runs)]
+        return [_Sharded(whole, state.take(kept), runs)]
 
     def _fitting(self, sharded: _Sharded, parts: list[BlockParts], held: list[BlockBytes]) -> Iterator[_Leaves]:
         """Those that may be fast enough and fit, schedule by schedule."""
@@ -247,7 +247,7 @@ class Pruned:
             if not len(fast):
                 continue
             rows, under, least = rows[fast], under.take(fast), least[fast]
-            peak = bounds.peak(under, sharded.state[:, rows], (saved[:, rows], beside[rows]), schedule, vpp)
+            peak = bounds.peak(under, sharded.state.take(rows), (saved[:, rows], beside[rows]), schedule, vpp)
             fits = self._fits(peak, under)
             self.num_too_large += len(fits) - int(fits.sum())
             rows = rows[fits]
@@ -333,7 +333,7 @@ class Pruned:
             nearest, start, step = np.argsort(each, kind="stable"), 0, 50
             while start < len(nearest) and each[nearest[start]] < least:
                 chosen = nearest[start : start + step]
-                start, step = start + step, 2 * step
+                start, step = start + step, 16 * step
                 last = self._in_memory(batch.take(chosen[each[chosen] < least]))
                 self._found.append(last)
                 least = min(least, float((last.needed_bytes - last.usable_bytes).min()))
@@ -343,12 +343,12 @@ class Pruned:
         """What configs lack at least: of any schedule, or of their own."""
         bounds = self.bounds
         state, activations = bounds.state(batch), bounds.activations(bounds.held(batch))
-        peak = bounds.mean_state(batch, state + activations[0])
+        peak = bounds.mean_state(batch, state.steady + activations[0])
         shapes, of = batch.distinct("pp", "vpp", "schedule")
         for number, shape in enumerate(shapes.configs() if by_schedule else ()):
             rows = np.flatnonzero(of == number)
             own = (activations[0][:, rows], activations[1][rows])
-            peak[rows] = bounds.peak(batch.take(rows), state[:, rows], own, shape.schedule, shape.vpp)
+            peak[rows] = bounds.peak(batch.take(rows), state.take(rows), own, shape.schedule, shape.vpp)
         return needed_bytes(peak, np.zeros(len(batch)), self.margin) - bounds.usable(batch)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from meshwright.profiler.model import (
     load_model,
 )
 
+FIVE = (4, 8, 12, 16, 24, 32, 48, 64)  # devices of problems in which cp, ep, etp and chunks are all above 1 somewhere
 LARGE_SPACES = [1, 2, 3, 4, 6, 8, 9, 10, 12, 16, 18, 24, 30, 32, 64]
 
 UNRESTRICTED = replace(
@@ -56,6 +58,9 @@ class Problem:
     expert_ffn: int
     seq_len: int
     batch: int
+    chunks: tuple[int, ...] = (1,)  # of the expert exchange, that the target runs
+    group: int = 0  # tokens that share a capacity
+    dense_ffn: int = 0  # of a first layer without experts
 
     def model(self) -> ModelSpec:
         attention = AttentionLayer(
@@ -70,7 +75,14 @@ class Problem:
         if self.ffn:
             layers.append(MlpLayer(hidden=64, ffn_size=self.ffn))
         if self.experts:
-            layers.append(MoeLayer(hidden=64, num_experts=self.experts, top_k=1, expert_ffn_size=self.expert_ffn))
+            capacity = {"capacity_factor": 1.0, "group_tokens": self.group} if self.group else {}
+            layers.append(
+                MoeLayer(hidden=64, num_experts=self.experts, top_k=1, expert_ffn_size=self.expert_ffn, **capacity)
+            )
+        first = [attention, MlpLayer(hidden=64, ffn_size=self.dense_ffn)] if self.dense_ffn else []
+        decoder = [Block(kind=BlockKind.DECODER, layers=tuple(layers), repeat=self.layers - bool(first))]
+        if first:
+            decoder.insert(0, Block(kind=BlockKind.DECODER, layers=tuple(first)))
         embedding = EmbeddingLayer(vocab_size=100, hidden=64)
         return ModelSpec(
             name="test",
@@ -78,7 +90,7 @@ class Problem:
             max_seq_len=self.seq_len,
             blocks=(
                 Block(kind=BlockKind.EMBEDDING, layers=(embedding,)),
-                Block(kind=BlockKind.DECODER, layers=tuple(layers), repeat=self.layers),
+                *decoder,
                 Block(kind=BlockKind.HEAD, layers=(HeadLayer(hidden=64, vocab_size=100),)),
             ),
         )
@@ -102,7 +114,7 @@ def degrees(p: Problem, *, cp_runs: bool, ep_runs: bool, tp_with_experts: bool) 
                     dp = p.world // (tp * cp * pp)
                     if p.heads % (tp * cp_ulysses) or (p.kv_heads % tp and tp % p.kv_heads):
                         continue
-                    if p.ffn and p.ffn % tp:
+                    if (p.ffn and p.ffn % tp) or (p.dense_ffn and p.dense_ffn % tp):
                         continue
                     if p.seq_len % cp or (cp_ring > 1 and p.seq_len % (2 * cp)):
                         continue
@@ -154,6 +166,10 @@ def enumerate_legal(p: Problem, *, everything: bool) -> set[tuple[object, ...]]:
                 continue
             if p.experts and tp > 1 and etp != tp and not sp:
                 continue
+            together = p.seq_len // (2 * cp if int(str(d["cp_ring"])) > 1 else cp)  # a causal ring's rank holds halves
+            own = p.seq_len // cp // (tp if sp else 1)
+            if p.experts and p.group and (together % p.group or own % p.group):
+                continue
             for schedule, chunks in schedules(p, pp, runs):
                 for size in up_to(p.batch // dp):
                     if p.batch % (dp * size):
@@ -176,7 +192,9 @@ def enumerate_legal(p: Problem, *, everything: bool) -> set[tuple[object, ...]]:
                                 continue
                             if stage >= 2 and not whole:
                                 continue
-                            for recompute in ("none", "selective", "full"):
+                            for recompute, parts in product(("none", "selective", "full"), p.chunks):
+                                if parts > 1 and (d["ep"] == 1 or (own * size) % parts):
+                                    continue
                                 found.add(
                                     (
                                         tp,
@@ -188,7 +206,7 @@ def enumerate_legal(p: Problem, *, everything: bool) -> set[tuple[object, ...]]:
                                         chunks,
                                         d["cp_ring"],
                                         d["cp_ulysses"],
-                                        1,  # ep_chunks: neither target offers more
+                                        parts,
                                         shard,
                                         size,
                                         stage,
@@ -245,6 +263,66 @@ def test_space_of_a_target_that_runs_everything_equals_nested_loops(
     assert as_set(found.batch) == enumerate_legal(p, everything=True)
     assert len(as_set(found.batch)) == len(found.batch), "a config stands twice"
     assert len(found.batch) + sum(each.count for each in found.rejected) == found.num_candidates
+
+
+def five_dimensional(count: int) -> list[Problem]:
+    """Problems with experts in which every dimension can be above 1, some with a dense layer first or capacities."""
+    draw = random.Random(3)
+    return [
+        Problem(
+            world=draw.choice(FIVE),
+            layers=draw.choice([2, 3, 4]),
+            heads=draw.choice([4, 6, 8, 12]),
+            kv_heads=2,
+            ffn=0,
+            experts=draw.choice([4, 6, 8]),
+            expert_ffn=draw.choice([6, 8, 12]),
+            seq_len=draw.choice([24, 32, 48, 64]),
+            batch=draw.choice([2, 4, 6, 8]),
+            chunks=draw.choice([(1,), (1, 2), (1, 2, 3), (1, 2, 4)]),
+            group=draw.choice([0, 0, 2, 4]),
+            dense_ffn=draw.choice([0, 12, 16]),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("p", five_dimensional(50), ids=str)
+def test_five_dimensional_spaces_equal_nested_loops(p: Problem) -> None:
+    everything = replace(UNRESTRICTED, expert_chunks=p.chunks, partial_sharding=False)
+    found = legal_space(p.model(), p.workload(), p.world, everything)
+    wanted = {config for config in enumerate_legal(p, everything=True) if runs_on_torch(config, p)}
+    assert as_set(found.batch) == wanted
+    assert found.num_legal == len(found.batch) == len(wanted)
+    assert found.num_legal + sum(each.count for each in found.rejected) == found.num_candidates
+
+
+def runs_on_torch(config: tuple[object, ...], p: Problem) -> bool:
+    """What our executors run of what is legal: weights sharded over all data ranks, and schedules as torch has them."""
+    values = dict(zip(ConfigBatch.__dataclass_fields__, config, strict=True))
+    pp, dp, cp = (int(str(values[name])) for name in ("pp", "dp", "cp"))
+    stage, schedule = int(str(values["zero_stage"])), values["schedule"]
+    if stage and values["dp_shard"] != dp * cp:
+        return False
+    if schedule in ("zb-h1", "zbv", "dualpipev") and stage >= 2:
+        return False
+    micro_batches = p.batch // (dp * int(str(values["micro_batch_size"])))
+    if pp > 1 and schedule == "1f1b" and micro_batches < pp:
+        return False
+    if schedule == "dualpipev" and micro_batches < 2 * pp:
+        return False
+    return schedule not in ("interleaved", "zb-h1") or micro_batches % max(1, micro_batches // pp) == 0
+
+
+def test_five_dimensional_problems_have_all_dimensions() -> None:
+    names = ("tp", "cp_ring", "cp_ulysses", "pp", "dp", "ep", "etp", "ep_chunks")
+    at_once = 0
+    for p in five_dimensional(50):
+        batch = legal_space(p.model(), p.workload(), p.world, replace(UNRESTRICTED, expert_chunks=p.chunks)).batch
+        five = (batch.tp > 1) & (batch.cp > 1) & (batch.pp > 1) & (batch.dp > 1) & (batch.ep > 1)
+        at_once += bool(five.any())
+        names = tuple(name for name in names if not (getattr(batch, name) > 1).any())
+    assert not names and at_once >= 10
 
 
 def test_the_problems_reach_every_rule() -> None:
