@@ -59,7 +59,7 @@ class Backward(Held):
             yield from self._reduction(left - self.lives[self.first_kind].saved)
         if self.num_blocks >= 2.0:
             yield self._second_block(left)
-            yield from self._last_block()
+            yield from self._last_blocks()
         if self.outer.whole.any():
             yield from self._outer_reduction()
 
@@ -230,18 +230,42 @@ class Backward(Held):
             communication=communication + self._received(),
         )
 
-    def _last_block(self) -> Iterator[tuple[Moment, KindBytes]]:
-        rank, chunk, own = self.rank, self.chunk, self.lives[self.last_kind]
-        unit, its_experts = rank.dense[self.last_kind], rank.experts[self.last_kind]
-        experts = chunk.experts + its_experts * -1.0  # of the others
-        others = chunk.inner + (chunk.experts + unit) * -1.0
-        left = self.in_flight - chunk.saved + own.saved
-        done, flat = self._taken_up(others, experts), self._reducing(unit, its_experts)
-        waiting = self._put_off(chunk.inputs - own.inputs, chunk.outputs - own.outputs)
-        gathered = self._freed(others + experts) + self.outer_gathered
-        yield self._block(self.last_kind, left, gathered=gathered, communication=flat, done=done, waiting=waiting)
+    def _last_blocks(self) -> Iterator[tuple[Moment, KindBytes]]:
+        """The last block, and with ZeRO 3 the one ahead of it: the last one that finds another gathered."""
+        chunk, last = self.chunk, self.last_kind
         if (self.zero == 3).any():
-            yield self._gather_again(self.last_kind, left, flat, done)
+            if self.num_blocks >= 3.0:
+                ahead = last if self.counts[last] > 1 else chunk.order[1]
+                yield self._block_from_the_end((ahead, last), gathered=self._gathered_next(3.0))
+            left = self.in_flight - chunk.saved + self.lives[last].saved
+            flat = self._reducing(self.rank.dense[last], self.rank.experts[last])
+            yield self._gather_again(last, left, flat, self._all_taken_up(last))
+        yield self._block_from_the_end((last,), gathered=self.nothing)
+
+    def _all_taken_up(self, *but: int) -> FloatArray:
+        """What the backward of all blocks but these adds to the gradients that stay."""
+        late, early = self.chunk.inner + self.chunk.experts * -1.0, self.chunk.experts
+        for index in but:
+            late, early = late + self.rank.dense[index] * -1.0, early + self.rank.experts[index] * -1.0
+        return self._taken_up(late, early)
+
+    def _block_from_the_end(self, blocks: tuple[int, ...], *, gathered: FloatArray) -> tuple[Moment, KindBytes]:
+        """The backward of the first of ``blocks``, with which a chunk's backward ends."""
+        rank, chunk = self.rank, self.chunk
+        left, inputs, outputs = self.in_flight - chunk.saved, chunk.inputs, chunk.outputs
+        others = chunk.inner
+        for index in blocks:
+            lives = self.lives[index]
+            left, inputs, outputs = left + lives.saved, inputs - lives.inputs, outputs - lives.outputs
+            others = others + rank.blocks[index].params * -1.0
+        return self._block(
+            blocks[0],
+            left,
+            gathered=gathered + self._freed(others) + self.outer_gathered,
+            communication=self._reducing(rank.dense[blocks[0]], rank.experts[blocks[0]]),
+            done=self._all_taken_up(*blocks),
+            waiting=self._put_off(inputs, outputs),
+        )
 
     def _outer_reduction(self) -> Iterator[tuple[Moment, KindBytes]]:
         """What stands outside the blocks comes last."""

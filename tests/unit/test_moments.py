@@ -60,15 +60,15 @@ def saved(toy: Any, **options: Any) -> tuple[float, float]:
 
 def test_zero_3_gathers_ahead_and_reduces_behind(toy: Any) -> None:
     found = moments(toy, dp=4, zero_stage=3, dp_shard=4)  # two micro-batches
-    loss, (first, second, last) = of(found, Moment.LOSS)[-2], of(found, Moment.BACKWARD)[-3:]
+    loss, (first, second, third, last) = of(found, Moment.LOSS)[-2], of(found, Moment.BACKWARD)[-4:]
     assert {float(held.params[0]) for _, held in found} == {(OUTER + 4 * BLOCK) * 4 / 4}
     # at the loss the flat buffer of the last block; then a block and the flat buffer of the one before
     assert loss.gathered == (OUTER + BLOCK) * 2
-    assert first.gathered == second.gathered == (OUTER + 2 * BLOCK) * 2
+    assert first.gathered == second.gathered == third.gathered == (OUTER + 2 * BLOCK) * 2
     assert last.gathered == (OUTER + BLOCK) * 2
     # what was reduced last in the first micro-batch; then the block before
     assert loss.communication == first.communication == OUTER * 4
-    assert second.communication == last.communication == BLOCK * 4
+    assert second.communication == third.communication == last.communication == BLOCK * 4
     assert {float(held.grads[0]) for held in (loss, first, second, last)} == {OUTER + 4 * BLOCK}  # shards in float32
 
 
