@@ -23,6 +23,7 @@ Left out: batches of tokens, a few numbers a token, gradients of norms summed ov
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +78,7 @@ class Backward(Held):
         """
         rank, lives = self.rank, self.lives[self.first_kind]
         block, experts = self._flat(rank.dense[self.first_kind]), self._expert_flat(self.first_kind)
-        before = self._flat(self.outer) if self.num_blocks < 2.0 and not experts.any() else block
+        before = block if self.num_blocks >= 2.0 else np.where(experts > 0.0, block, self._flat(self.outer))
         unit = np.where(experts > 0.0, experts, block)
         whole = self._whole(self.first_kind)
         gathered = np.where(self.gathers, before + unit + np.where(self.zero == 3, whole, 0.0), 0.0)
@@ -85,7 +86,7 @@ class Backward(Held):
         return self._at(
             Moment.GATHER,
             left - saved,
-            np.where(self.state.after_forward, rank.hop, -np.inf),
+            np.where(self.state.after_forward & (self.zero > 0), rank.hop, -np.inf),
             gathered=gathered + self.outer_gathered,
             communication=self.carried,
         )
@@ -224,7 +225,7 @@ class Backward(Held):
         return self._at(
             Moment.GATHER,
             left,
-            under_way,
+            np.where(self.zero == 3, under_way, -np.inf),
             grads=stay + done,
             gathered=units + self.outer_gathered,
             communication=communication + self._received(),
@@ -236,7 +237,8 @@ class Backward(Held):
         if (self.zero == 3).any():
             if self.num_blocks >= 3.0:
                 ahead = last if self.counts[last] > 1 else chunk.order[1]
-                yield self._block_from_the_end((ahead, last), gathered=self._gathered_next(3.0))
+                moment, held = self._block_from_the_end((ahead, last), gathered=self._gathered_next(3.0))
+                yield moment, replace(held, working=np.where(self.zero == 3, held.working, -np.inf))
             left = self.in_flight - chunk.saved + self.lives[last].saved
             flat = self._reducing(self.rank.dense[last], self.rank.experts[last])
             yield self._gather_again(last, left, flat, self._all_taken_up(last))

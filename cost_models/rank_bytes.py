@@ -75,7 +75,7 @@ class Rank:
             optimizer=self.optimizer,
             activations=self.nothing,
             gathered=self.nothing,
-            working=self.nothing,
+            working=np.where(pipe.batch.tp > 1, 0.0, -np.inf),
             communication=3.0 * shared,
         )
 
