@@ -221,16 +221,16 @@ class _Play:
 
     def lifetimes(self) -> Lifetimes:
         operators = self.tape.operators
-        forward = self._run(operators, {0}, self.left)
+        forward, _ = self._run(operators, {0}, self.left)
         backward, adding, deferring = self._most(), self._most(), self._most()
         gradient = self.zero + self.tape.gradients[operators[-1].makes]
         if self.recompute is not Recompute.NONE:
             # selective: a block's last kept output is never asked for again, and stays
             asked = {storage for operator in operators[: self.last] for storage in operator.uses}
             stays = {0, *self.saves, *(self.left - asked)}  # what was kept goes as it is used
-            again = self._run(operators[: self.last + 1], set(self.left), stays, stops=True)
+            again, left = self._run(operators[: self.last + 1], set(self.left), stays, stops=True)
             for most in (backward, adding, deferring):
-                most.meet(again + gradient, self._bytes(self.left), self.zero)
+                most.meet(again + gradient, left, self.zero)
         self._backward(gradient, backward, adding, deferring)
         outputs = sum((self.tape.gradients[operator.makes] for operator in operators if operator.puts_off), self.zero)
         weights = sum((operator.weights for operator in operators if operator.weights is not None), self.zero)
@@ -240,25 +240,30 @@ class _Play:
 
     def _run(
         self, operators: Sequence[Operator], alive: set[int], stays: set[int], *, stops: bool = False
-    ) -> FloatArray:
-        """The most alive while operators run forward; ``stays`` are storages that outlive their last reader."""
+    ) -> tuple[FloatArray, FloatArray]:
+        """The most alive while operators run forward, and of that what a forward before has left.
+
+        ``stays`` are storages that outlive their last reader.
+        """
         sizes = self.tape.sizes
         # what operators need that are not repeated is there for them all the same
         until = {storage: number for number, operator in enumerate(self.tape.operators) for storage in operator.uses}
-        now = self._bytes(alive)
-        most = now
+        now, left = self._bytes(alive), self._bytes(alive & self.left)
+        most, most_left = now, left
         for number, operator in enumerate(operators):
             makes = self.tape.storage[operator.makes]
             own = operator.forward if operator.repeats or makes not in alive else 0.0
             if makes not in alive and not (stops and number == len(operators) - 1):
                 alive.add(makes)
                 now = now + sizes[makes]
+            most_left = np.where(now + own > most, left, most_left)
             most = np.maximum(most, now + own)
             for storage in operator.uses:
                 if until[storage] == number and storage in alive and storage not in stays:
                     alive.remove(storage)
                     now = now - sizes[storage]
-        return most
+                    left = left - (sizes[storage] if storage in self.left else 0.0)
+        return most, most_left
 
     def _backward(self, gradient: FloatArray, backward: Most, adding: Most, deferring: Most) -> None:
         tape, sizes = self.tape, self.tape.sizes
