@@ -22,6 +22,7 @@ value is a property test.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -81,6 +82,12 @@ class Passes:
         found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         found = {name: None if each is None else each[:, rows] for name, each in found.items()}
         return Passes(**found)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Passes]) -> Passes:
+        """One after another, of a micro-batch alone."""
+        forward, backward = ([getattr(part, name) for part in parts] for name in ("forward", "backward"))
+        return Passes(np.concatenate(forward, axis=1), np.concatenate(backward, axis=1))
 
 
 @dataclass(frozen=True, slots=True)

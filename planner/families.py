@@ -6,6 +6,7 @@ A *cell* is a choice of degrees but for pp and dp: with a micro-batch, a recompu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,6 +42,22 @@ class Family:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """Cells with the places of micro-batches, the fastest first, and what each takes at least."""
+
+    cell: IntArray
+    size: IntArray
+    least_s: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+    def slice(self, start: int, end: int) -> Sized:
+        """Those from one position up to another."""
+        return Sized(self.cell[start:end], self.size[start:end], self.least_s[start:end])
+
+
 class Families:
     """The cells of a space, and how they are taken apart."""
 
@@ -69,31 +86,41 @@ class Families:
         every = np.arange(len(self.cells))
         return np.minimum(*(self._at_least(every, end) for end in ends))
 
-    def sized(self, cells: IntArray, limit: float) -> tuple[IntArray, IntArray]:
+    def sized(self, cells: IntArray, limit: float) -> Sized:
         """Cells with each micro-batch with which they may take no more than ``limit``, the fastest first."""
         place, size = np.nonzero(self._any_size[cells])
         cell = cells[place]
         least = self._at_least(cell, size)
         order = np.argsort(least, kind="stable")
         order = order[least[order] <= limit]
-        return cell[order], size[order]
+        return Sized(cell[order], size[order], least[order])
 
-    def families(self, cell: IntArray, size: IntArray, limit: float) -> Family:
-        """Cells with micro-batches, recompute and chunks that may take no more than ``limit``, the fastest first."""
-        found = []
+    def families(self, sized: Sized, limit: float) -> Family:
+        """With recompute and chunks those that may take no more than ``limit``, the fastest first."""
+        found = [part for chunks in self._chunks for part in self._of_chunks(sized, chunks, limit)]
+        family = Family(
+            cell=np.concatenate([part.cell for part in found]),
+            size=np.concatenate([part.size for part in found]),
+            batch=ConfigBatch.concatenate([part.batch for part in found]),
+            passes=Passes.concatenate([part.passes for part in found]),
+            least_s=np.concatenate([part.least_s for part in found]),
+        )
+        return family.take(np.argsort(family.least_s, kind="stable"))
+
+    def _of_chunks(self, sized: Sized, chunks: int, limit: float) -> Iterator[Family]:
+        """Those of one number of chunks; what is too slow with the least recompute is so with more."""
+        cell, size = sized.cell, sized.size
+        divides = rank_tokens(self._batch(cell, size, 0, chunks), self.tails.workload) % chunks == 0
+        kept = np.flatnonzero(np.isin(self.cells.ep[cell], self._chunked[chunks]) & divides)
+        cell, size = cell[kept], size[kept]
         for recompute in self._recomputes:
-            for chunks in self._chunks:
-                batch = self._batch(cell, size, recompute, chunks)
-                divides = rank_tokens(batch, self.tails.workload) % chunks == 0
-                rows = np.flatnonzero(np.isin(batch.ep, self._chunked[chunks]) & divides)
-                found.append((cell[rows], size[rows], batch.take(rows)))
-        cells, sizes, batches = zip(*found, strict=True)
-        batch = ConfigBatch.concatenate(batches)
-        passes = self.bounds.passes(batch)
-        least = self.bounds.mean_step(batch, passes)
-        order = np.argsort(least, kind="stable")
-        order = order[least[order] <= limit]
-        return Family(np.concatenate(cells), np.concatenate(sizes), batch, passes, least).take(order)
+            batch = self._batch(cell, size, recompute, chunks)
+            passes = self.bounds.passes(batch)
+            least = self.bounds.mean_step(batch, passes)
+            fast = np.flatnonzero(least <= limit)
+            yield Family(cell, size, batch, passes, least).take(fast)
+            if recompute == self._recomputes[0]:
+                cell, size = cell[fast], size[fast]
 
     def placed(self, family: Family) -> tuple[ConfigBatch, IntArray]:
         """Families on every pp and dp they can have; and which family each of these is."""

@@ -137,13 +137,13 @@ class Pruned:
         least = self.families.cells_at_least()
         self._dive(np.argsort(least, kind="stable"))
         self._begin()
-        cell, size = self.families.sized(np.flatnonzero(least <= self.limit), self.limit)
+        sized = self.families.sized(np.flatnonzero(least <= self.limit), self.limit)
         at, step, leaves = 0, FAMILIES, list[_Leaves]()
-        while at < len(cell):
-            some = slice(at, at + step)
-            self.on_progress(f"{number}: {at:,} of {len(cell):,} families that may be faster than the best so far")
+        while at < len(sized) and sized.least_s[at] <= self.limit:
+            self.on_progress(f"{number}: {at:,} of {len(sized):,} families that may be faster than the best so far")
+            some = sized.slice(at, at + step)
             at, step = at + step, 4 * step
-            leaves += self._leaves(self.families.families(cell[some], size[some], self.limit))
+            leaves += self._leaves(self.families.families(some, self.limit))
             if sum(map(len, leaves)) > ENOUGH:
                 self._score(leaves)
                 leaves = []
@@ -152,12 +152,11 @@ class Pruned:
     def _dive(self, cells: IntArray) -> None:
         """Score some promising families, under one schedule for each pp, for a first limit."""
         for start in range(0, len(cells), DIVE):
-            cell, size = self.families.sized(cells[start : start + DIVE], self.limit)
+            sized = self.families.sized(cells[start : start + DIVE], self.limit)
             first, step = 0, DIVE
-            while first < len(cell):
-                before, some = self.limit, slice(first, first + step)
+            while first < len(sized):
+                before, family = self.limit, self.families.families(sized.slice(first, first + step), self.limit)
                 first, step = first + step, 4 * step
-                family = self.families.families(cell[some], size[some], self.limit)
                 leaves = self._leaves(family, one_schedule=True)
                 self._score([each.take(np.argsort(each.least_s)[:SCORED_FIRST]) for each in leaves])
                 if np.isfinite(before):

@@ -115,6 +115,5 @@ def test_a_cell_takes_least_with_its_largest_or_its_smallest_micro_batch(problem
     model, workload, cluster, target, space = problem
     families = Families(space, Bounds(model, workload, cluster, target))
     least = families.cells_at_least()
-    cell, size = families.sized(np.arange(len(least)), np.inf)
-    family = families.families(cell, size, np.inf)
+    family = families.families(families.sized(np.arange(len(least)), np.inf), np.inf)
     assert (family.least_s >= least[family.cell] * (1 - 1e-9)).all()
