@@ -16,7 +16,8 @@ from meshwright.cost_models.target_torch import MESHWRIGHT
 # gathered over cp before attention, queries being chunks from both ends; float32 gradients are accumulated and reduced.
 # Not told, and taken as Megatron's: sequence parallelism, its gathers in backward, fused kernels, a split vocabulary.
 # Inferred: of a feed-forward layer gate and up are kept, not their product, without which 8,192 tokens would not fit
-# into 80 GB without recompute, as the paper says they do; FlashAttention-2, the latest of its time
+# into 80 GB without recompute, as the paper says they do; a chunk's gradients are reduced before the next chunk's last
+# backward, so that one flat buffer is there at a time; FlashAttention-2, the latest of its time
 LLAMA3_4D = replace(
     MESHWRIGHT,
     name="llama3-4d",
@@ -36,5 +37,5 @@ LLAMA3_4D = replace(
     defers_products=False,
     pointwise=FUSED,
     attention=AttentionKernel.FLASH,
-    memory=MemoryTraits(gated_tensors=2.0),
+    memory=MemoryTraits(gated_tensors=2.0, units=1.0),
 )
