@@ -108,18 +108,32 @@ class Tape:
 
 @dataclass(slots=True)
 class Most:
-    """The fullest moment so far: its bytes in all, and of them what forward left and the gradients of weights."""
+    """The fullest moment: its bytes in all, and of them what forward left and the gradients of weights."""
 
     total: FloatArray
     activations: FloatArray
     weights: FloatArray
 
+
+class _Moments:
+    """Moments as they are met, of which the fullest is looked for when all have been: the first of equals."""
+
+    def __init__(self, zero: FloatArray) -> None:
+        self.zero = zero
+        self.met: list[tuple[Bytes, Bytes, Bytes]] = [(zero - 1.0, zero, zero)]
+
     def meet(self, total: Bytes, activations: Bytes, weights: Bytes) -> None:
-        """Take another moment, if it holds more."""
-        more = total > self.total
-        self.total = np.where(more, total, self.total)
-        self.activations = np.where(more, activations, self.activations)
-        self.weights = np.where(more, weights, self.weights)
+        """Take another moment."""
+        self.met.append((total, activations, weights))
+
+    def fullest(self) -> Most:
+        """The fullest one of each config."""
+        table = np.empty((3, len(self.met), len(self.zero)))
+        for number, moment in enumerate(self.met):
+            for row, value in enumerate(moment):
+                table[row, number] = value
+        which = table[0].argmax(axis=0)[None]
+        return Most(*(np.take_along_axis(each, which, axis=0)[0] for each in table))
 
 
 LIFETIME_ROWS = 15  # six of its own, and three of each of the three fullest moments
@@ -213,30 +227,27 @@ class _Play:
         kept = made if recompute is Recompute.SELECTIVE else set()
         self.left = {0} | kept if again else set(self.saves)  # storages that forward leaves
 
-    def _most(self) -> Most:
-        return Most(self.zero - 1.0, self.zero, self.zero)
-
     def _bytes(self, storages: Iterable[int]) -> FloatArray:
         return self.zero + sum((self.tape.sizes[storage] for storage in storages), self.zero)
 
     def lifetimes(self) -> Lifetimes:
         operators = self.tape.operators
         forward, _ = self._run(operators, {0}, self.left)
-        backward, adding, deferring = self._most(), self._most(), self._most()
+        met = backward, adding, deferring = tuple(_Moments(self.zero) for _ in range(3))
         gradient = self.zero + self.tape.gradients[operators[-1].makes]
         if self.recompute is not Recompute.NONE:
             # selective: a block's last kept output is never asked for again, and stays
             asked = {storage for operator in operators[: self.last] for storage in operator.uses}
             stays = {0, *self.saves, *(self.left - asked)}  # what was kept goes as it is used
             again, left = self._run(operators[: self.last + 1], set(self.left), stays, stops=True)
-            for most in (backward, adding, deferring):
+            for most in met:
                 most.meet(again + gradient, left, self.zero)
         self._backward(gradient, backward, adding, deferring)
         outputs = sum((self.tape.gradients[operator.makes] for operator in operators if operator.puts_off), self.zero)
         weights = sum((operator.weights for operator in operators if operator.weights is not None), self.zero)
         outputs = outputs + self._bytes(self.put_off - self.left)
         rows = (self._bytes(self.left), forward, self.zero + weights, self._bytes(self.put_off & self.left), outputs)
-        return Lifetimes.of((*rows, self.zero + (0 in self.left)), (backward, adding, deferring))
+        return Lifetimes.of((*rows, self.zero + (0 in self.left)), [most.fullest() for most in met])
 
     def _run(
         self, operators: Sequence[Operator], alive: set[int], stays: set[int], *, stops: bool = False
@@ -265,7 +276,7 @@ class _Play:
                     left = left - (sizes[storage] if storage in self.left else 0.0)
         return most, most_left
 
-    def _backward(self, gradient: FloatArray, backward: Most, adding: Most, deferring: Most) -> None:
+    def _backward(self, gradient: FloatArray, backward: _Moments, adding: _Moments, deferring: _Moments) -> None:
         tape, sizes = self.tape, self.tape.sizes
         references = self.saves.copy()
         if self.recompute is not Recompute.NONE:  # the checkpoint holds its input, and kept outputs not asked for
