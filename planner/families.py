@@ -6,7 +6,6 @@ A *cell* is a choice of degrees but for pp and dp: with a micro-batch, a recompu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -96,8 +95,25 @@ class Families:
         return Sized(cell[order], size[order], least[order])
 
     def families(self, sized: Sized, limit: float) -> Family:
-        """With recompute and chunks those that may take no more than ``limit``, the fastest first."""
-        found = [part for chunks in self._chunks for part in self._of_chunks(sized, chunks, limit)]
+        """With recompute and chunks those that may take no more than ``limit``, the fastest first.
+
+        What is too slow with the least recompute is so with more.
+        """
+        pieces = []
+        for chunks in self._chunks:
+            divides = rank_tokens(self._batch(sized.cell, sized.size, 0, chunks), self.tails.workload) % chunks == 0
+            kept = np.flatnonzero(np.isin(self.cells.ep[sized.cell], self._chunked[chunks]) & divides)
+            pieces.append((sized.cell[kept], sized.size[kept], np.full(len(kept), chunks)))
+        cell, size, chunk = (np.concatenate(columns) for columns in zip(*pieces, strict=True))
+        found = []
+        for recompute in self._recomputes:
+            batch = self._batch(cell, size, recompute, chunk)
+            passes = self.bounds.passes(batch)
+            least = self.bounds.mean_step(batch, passes)
+            fast = np.flatnonzero(least <= limit)
+            found.append(Family(cell, size, batch, passes, least).take(fast))
+            if recompute == self._recomputes[0]:
+                cell, size, chunk = cell[fast], size[fast], chunk[fast]
         family = Family(
             cell=np.concatenate([part.cell for part in found]),
             size=np.concatenate([part.size for part in found]),
@@ -106,21 +122,6 @@ class Families:
             least_s=np.concatenate([part.least_s for part in found]),
         )
         return family.take(np.argsort(family.least_s, kind="stable"))
-
-    def _of_chunks(self, sized: Sized, chunks: int, limit: float) -> Iterator[Family]:
-        """Those of one number of chunks; what is too slow with the least recompute is so with more."""
-        cell, size = sized.cell, sized.size
-        divides = rank_tokens(self._batch(cell, size, 0, chunks), self.tails.workload) % chunks == 0
-        kept = np.flatnonzero(np.isin(self.cells.ep[cell], self._chunked[chunks]) & divides)
-        cell, size = cell[kept], size[kept]
-        for recompute in self._recomputes:
-            batch = self._batch(cell, size, recompute, chunks)
-            passes = self.bounds.passes(batch)
-            least = self.bounds.mean_step(batch, passes)
-            fast = np.flatnonzero(least <= limit)
-            yield Family(cell, size, batch, passes, least).take(fast)
-            if recompute == self._recomputes[0]:
-                cell, size = cell[fast], size[fast]
 
     def placed(self, family: Family) -> tuple[ConfigBatch, IntArray]:
         """Families on every pp and dp they can have; and which family each of these is."""
@@ -136,10 +137,10 @@ class Families:
         batch = self._batch(cell, size, self._recomputes[0], 1)
         return self.bounds.mean_step(batch, self.bounds.passes(batch, exchanges=len(self._chunks) == 1))
 
-    def _batch(self, cell: IntArray, size: IntArray, recompute: int, chunks: int) -> ConfigBatch:
+    def _batch(self, cell: IntArray, size: IntArray, recompute: int, chunks: int | IntArray) -> ConfigBatch:
         return replace(
             self.cells.take(cell),
             micro_batch_size=self.tails.sizes[size],
             recompute=np.full(len(cell), recompute, dtype=np.int64),
-            ep_chunks=np.full(len(cell), chunks, dtype=np.int64),
+            ep_chunks=np.broadcast_to(np.asarray(chunks, dtype=np.int64), cell.shape),
         )

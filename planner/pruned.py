@@ -71,6 +71,16 @@ class _Sharded:
 
 
 @dataclass(frozen=True, slots=True)
+class _Fast:
+    """The same once blocks are priced: least seconds under each schedule, infinite where that is too slow."""
+
+    batch: ConfigBatch
+    state: State
+    parts: list[BlockParts]
+    least_s: dict[tuple[int, int], FloatArray]
+
+
+@dataclass(frozen=True, slots=True)
 class _Leaves:
     """Configs of one pp and schedule that may be among the best: what is known of them, their least seconds."""
 
@@ -176,13 +186,20 @@ class Pruned:
             of_pp += self._sharded(batch.take(rows), family.passes.take(of[rows]), options)
         if not of_pp:
             return []
-        every = ConfigBatch.concatenate([each.batch for each in of_pp])
-        parts, held, start = self.bounds.parts(every), self.bounds.held(every), 0
-        leaves: list[_Leaves] = []
+        # of all at once, since blocks are priced alike whatever the pp: first in time, then in memory what is left
+        parts = self.bounds.parts(ConfigBatch.concatenate([each.batch for each in of_pp]))
+        start, fast = 0, []
         for each in of_pp:
-            own = np.arange(start, start + len(each.batch))
+            fast += self._fast(each, [part.take(np.arange(start, start + len(each.batch))) for part in parts])
+            start += len(each.batch)
+        if not fast:
+            return []
+        leaves: list[_Leaves] = []
+        held, start = self.bounds.held(ConfigBatch.concatenate([each.batch for each in fast])), 0
+        for one in fast:
+            own = np.arange(start, start + len(one.batch))
             start += len(own)
-            leaves += self._fitting(each, [part.take(own) for part in parts], [block.take(own) for block in held])
+            leaves += self._fitting(one, [block.take(own) for block in held])
         return leaves
 
     def _schedules(self, pp: int, *, one_schedule: bool) -> list[tuple[int, int]]:
@@ -232,27 +249,37 @@ class Pruned:
         runs = {option: mask[kept] for option, mask in runs.items()}
         return [_Sharded(whole, state.take(kept), runs)]
 
-    def _fitting(self, sharded: _Sharded, parts: list[BlockParts], held: list[BlockBytes]) -> Iterator[_Leaves]:
-        """Those that may be fast enough and fit, schedule by schedule."""
-        bounds, passes = self.bounds, self.bounds.whole_passes(parts)
-        saved, beside = bounds.activations(held)
+    def _fast(self, sharded: _Sharded, parts: list[BlockParts]) -> list[_Fast]:
+        """Those that may be fast enough under some schedule; a list of one, or none."""
+        passes, timed = self.bounds.whole_passes(parts), {}
         for (name, vpp), mask in sharded.runs.items():
-            rows, schedule = np.flatnonzero(mask), SCHEDULES[name]
-            if not len(rows):
-                continue
-            under = _under(sharded.batch.take(rows), name, vpp)
-            least = bounds.step(under, passes.take(rows), schedule, vpp)
-            fast = np.flatnonzero(least <= self.limit)
-            if not len(fast):
-                continue
-            rows, under, least = rows[fast], under.take(fast), least[fast]
-            peak = bounds.peak(under, sharded.state.take(rows), (saved[:, rows], beside[rows]), schedule, vpp)
-            fits = self._fits(peak, under)
+            rows = np.flatnonzero(mask)
+            if len(rows):
+                under = _under(sharded.batch.take(rows), name, vpp)
+                least = np.full(len(mask), np.inf)
+                least[rows] = self.bounds.step(under, passes.take(rows), SCHEDULES[name], vpp)
+                least[least > self.limit] = np.inf
+                if np.isfinite(least).any():
+                    timed[name, vpp] = least
+        if not timed:
+            return []
+        rows = np.flatnonzero(np.isfinite(np.min(list(timed.values()), axis=0)))
+        left = {option: least[rows] for option, least in timed.items()}
+        return [_Fast(sharded.batch.take(rows), sharded.state.take(rows), [part.take(rows) for part in parts], left)]
+
+    def _fitting(self, fast: _Fast, held: list[BlockBytes]) -> Iterator[_Leaves]:
+        """Those that may fit, schedule by schedule."""
+        saved, beside = self.bounds.activations(held)
+        for (name, vpp), least in fast.least_s.items():
+            rows = np.flatnonzero(np.isfinite(least))
+            under = _under(fast.batch.take(rows), name, vpp)
+            own = (saved[:, rows], beside[rows])
+            fits = self._fits(self.bounds.peak(under, fast.state.take(rows), own, SCHEDULES[name], vpp), under)
             self.num_too_large += len(fits) - int(fits.sum())
             rows = rows[fits]
             if len(rows):
-                costs, bytes_ = [part.take(rows) for part in parts], [block.take(rows) for block in held]
-                yield _Leaves(under.take(fits), costs, bytes_, least[fits])
+                costs, bytes_ = [part.take(rows) for part in fast.parts], [block.take(rows) for block in held]
+                yield _Leaves(under.take(fits), costs, bytes_, least[rows])
 
     def _fits(self, least_bytes: FloatArray, batch: ConfigBatch) -> BoolArray:
         """Whether configs that hold at least so much may be recommended."""
