@@ -139,7 +139,12 @@ def _seconds(
         curve,
         num_multiprocessors=num_multiprocessors,
         memory_bytes_per_s=memory_bytes_per_s,
-        **{name: values for name, values in columns.items() if name != "seconds"},
+        flops=columns["flops"],
+        num_bytes=columns["num_bytes"],
+        m=columns["m"],
+        n=columns["n"],
+        k=columns["k"],
+        head_dim=columns["head_dim"],
     )
 
 
