@@ -42,6 +42,7 @@ TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (6
 SPLITS = (1, 2, 3, 4, 5, 6, 8)
 PARTIAL_SUM_BYTES = 4.0  # a float32
 QUERY_TILE = 128
+_BLOCK = 4096  # shapes
 WIDE_HEAD = 128
 
 
@@ -99,16 +100,46 @@ def _tiled(
     num_bytes: FloatArray,
     shape: tuple[FloatArray, FloatArray, FloatArray],
 ) -> FloatArray:
-    """The fastest tile and split for each shape: the menu is a first axis, reduced at the end."""
-    (tile_exponent, half_k, num_multiprocessors, memory_bytes_per_s), (m, n, k) = figures, shape
-    menu = np.array([(*tile, split) for tile in TILES for split in splits], dtype=np.float64)
-    ndim = np.broadcast(m, n, k, groups).ndim
-    tile_m, tile_n, split = (menu[:, column].reshape(-1, *([1] * ndim)) for column in range(3))
-    tiles = groups * np.ceil(m / tile_m) * np.ceil(n / tile_n) * split
-    waves = np.ceil(tiles / num_multiprocessors)
+    """The fastest tile and split for each shape: tiles are a first axis, reduced at the end; splits are tried in turn.
+
+    Shapes are worked on in blocks whose numbers stay in the processor's cache.
+    """
+    everything = np.broadcast_arrays(rate, groups, num_bytes, *shape)
+    flat = [each.reshape(-1) for each in everything]
+    found = np.empty(flat[0].shape)
+    for start in range(0, len(found), _BLOCK):
+        some = slice(start, start + _BLOCK)
+        found[some] = _tiled_block(figures, splits, *(each[some] for each in flat))
+    return found.reshape(everything[0].shape)
+
+
+def _tiled_block(
+    figures: tuple[float, float, int, float],
+    splits: tuple[int, ...],
+    rate: FloatArray,
+    groups: FloatArray,
+    num_bytes: FloatArray,
+    m: FloatArray,
+    n: FloatArray,
+    k: FloatArray,
+) -> FloatArray:
+    """The same of a block: arrays of one axis."""
+    tile_exponent, half_k, num_multiprocessors, memory_bytes_per_s = figures
+    tile_m, tile_n = np.array(TILES, dtype=np.float64).T[:, :, None]
+    tiles = groups * np.ceil(m / tile_m) * np.ceil(n / tile_n)
     reading = (1 / 128 + 1 / 256) / (1 / tile_m + 1 / tile_n)
     tile_rate = rate / num_multiprocessors * reading**tile_exponent
-    computed = waves * (2.0 * tile_m * tile_n) * (k / split + half_k) / tile_rate
-    sums = np.where(split > 1, PARTIAL_SUM_BYTES * split, 0.0) * (groups * m * n)
-    seconds = np.maximum(computed, num_bytes / memory_bytes_per_s) + sums / memory_bytes_per_s
-    return np.asarray(seconds.min(axis=0))
+    size, moved, outputs = 2.0 * tile_m * tile_n, num_bytes / memory_bytes_per_s, groups * m * n
+    best = np.full(tiles.shape, np.inf)
+    for split in splits:
+        seconds = tiles * split
+        seconds /= num_multiprocessors
+        np.ceil(seconds, out=seconds)  # waves
+        seconds *= size
+        seconds *= k / split + half_k
+        seconds /= tile_rate
+        np.maximum(seconds, moved, out=seconds)
+        if split > 1:
+            seconds += PARTIAL_SUM_BYTES * split * outputs / memory_bytes_per_s
+        np.minimum(best, seconds, out=best)
+    return np.asarray(best.min(axis=0))
