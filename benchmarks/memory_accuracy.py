@@ -298,7 +298,7 @@ def main() -> None:
     import torch  # noqa: F401  # before ranks are forked
     import transformers  # noqa: F401
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("words", nargs="*", metavar="WORD")
     parser.add_argument("--ends", action="store_true")
     parser.add_argument("--drawn", type=int, default=0, metavar="N")
