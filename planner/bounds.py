@@ -270,7 +270,7 @@ class Bounds:
         return [block_bytes(kind, self.workload, self.framework, batch) for kind in self.kinds.kinds]
 
     def activations(self, held: list[BlockBytes]) -> tuple[FloatArray, FloatArray]:
-        """Of one micro-batch what each kind of block saves, ``[num_kinds, num_configs]``; and what any works with."""
+        """What each kind of block saves of a micro-batch, ``[num_kinds, num_configs]``; what any one works with."""
         saved = np.array([block.saved for block in held])
         beside = np.full(saved.shape[1], np.inf)
         if self.framework.memory.offloads:
@@ -282,14 +282,20 @@ class Bounds:
                 beside = np.minimum(beside, np.maximum(np.minimum.reduce(fullest) - lives.saved, 0.0))
         return saved, np.where(np.isfinite(beside), beside, 0.0)
 
-    def mean_state(self, batch: ConfigBatch, state: FloatArray) -> FloatArray:
-        """Least bytes at the peak: weights and optimizer alone, the mean of all ranks."""
-        return np.asarray(self.numbers @ state / batch.pp * ROUNDING - 1.0)
+    def mean_state(self, batch: ConfigBatch, state: State) -> FloatArray:
+        """Least bytes at the peak: weights and optimizer, the mean of all ranks, and earlier micro-batches' gradients.
 
-    def mean_peak(self, batch: ConfigBatch) -> FloatArray:
-        """The same with activations of one micro-batch: every rank has at some time one on each of its chunks."""
-        saved, _ = self.activations(self.held(batch))
-        return self.mean_state(batch, self.state(batch).steady + saved)
+        Every rank has these of all its chunks when the last backward of a step starts.
+        """
+        several = num_microbatches(batch, self.workload) > 1
+        return self._mean(batch, state.steady + several * state.grads)
+
+    def mean_peak(self, batch: ConfigBatch, state: State, saved: FloatArray) -> FloatArray:
+        """The same with activations of one micro-batch in place of gradients: every rank has one on each chunk once."""
+        return np.maximum(self.mean_state(batch, state), self._mean(batch, state.steady + saved))
+
+    def _mean(self, batch: ConfigBatch, held: FloatArray) -> FloatArray:
+        return np.asarray(self.numbers @ held / batch.pp * ROUNDING - 1.0)
 
     def peak(
         self,

@@ -38,7 +38,7 @@ FloatArray = NDArray[np.float64]
 
 DIVE = 500  # cells, and of them cells with a micro-batch, looked at at once for a first limit
 SCORED_FIRST = 100  # configs of each pp that are scored of them
-FAMILIES = 2000  # cells with a micro-batch that are taken apart first, four times as many the next time
+FAMILIES = 2000  # cells with a micro-batch that are taken apart first, sixteen times as many the next time
 ENOUGH = 2000  # configs left of families before they are scored
 SCORED_AT_ONCE = 2**14
 NEAREST = 20  # degrees looked at at once where nothing fits
@@ -152,7 +152,7 @@ class Pruned:
         while at < len(sized) and sized.least_s[at] <= self.limit:
             self.on_progress(f"{number}: {at:,} of {len(sized):,} families that may be faster than the best so far")
             some = sized.slice(at, at + step)
-            at, step = at + step, 4 * step
+            at, step = at + step, 16 * step
             leaves += self._leaves(self.families.families(some, self.limit))
             if sum(map(len, leaves)) > ENOUGH:
                 self._score(leaves)
@@ -165,14 +165,12 @@ class Pruned:
             sized = self.families.sized(cells[start : start + DIVE], self.limit)
             first, step = 0, DIVE
             while first < len(sized):
-                before, family = self.limit, self.families.families(sized.slice(first, first + step), self.limit)
+                family = self.families.families(sized.slice(first, first + step), self.limit)
                 first, step = first + step, 4 * step
                 leaves = self._leaves(family, one_schedule=True)
                 self._score([each.take(np.argsort(each.least_s)[:SCORED_FIRST]) for each in leaves])
-                if np.isfinite(before):
+                if np.isfinite(self.limit):
                     return
-            if np.isfinite(self.limit):
-                return
 
     # -- taken apart ------------------------------------------------------------------------------------------------
 
@@ -239,7 +237,7 @@ class Pruned:
         together = {name: combines(_under(whole, name, 1), tails.framework) for name in {name for name, _ in timed}}
         runs = {option: alive[origin] & together[option[0]] for option, alive in timed.items()}
         state = bounds.state(whole)
-        fits = self._fits(bounds.mean_state(whole, state.steady), whole)
+        fits = self._fits(bounds.mean_state(whole, state), whole)
         ways = np.sum(list(runs.values()), axis=0)
         self.num_too_large += int(ways[~fits].sum())
         kept = np.flatnonzero(fits & (ways > 0))
@@ -369,7 +367,7 @@ class Pruned:
         """What configs lack at least: of any schedule, or of their own."""
         bounds = self.bounds
         state, activations = bounds.state(batch), bounds.activations(bounds.held(batch))
-        peak = bounds.mean_state(batch, state.steady + activations[0])
+        peak = bounds.mean_peak(batch, state, activations[0])
         shapes, of = batch.distinct("pp", "vpp", "schedule")
         for number, shape in enumerate(shapes.configs() if by_schedule else ()):
             rows = np.flatnonzero(of == number)

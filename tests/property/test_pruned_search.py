@@ -96,9 +96,9 @@ def test_no_bound_is_above_the_value_it_bounds(problem: Problem, seed: int) -> N
     few, whole = bounds.passes(batch), bounds.whole_passes(bounds.parts(batch))
     without = bounds.mean_step(batch, bounds.passes(batch, exchanges=False))
     assert (without <= bounds.mean_step(batch, few)).all() and (bounds.mean_step(batch, few) <= true.step_s).all()
-    assert (bounds.mean_state(batch, bounds.state(batch).steady) <= true.peak_bytes).all()
-    assert (bounds.mean_peak(batch) <= true.peak_bytes).all()
-    held = bounds.activations(bounds.held(batch))
+    state, held = bounds.state(batch), bounds.activations(bounds.held(batch))
+    assert (bounds.mean_state(batch, state) <= true.peak_bytes).all()
+    assert (bounds.mean_peak(batch, state, held[0]) <= true.peak_bytes).all()
     shapes, of = batch.distinct("pp", "vpp", "schedule")
     for number, shape in enumerate(shapes.configs()):
         rows = np.flatnonzero(of == number)
