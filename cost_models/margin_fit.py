@@ -26,11 +26,11 @@ from meshwright.profiler.record import record
 # A first choice is seldom at the very limit, so that far fewer than one in ten of them needs more than it has; a wider
 # margin costs the fast plans of models that fill their devices. ``validate``'s picks among failures show both sides.
 QUANTILE = 0.9
-MIN_PEAKS = 8  # fewer say little of such a quantile
+MIN_PEAKS = 10  # of fewer the quantile is but the largest
 # targets on one library: torch's own FSDP, DTensor and pipelining; Megatron-Core and what it grew from. nanotron and
 # internevo have code, and peaks, of their own
 RELATIVES = (
-    ("meshwright", "torchtitan", "llm-foundry", "deepspeed", "deepspeed-2021"),
+    ("meshwright", "torchtitan", "llm-foundry", "deepspeed", "deepspeed-2021", "llama3-4d"),
     ("megatron-lm", "megatron-deepspeed", "megatron-bridge"),
 )
 

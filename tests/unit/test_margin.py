@@ -75,7 +75,7 @@ class TestDerived:
         assert derive_margins(rows("nanotron", [-0.3] * 20), FRAMEWORKS)["nanotron"].margin == 0.0
 
     def test_versions_are_one_target(self) -> None:
-        found = derive_margins(rows("nanotron", [0.0] * 8) + rows("nanotron-2024", [0.2] * 8), FRAMEWORKS)
+        found = derive_margins(rows("nanotron", [0.0] * 10) + rows("nanotron-2024", [0.2] * 10), FRAMEWORKS)
         assert found["nanotron"] == found["nanotron-2024"]
         assert found["nanotron"].margin == pytest.approx(0.2)
 
