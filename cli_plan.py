@@ -98,6 +98,7 @@ def estimate(
     cp_ulysses: Annotated[int | None, typer.Option(help="The all-to-all part of cp.", show_default=False)] = None,
     ep: Annotated[int | None, typer.Option(help="Expert parallel.", show_default=False)] = None,
     etp: Annotated[int | None, typer.Option(help="Tensor parallel inside experts.", show_default=False)] = None,
+    ep_chunks: Annotated[int, typer.Option(help="Parts in which tokens travel to experts.")] = 1,
     vpp: Annotated[int | None, typer.Option(help="Chunks on each pipeline rank.", show_default=False)] = None,
     micro_batch: Annotated[int, typer.Option(help="Sequences in a micro-batch.")] = 1,
     zero_stage: Annotated[int, typer.Option(help="ZeRO stage, 0 to 3.")] = 0,
@@ -124,8 +125,8 @@ def estimate(
 
     profile, target = meshwright.load_cluster(cluster), framework_named(framework)
     given: dict[str, Any] = {
-        "tp": tp, "pp": pp, "dp": dp, "cp": cp, "cp_ulysses": cp_ulysses, "ep": ep, "etp": etp, "vpp": vpp,
-        "micro_batch_size": micro_batch, "zero_stage": zero_stage, "dp_shard": dp_shard, "sequence_parallel": sp,
+        "tp": tp, "pp": pp, "dp": dp, "cp": cp, "cp_ulysses": cp_ulysses, "ep": ep, "etp": etp,
+        "ep_chunks": ep_chunks, "vpp": vpp, "micro_batch_size": micro_batch, "zero_stage": zero_stage, "dp_shard": dp_shard, "sequence_parallel": sp,
         "schedule": parse_value("schedule", schedule), "recompute": parse_value("recompute", recompute),
     }  # fmt: skip
     config = complete_config(given, whole_nodes(profile, gpus), target)
