@@ -126,8 +126,9 @@ def estimate(
     profile, target = meshwright.load_cluster(cluster), framework_named(framework)
     given: dict[str, Any] = {
         "tp": tp, "pp": pp, "dp": dp, "cp": cp, "cp_ulysses": cp_ulysses, "ep": ep, "etp": etp,
-        "ep_chunks": ep_chunks, "vpp": vpp, "micro_batch_size": micro_batch, "zero_stage": zero_stage, "dp_shard": dp_shard, "sequence_parallel": sp,
-        "schedule": parse_value("schedule", schedule), "recompute": parse_value("recompute", recompute),
+        "ep_chunks": ep_chunks, "vpp": vpp, "micro_batch_size": micro_batch, "zero_stage": zero_stage,
+        "dp_shard": dp_shard, "sequence_parallel": sp, "schedule": parse_value("schedule", schedule),
+        "recompute": parse_value("recompute", recompute),
     }  # fmt: skip
     config = complete_config(given, whole_nodes(profile, gpus), target)
     workload = _workload(global_batch, seq_len, dtype_recipe, optimizer)
