@@ -14,25 +14,26 @@ Pareto front of time and memory as far as the slowest of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost_models.estimate import KINDS, SECONDS
+from meshwright.cost_models.estimate import SECONDS
 from meshwright.cost_models.framework import combines, runs_pipeline
-from meshwright.cost_models.margin import MemoryMargin, needed_bytes
+from meshwright.cost_models.margin import MemoryMargin
 from meshwright.cost_models.parts import BlockParts
 from meshwright.cost_models.saved import BlockBytes
-from meshwright.cost_models.step import batch_bytes, batch_seconds
+from meshwright.cost_models.step import batch_seconds
 from meshwright.cost_models.strategy import FIELDS, SCHEDULES, BoolArray, ConfigBatch, IntArray, Reason, Schedule
 from meshwright.planner.bounds import Bounds, Passes, State
 from meshwright.planner.exhaustive import PRUNED, TIE, Scored, Scorer, ranked
 from meshwright.planner.families import Families, Family
+from meshwright.planner.in_memory import Found, Memory, together
+from meshwright.planner.nearest import nearest
 from meshwright.planner.plan import RejectedCount
 from meshwright.planner.space import Space
-from meshwright.planner.tables import Columns, as_batch, filtered
+from meshwright.planner.tables import Columns, as_batch
 
 FloatArray = NDArray[np.float64]
 
@@ -41,24 +42,7 @@ SCORED_FIRST = 100  # configs of each pp that are scored of them
 FAMILIES = 2000  # cells with a micro-batch that are taken apart first, sixteen times as many the next time
 ENOUGH = 2000  # configs left of families before they are scored
 SCORED_AT_ONCE = 2**14
-NEAREST = 20  # degrees looked at at once where nothing fits
 _USUAL = SCHEDULES.index(Schedule.ONE_F_ONE_B)
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Configs scored in time and memory."""
-
-    batch: ConfigBatch
-    step_s: FloatArray
-    peak_bytes: FloatArray
-    needed_bytes: FloatArray
-    usable_bytes: FloatArray
-
-    def take(self, rows: NDArray[Any]) -> Found:
-        """The configs at these positions."""
-        rest = (getattr(self, field.name)[rows] for field in fields(self)[1:])
-        return Found(self.batch.take(rows), *rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +93,12 @@ class Pruned:
         wanted: int,
         on_progress: Callable[[str], None] = lambda words: None,
     ) -> None:
-        self.space, self.bounds, self.margin, self.wanted = space, bounds, margin, wanted
-        self.on_progress = on_progress
-        self.tails, self.families = space.tails, Families(space, bounds)
+        self.space, self.bounds, self.wanted, self.on_progress = space, bounds, wanted, on_progress
+        self.tails, self.families, self.memory = (
+            space.tails,
+            Families(space, bounds),
+            Memory(bounds, space.tails, margin),
+        )
         self.limit = np.inf
         self._begin()
 
@@ -122,23 +109,20 @@ class Pruned:
     def run(self, scorer: Scorer) -> Scored:
         """Find them, or where nothing fits what is nearest to it; ``scorer`` is for those that are shown."""
         self._search()
-        found, unfit = (
-            self._together(),
-            {
-                Reason.OUT_OF_MEMORY: self.num_unfit,
-                Reason.MEMORY_MARGIN: self.num_narrow,
-            },
-        )
-        nothing, counts = not self._found, (self.num_scored, self.num_too_large)
-        found = self._nearest() if nothing else found.take(found.step_s <= self.limit)
+        found = together(self._found, self.families.cells)
+        found = found.take(found.step_s <= self.limit)
+        if not self._found:
+            self.on_progress("nothing fits: looking for what is nearest")
+            found = nearest(self.families, self.bounds, self.memory)
+        unfit = ((Reason.OUT_OF_MEMORY, self.num_unfit), (Reason.MEMORY_MARGIN, self.num_narrow))
         return Scored(
             ranking=ranked(found.batch, found.step_s, found.peak_bytes, found.needed_bytes, found.usable_bytes, scorer),
             method=PRUNED,
             wanted=self.wanted,
-            num_scored=counts[0],
-            unfit=tuple(RejectedCount(reason=reason, count=count) for reason, count in unfit.items() if count),
-            num_too_slow=self.space.num_legal - sum(counts),
-            num_too_large=counts[1],
+            num_scored=self.num_scored,
+            unfit=tuple(RejectedCount(reason=reason, count=count) for reason, count in unfit if count),
+            num_too_slow=self.space.num_legal - self.num_scored - self.num_too_large,
+            num_too_large=self.num_too_large,
         )
 
     def _search(self) -> None:
@@ -237,7 +221,7 @@ class Pruned:
         together = {name: combines(_under(whole, name, 1), tails.framework) for name in {name for name, _ in timed}}
         runs = {option: alive[origin] & together[option[0]] for option, alive in timed.items()}
         state = bounds.state(whole)
-        fits = self._fits(bounds.mean_state(whole, state), whole)
+        fits = self.memory.fits(bounds.mean_state(whole, state), whole)
         ways = np.sum(list(runs.values()), axis=0)
         self.num_too_large += int(ways[~fits].sum())
         kept = np.flatnonzero(fits & (ways > 0))
@@ -272,16 +256,12 @@ class Pruned:
             rows = np.flatnonzero(np.isfinite(least))
             under = _under(fast.batch.take(rows), name, vpp)
             own = (saved[:, rows], beside[rows])
-            fits = self._fits(self.bounds.peak(under, fast.state.take(rows), own, SCHEDULES[name], vpp), under)
+            fits = self.memory.fits(self.bounds.peak(under, fast.state.take(rows), own, SCHEDULES[name], vpp), under)
             self.num_too_large += len(fits) - int(fits.sum())
             rows = rows[fits]
             if len(rows):
                 costs, bytes_ = [part.take(rows) for part in fast.parts], [block.take(rows) for block in held]
                 yield _Leaves(under.take(fits), costs, bytes_, least[rows])
-
-    def _fits(self, least_bytes: FloatArray, batch: ConfigBatch) -> BoolArray:
-        """Whether configs that hold at least so much may be recommended."""
-        return needed_bytes(least_bytes, np.zeros(len(batch)), self.margin) <= self.bounds.usable(batch)
 
     # -- scored -----------------------------------------------------------------------------------------------------
 
@@ -295,7 +275,7 @@ class Pruned:
     def _score_some(self, leaves: _Leaves) -> None:
         """Score configs of one schedule in memory, and in time those that may be recommended."""
         self.num_scored += len(leaves)
-        found = self._in_memory(leaves.batch, leaves.held)
+        found = self.memory.of(leaves.batch, leaves.held)
         self.num_unfit += int((found.peak_bytes > found.usable_bytes).sum())
         fits = np.flatnonzero(found.needed_bytes <= found.usable_bytes)
         self.num_narrow += int((found.peak_bytes <= found.usable_bytes).sum()) - len(fits)
@@ -322,58 +302,6 @@ class Pruned:
             every = np.concatenate([each.step_s for each in self._found])
             if len(every) >= self.wanted:
                 self.limit = float(np.partition(every, self.wanted - 1)[self.wanted - 1]) * (1.0 + TIE)
-
-    def _in_memory(self, batch: ConfigBatch, blocks: list[BlockBytes] | None = None) -> Found:
-        """Configs with their memory, and no time yet."""
-        tails = self.tails
-        held = batch_bytes(tails.model, tails.workload, self.bounds.cluster, tails.framework, batch, held=blocks)
-        peak = np.asarray(sum(held[f"{name}_bytes"] for name in KINDS), dtype=np.float64)
-        needs = needed_bytes(peak, held["fragmentation_bytes"], self.margin)
-        offers = np.asarray(held["capacity_bytes"] - held["reserved_bytes"], dtype=np.float64)
-        return Found(batch, np.zeros(len(batch)), peak, needs, offers)
-
-    def _together(self) -> Found:
-        none = self.families.cells.take(np.zeros(0, dtype=np.int64))
-        found = [*self._found, Found(none, *(np.zeros(0) for _ in range(4)))]
-        rest = (np.concatenate([getattr(each, field.name) for each in found]) for field in fields(Found)[1:])
-        return Found(ConfigBatch.concatenate([each.batch for each in found]), *rest)
-
-    # -- nothing fits -----------------------------------------------------------------------------------------------
-
-    def _nearest(self) -> Found:
-        """Scored configs, the one that lacks least memory among them."""
-        self.on_progress("nothing fits: looking for what is nearest")
-        rows = self.families.rows
-        smallest = self.tails.sizes[self.families.has_size.argmax(axis=1)]
-        columns = rows | {"micro_batch_size": smallest, "row": np.arange(len(smallest))}
-        columns = self.tails.recomputes.cross(self.tails.zeros.cross(columns))
-        of, lacking = columns.pop("row"), np.full(len(smallest), np.inf)
-        np.minimum.at(lacking, of, self._lacking(as_batch(columns)))
-        order, at, least = np.argsort(lacking, kind="stable"), 0, np.inf
-        self._found = []
-        while at < len(order) and lacking[order[at]] < least:
-            batch = self.tails.configs(filtered(rows, order[at : at + NEAREST]))
-            at, each = at + NEAREST, self._lacking(batch, by_schedule=True)
-            nearest, start, step = np.argsort(each, kind="stable"), 0, 50
-            while start < len(nearest) and each[nearest[start]] < least:
-                chosen = nearest[start : start + step]
-                start, step = start + step, 16 * step
-                last = self._in_memory(batch.take(chosen[each[chosen] < least]))
-                self._found.append(last)
-                least = min(least, float((last.needed_bytes - last.usable_bytes).min()))
-        return self._together()
-
-    def _lacking(self, batch: ConfigBatch, *, by_schedule: bool = False) -> FloatArray:
-        """What configs lack at least: of any schedule, or of their own."""
-        bounds = self.bounds
-        state, activations = bounds.state(batch), bounds.activations(bounds.held(batch))
-        peak = bounds.mean_peak(batch, state, activations[0])
-        shapes, of = batch.distinct("pp", "vpp", "schedule")
-        for number, shape in enumerate(shapes.configs() if by_schedule else ()):
-            rows = np.flatnonzero(of == number)
-            own = (activations[0][:, rows], activations[1][rows])
-            peak[rows] = bounds.peak(batch.take(rows), state.take(rows), own, shape.schedule, shape.vpp)
-        return needed_bytes(peak, np.zeros(len(batch)), self.margin) - bounds.usable(batch)
 
 
 def _under(batch: ConfigBatch, schedule: int, vpp: int) -> ConfigBatch:
