@@ -109,7 +109,7 @@ def up_to(limit: int) -> range:
     return range(1, limit + 1)
 
 
-def degrees(p: Problem, *, cp_runs: bool, ep_runs: bool, tp_with_experts: bool) -> Iterator[dict[str, object]]:
+def degrees(p: Problem) -> Iterator[dict[str, object]]:
     for tp in up_to(p.world):
         for cp_ring in up_to(p.world // tp):
             for cp_ulysses in up_to(p.world // tp // cp_ring):
@@ -124,13 +124,11 @@ def degrees(p: Problem, *, cp_runs: bool, ep_runs: bool, tp_with_experts: bool) 
                         continue
                     if p.seq_len % cp or (cp_ring > 1 and p.seq_len % (2 * cp)):
                         continue
-                    if p.batch % dp or p.layers < pp or (cp > 1 and not cp_runs):
-                        continue
-                    if p.experts and tp > 1 and not tp_with_experts:
+                    if p.batch % dp or p.layers < pp:
                         continue
                     shared = dp * cp * tp
-                    for ep in up_to(shared if p.experts and ep_runs else 1):
-                        for etp in up_to(shared if p.experts and ep_runs else 1):
+                    for ep in up_to(shared if p.experts else 1):
+                        for etp in up_to(shared if p.experts else 1):
                             if shared % (ep * etp):
                                 continue
                             if p.experts and (p.experts % ep or p.expert_ffn % etp):
@@ -165,7 +163,7 @@ def enumerate_legal(p: Problem, *, everything: bool) -> set[tuple[object, ...]]:
     """Nested loops over the rules as the design states them; nothing of ``strategy`` or ``space`` is used."""
     found: set[tuple[object, ...]] = set()
     runs = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")
-    for d in degrees(p, cp_runs=everything, ep_runs=everything, tp_with_experts=everything):
+    for d in degrees(p):
         tp, cp, pp, dp, etp = (int(str(d[name])) for name in ("tp", "cp", "pp", "dp", "etp"))
         for sp in (False, True):
             if sp and (tp == 1 or (p.seq_len // cp) % tp):
@@ -253,7 +251,7 @@ def problems(seed: int, count: int, worlds: list[int]) -> list[Problem]:
 
 @pytest.mark.parametrize("p", problems(1, 50, [1, 2, 3, 4, 5, 6, 8, 9, 12, 15, 16, 24, 32, 36, 48, 64]), ids=str)
 def test_space_of_our_executors_equals_nested_loops(p: Problem) -> None:
-    found = legal_space(p.model(), p.workload(), p.world, MESHWRIGHT)
+    found = legal_space(p.model(), p.workload(), p.world, replace(MESHWRIGHT, expert_chunks=p.chunks))
     assert as_set(found.batch) == enumerate_legal(p, everything=False)
     assert len(as_set(found.batch)) == len(found.batch), "a config stands twice"
     assert len(found.batch) + sum(each.count for each in found.rejected) == found.num_candidates
@@ -265,7 +263,7 @@ def test_space_of_a_target_that_runs_everything_equals_nested_loops(
 ) -> None:
     for rules in ("runs_pipeline", "combines"):
         monkeypatch.setattr(tails_module, rules, lambda batch, *_: np.ones(len(batch), dtype=np.bool_))
-    found = legal_space(p.model(), p.workload(), p.world, UNRESTRICTED)
+    found = legal_space(p.model(), p.workload(), p.world, replace(UNRESTRICTED, expert_chunks=p.chunks))
     assert as_set(found.batch) == enumerate_legal(p, everything=True)
     assert len(as_set(found.batch)) == len(found.batch), "a config stands twice"
     assert len(found.batch) + sum(each.count for each in found.rejected) == found.num_candidates
