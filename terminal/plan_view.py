@@ -95,22 +95,22 @@ def _headline(plan: Plan, cluster: ClusterProfile, console: Console) -> None:
         ("bubble", f"{summary.bubble_share:.1%} of the step"),
     ]
     if plan.search is not None:
-        rows.append(("scored", _scored(plan.search, margin=plan.memory_margin is not None)))
+        rows.append(("search", _searched(plan.search, margin=plan.memory_margin is not None)))
     grid = plain_table(None, ("", "cyan"), ("", "bold"))
     for row in rows:
         grid.add_row(*row)
     console.print(grid)
 
 
-def _scored(report: SearchReport, *, margin: bool) -> str:
+def _searched(report: SearchReport, *, margin: bool) -> str:
     """What became of the legal configs, and how long that took."""
     seconds = format_seconds(report.seconds)
     taken = f"{report.num_feasible:,} {'recommended' if margin else 'fit'}"
     if report.num_too_slow + report.num_too_large == 0:
-        return f"{report.num_scored:,} legal configs in {seconds}, {taken}"
+        return f"{report.num_scored:,} legal configs, all scored, in {seconds}: {taken}"
     return (
-        f"{report.num_legal:,} legal configs in {seconds}: {report.num_scored:,} scored; by bounds "
-        f"{report.num_too_slow:,} are slower than those below, {report.num_too_large:,} too large"
+        f"{report.num_legal:,} legal configs in {seconds}: {report.num_scored:,} scored; ruled out by bounds: "
+        f"{report.num_too_slow:,} too slow, {report.num_too_large:,} too large"
     )
 
 
@@ -154,7 +154,11 @@ def _time(cost: CostBreakdown, console: Console) -> None:
 def _rejected(report: SearchReport, console: Console) -> None:
     if not report.rejected:
         return
-    title = "Not taken" if report.num_too_slow + report.num_too_large == 0 else "Not legal, or scored and too large"
+    title = (
+        "Not taken"
+        if report.num_too_slow + report.num_too_large == 0
+        else "Not taken: not legal, or scored and too large"
+    )
     table = plain_table(title, (">configs", ""), ("because", ""), ("reason", "dim"))
     for rejected in report.rejected:
         table.add_row(f"{rejected.count:,}", SENTENCES[rejected.reason], rejected.reason.value)

