@@ -39,7 +39,7 @@ def test_the_first_ten_lines_answer_what_how_fast_and_whether_it_fits(run: Run, 
     first = "\n".join(out.splitlines()[:10])
     plan = load_plan(tmp_path / "plan.json")
     assert plan.search is not None
-    assert "16 x H100" in first and f"{plan.search.num_scored:,} legal configs" in first
+    assert "16 x H100" in first and f"{plan.search.num_legal:,} legal configs" in first
     for word in (plan.config.describe(), "step", "tokens", "a device", "MFU", "memory", "free", "bubble", "fit"):
         assert word in first
     assert "recommended: with fragmentation and a margin of" in first
@@ -114,9 +114,7 @@ def test_what_fits_but_for_the_margin_is_counted_apart(run: Run) -> None:
     code, out, _ = run("plan", *PROBLEM, "--memory-margin", 0.3)
     assert code == 0 and "predicted memory fits, but not with the margin" in out and "MEMORY_MARGIN" in out
     code, out, _ = run("plan", *PROBLEM, "--memory-margin", 0)
-    assert (
-        code == 0 and "MEMORY_MARGIN" not in out and " fit\n" in "\n".join(line.rstrip() for line in out.splitlines())
-    )
+    assert code == 0 and "MEMORY_MARGIN" not in out and "fits; no margin was asked for" in out
 
 
 def test_nothing_recommended_says_how_to_take_what_fits(run: Run) -> None:

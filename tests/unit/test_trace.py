@@ -15,6 +15,7 @@ from torch.nn import functional  # noqa: E402
 
 from meshwright import InputError  # noqa: E402
 from meshwright.profiler import trace  # noqa: E402
+from meshwright.profiler.layers import MlpLayer, MoeLayer  # noqa: E402
 from meshwright.profiler.model import AttentionKind, AttentionLayer, LayerSpec, ModelSpec, load_model  # noqa: E402
 from meshwright.profiler.trace import trace_model  # noqa: E402
 
@@ -99,11 +100,14 @@ def hugging_face(model_type: str, changes: dict[str, Any], attention: str = "sdp
 
 
 def sizes(spec: ModelSpec) -> list[list[LayerSpec]]:
-    """Layers without what a pass cannot show: the name of a hand-written activation."""
-    return [
-        [replace(layer, activation="") if layer.kind in ("mlp", "moe") else layer for layer in block.layers]
-        for block in spec.blocks
-    ]
+    """Layers without what a pass cannot show: the name of a hand-written activation, in which dtype a router works."""
+    return [[_shown(layer) for layer in block.layers] for block in spec.blocks]
+
+
+def _shown(layer: LayerSpec) -> LayerSpec:
+    if isinstance(layer, MoeLayer):
+        return replace(layer, activation="", float32_router=False, narrow_weights=False)
+    return replace(layer, activation="") if isinstance(layer, MlpLayer) else layer
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
