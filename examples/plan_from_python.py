@@ -19,9 +19,9 @@ def main() -> None:
     print(f"{format_count(figures.tokens_per_s)} tokens/s, {format_bytes(figures.headroom_bytes)} free")
 
     assert plan.search is not None
-    print(f"{plan.search.num_scored:,} legal configs were scored, {plan.search.num_feasible:,} fit")
+    print(f"{plan.search.num_legal:,} legal configs were searched, {plan.search.num_scored:,} of them scored")
     smallest = plan.search.pareto[-1]
-    print(f"smallest that fits: {smallest.config.describe()}", end=", ")
+    print(f"smallest of those nearly as fast: {smallest.config.describe()}", end=", ")
     print(f"{format_bytes(smallest.memory.peak_bytes)} in {format_seconds(smallest.cost.step_s)}")
 
     config = meshwright.ParallelConfig(tp=8, dp=2, zero_stage=1, dp_shard=2, vocab_parallel=True)

@@ -85,7 +85,7 @@ def test_the_example_that_plans_from_python_runs() -> None:
         [sys.executable, str(ROOT / "examples" / "plan_from_python.py")], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, "")
-    for words in ("a step", "tokens/s", "smallest that fits", "nothing fits"):
+    for words in ("a step", "tokens/s", "smallest of those", "nothing fits"):
         assert words in done.stdout
 
 
