@@ -164,7 +164,8 @@ def test_each_rule_is_broken_with_its_reason_and_its_numbers(
 
 
 def test_groups_with_a_capacity_lie_inside_what_a_rank_holds_of_a_sequence() -> None:
-    moe = replace(MIXTRAL.moe, capacity_factor=1.0, group_tokens=512)  # type: ignore[type-var]
+    assert MIXTRAL.moe is not None
+    moe = replace(MIXTRAL.moe, capacity_factor=1.0, group_tokens=512)
     layers = tuple(moe if layer == MIXTRAL.moe else layer for layer in MIXTRAL.blocks[1].layers)
     spec = replace(MIXTRAL, blocks=(MIXTRAL.blocks[0], replace(MIXTRAL.blocks[1], layers=layers), MIXTRAL.blocks[2]))
     ring, heads = ParallelConfig(cp=8, cp_ring=8), ParallelConfig(cp=8, cp_ulysses=8)  # halves of 512, or 512 at once
