@@ -79,6 +79,6 @@ def test_equals_one_process(case: str, assert_equal: Callable[[str], None]) -> N
     assert_equal(case)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES[::2])  # rounding is the same for all; float64 tells the rest
 def test_equals_one_process_in_float32(case: str, assert_equal: Callable[[str], None]) -> None:
     assert_equal(f"{case} float32")

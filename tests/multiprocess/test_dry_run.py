@@ -47,10 +47,8 @@ HUGGING_FACE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 CASES = [
-    "fp32 n2",
     "bf16 n2 dp2 zero0",
     "fp32 n2 dp2 zero1 selective",
-    "bf16 n2 dp2 zero2",
     "bf16 n2 dp2 zero3 full",
     "fp32 n1 dp2 zero3 tp2 sp",
     "bf16 n2 tp2 sp selective",
@@ -58,7 +56,6 @@ CASES = [
     "fp32 n4 pp2 dp2 zero3 1f1b selective",
     "bf16 n4 pp2 interleaved full",
     "fp32 n4 pp2 tp2 sp 1f1b",
-    "fp32 n4 pp2 zb-h1",
     "bf16 n4 pp2 zbv dp2 zero1",
     "fp32 n4 pp2 dualpipev full",
     "mixtral bf16 n2 dp2 zero2",
@@ -157,7 +154,7 @@ def test_dry_run_counts_what_a_real_rank_allocates(line: str) -> None:
     assert all((run.phase, run.module) == (peaks[run.rank].phase, peaks[run.rank].module) for run in runs)
 
 
-@pytest.mark.parametrize("line", ["bf16 n9 pp2 dp2 zero1 1f1b", "bf16 n20 pp2 interleaved", "bf16 n20 pp2 zbv"])
+@pytest.mark.parametrize("line", ["bf16 n9 pp2 dp2 zero1 1f1b", "bf16 n14 pp2 interleaved", "bf16 n14 pp2 zbv"])
 def test_a_step_cut_short_peaks_as_the_whole_one(line: str) -> None:
     plan, _ = plan_of(line)
     ranks = [0, plan.config.world_size - 1]
