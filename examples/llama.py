@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,12 +78,12 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, mlp: nn.Module) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden)
-        self.mlp = Mlp(config)
+        self.mlp = mlp
 
     def forward(self, x: Tensor, position_ids: Tensor | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), position_ids)
@@ -94,11 +96,11 @@ class Llama(nn.Module):
     ``position_ids`` ``[1, sequence]`` say where tokens stand, where they are not a whole sequence in order.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, make_mlp: Callable[[Any], nn.Module] = Mlp) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, make_mlp(config)) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden)
         self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
         if config.tied:

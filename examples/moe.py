@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from llama import Attention, LlamaConfig, Mlp, RMSNorm
+from llama import Llama, LlamaConfig, Mlp
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -100,43 +100,13 @@ def drop(index: Tensor, config: MoeConfig) -> Tensor:
     return kept.view(-1, top_k, config.group_tokens).transpose(1, 2).reshape(batch, sequence, top_k)
 
 
-class Block(nn.Module):
-    def __init__(self, config: MoeConfig) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.hidden)
-        self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.hidden)
-        self.mlp = MoeMlp(config)
+class Moe(Llama):
+    """The example Llama with experts in every block."""
 
-    def forward(self, x: Tensor, position_ids: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), position_ids)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class Moe(nn.Module):
-    """Tokens ``[batch, sequence]`` to logits ``[batch, sequence, vocab_size]``.
-
-    ``position_ids`` ``[1, sequence]`` say where tokens stand, where they are not a whole sequence in order.
-    """
+    config: MoeConfig
 
     def __init__(self, config: MoeConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden)
-        self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.embed.weight
-        for weight in self.parameters():
-            if weight.dim() > 1:
-                nn.init.normal_(weight, std=0.02)
-
-    def forward(self, tokens: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x, position_ids)
-        return self.head(self.norm(x))
+        super().__init__(config, MoeMlp)
 
 
 @dataclass(frozen=True, kw_only=True)
