@@ -95,28 +95,13 @@ def _parts(
     groups: dict[str, Groups],
 ) -> BlockParts:
     device = cluster.device
-    kernels = block_seconds(kinds.kinds[index], workload, device, framework, batch)
-    if device.variation:
-        slower = slowest(device, batch)
-        kernels = replace(
-            kernels,
-            forward=kernels.forward * slower,
-            backward_input=kernels.backward_input * slower,
-            backward_weight=kernels.backward_weight * slower,
-            recompute=kernels.recompute * slower,
-            experts_forward=kernels.experts_forward * slower,
-            experts_backward=kernels.experts_backward * slower,
-            attention_forward=kernels.attention_forward * slower,
-            attention_backward=kernels.attention_backward * slower,
-            experts_weight=kernels.experts_weight * slower,
-        )
+    kernels = _of_the_slowest(block_seconds(kinds.kinds[index], workload, device, framework, batch), device, batch)
     zero = np.zeros(len(batch))
     block, traffic = kinds.kinds[index], block_traffic(kinds, index, model, workload, batch, framework)
     priced = price_all(traffic, block, workload, cluster, groups, framework, batch)
     spent, inside, copied, calls = priced.spent, priced.inside, priced.copied, priced.calls
     on_streams = launches_ahead(device)  # a CPU runs collectives and compute one after the other
     gather, reduce = framework.overlap_dp_gather * on_streams, reduce_overlap(framework, batch) * on_streams
-    hidden_tp = framework.overlap_tp * on_streams
     backward = kernels.backward_input + kernels.backward_weight
     ep_forward, ep_backward, hidden_ep = _exchanged(spent, kernels, cluster, framework, batch)
     # rows exchanged inside a node leave the network to weights and gradients
@@ -128,13 +113,7 @@ def _parts(
     dp_backward, hidden_backward = hide(both, np.minimum(gather, reduce), behind, cluster, near)
     dp_forward = dp_forward + copied.get(("dp", "forward"), zero)
     dp_backward = dp_backward + copied.get(("dp", "backward"), zero)
-    tp_forward, hidden_tp_forward = hide(spent.get(("tp", "forward"), zero), hidden_tp, kernels.forward, cluster)
-    # a target may hide more of backward's exchange, behind gradients of weights
-    weights, more = kernels.backward_weight, max(hidden_tp, framework.overlap_tp_backward * on_streams)
-    behind = backward if more == hidden_tp else weights
-    tp_backward, hidden_tp_backward = hide(spent.get(("tp", "backward"), zero), more, behind, cluster)
-    tp_again, hidden_tp_again = hide(spent.get(("tp", "recompute"), zero), hidden_tp, kernels.recompute, cluster)
-    tp_backward, hidden_tp_backward = tp_backward + tp_again, hidden_tp_backward + hidden_tp_again
+    tp_forward, tp_backward, hidden_tp = _summed(spent, kernels, cluster, framework, batch)
     cp_forward, cp_backward, hidden_cp = _context(spent, inside, kernels, workload, cluster, framework, batch)
     each_rank_s = framework.host.checked_collective_s + (batch.pp > 1) * framework.host.pipelined_collective_s
     call_s = framework.host.collective_s + batch.tp * each_rank_s
@@ -174,7 +153,7 @@ def _parts(
         ep_backward=ep_backward,
         dp_forward=dp_forward,
         dp_backward=dp_backward,
-        hidden=hidden_forward + hidden_backward + hidden_tp_forward + hidden_tp_backward + hidden_ep + hidden_cp,
+        hidden=hidden_forward + hidden_backward + hidden_tp + hidden_ep + hidden_cp,
         dp_first=spent.get(("dp", "first_forward"), zero),
         dp_last=spent.get(("dp", "last_backward"), zero),
         dp_first_inside=inside.get(("dp", "first_forward"), zero),
@@ -185,6 +164,36 @@ def _parts(
         optimizer=optimizer,
         optimizer_host=optimizer_host,
     )
+
+
+def _of_the_slowest(kernels: BlockSeconds, device: Device, batch: ConfigBatch) -> BlockSeconds:
+    """Kernels as the slowest of all devices runs them; what the host spends on launches is as before."""
+    if not device.variation:
+        return kernels
+    slower = slowest(device, batch)
+    names = [field.name for field in fields(kernels) if not field.name.endswith("_host")]
+    return replace(kernels, **{name: getattr(kernels, name) * slower for name in names})
+
+
+def _summed(
+    spent: dict[tuple[str, str], FloatArray],
+    kernels: BlockSeconds,
+    cluster: ClusterProfile,
+    framework: Framework,
+    batch: ConfigBatch,
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Seconds of tensor parallelism exposed in forward and backward, and those hidden.
+
+    A target may hide more of backward's exchange than of forward's, behind gradients of weights.
+    """
+    zero, on_streams = np.zeros(len(batch)), launches_ahead(cluster.device)
+    share, more = framework.overlap_tp * on_streams, framework.overlap_tp_backward * on_streams
+    backward = kernels.backward_input + kernels.backward_weight
+    behind = backward if more <= share else kernels.backward_weight
+    first, hidden = hide(spent.get(("tp", "forward"), zero), share, kernels.forward, cluster)
+    second, hidden_second = hide(spent.get(("tp", "backward"), zero), max(share, more), behind, cluster)
+    again, hidden_again = hide(spent.get(("tp", "recompute"), zero), share, kernels.recompute, cluster)
+    return first, second + again, hidden + hidden_second + hidden_again
 
 
 def _launches(
